@@ -1,0 +1,205 @@
+"""`DMSConfig`, every choice of Dynamic Modality Scheduling, and the configurations of the two backbones that hold
+it."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import Blip2Config, LlavaConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+__version__ = "0.1.0"
+
+MODALITIES = ("vision", "text")
+
+# field: (lowest, highest) accepted value, both inclusive
+_RANGES: dict[str, tuple[float, float]] = {
+    "shared_size": (1, float("inf")),
+    "mc_samples": (2, float("inf")),
+    "mc_dropout": (0.0, 0.9),
+    "mc_seed": (0, 2**63 - 1),
+    "subspace_size": (1, float("inf")),
+    "kappa": (0.0, float("inf")),
+    "conflict_kappa": (0.0, float("inf")),
+    "sharpness": (0.0, float("inf")),
+    "weight_floor": (0.0, 0.49),
+    "false_alarm_rate": (0.0, 0.5),
+    "scheduler_hidden_size": (1, float("inf")),
+    "temperature": (1e-6, float("inf")),
+    "lambda_mwc": (0.0, float("inf")),
+    "lambda_unimodal": (0.0, float("inf")),
+    "lambda_consistency": (0.0, float("inf")),
+    "lambda_schedule": (0.0, float("inf")),
+    "contrastive_temperature": (1e-6, float("inf")),
+}
+
+
+@strict
+class DMSConfig(PreTrainedConfig):
+    r"""Choices of Dynamic Modality Scheduling. All are keyword arguments; values outside the stated range raise.
+
+    Args:
+        scheduler (`str`, defaults to `"rule"`): how signals become weights. `"uniform"`: all equal, the static
+            backbone. `"rule"`: training-free; exactly uniform until `calibrate` has run and wherever nothing is
+            suspicious. `"learned"`: an MLP over all signals, uniform at initialisation. `"entropy"`: softmax of
+            negative unimodal entropy (as in MLA). `"energy"`: softmax of the log-sum-exp of unimodal logits (as in
+            QMF).
+        fusion (`str`, defaults to `"attention"`): `"attention"` adds log(M * w_m) to the attention scores of modality
+            m's keys. `"embedding"` multiplies its input embeddings by M * w_m (an ablation: pre-norm language models
+            divide it out).
+        shared_size (`int`, defaults to 256): size d_s of the unimodal representations h_m.
+        normalize_entropy (`bool`, defaults to `True`): entropies over log K, so that confidence lies in [0, 1].
+        uncertainty (`str`, defaults to `"mutual_information"`): what Monte Carlo dropout reports; `"variance"` is the
+            paper's.
+        mc_samples (`int`, defaults to 20): dropout passes, at least 2.
+        mc_dropout (`float`, defaults to 0.1): dropout probability, 0 to 0.9.
+        mc_depth (`str`, defaults to `"head"`): `"head"` drops pooled features (nearly free), `"encoder"` the inputs of
+            the projector / Q-Former and of the text-only layers (the reference).
+        mc_seed (`int`, defaults to 0): seed of the dropout masks. The same masks serve every sample and call.
+        consistency (`str`, defaults to `"sharpen"`): `"sharpen"` scales the rule's evidence by how much the modalities
+            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
+            cancels).
+        vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
+            (0 is the embedding output). Default: five, spread over the inner layers.
+        text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
+            model.
+            Default: 1, 2 and 4, at most half its depth.
+        subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
+            small.
+        kappa (`float`, defaults to 4.0): how strongly the rule reacts to evidence of damage beyond the threshold.
+        sharpness (`float`, defaults to 1.0): how strongly disagreement amplifies the evidence of damage.
+        weight_floor (`float`, defaults to 0.05): smallest weight of a present modality in the rule and the learned
+            scheduler, 0 to 0.49.
+        conflict_prior (`str`, *optional*): which modality to believe where both look clean but disagree (`"vision"` or
+            `"text"`).
+            Default: neither, weights stay uniform.
+        conflict_kappa (`float`, defaults to 4.0): how strongly `conflict_prior` reacts to disagreement beyond its
+            threshold.
+        false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to
+            0.5.
+        scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
+        scheduler_embeddings (`bool`, defaults to `False`): the learned scheduler also sees the h_m.
+        temperature (`float`, defaults to 1.0): softmax temperature of `"entropy"` and `"energy"`.
+        lambda_mwc, lambda_unimodal, lambda_consistency, lambda_schedule (`float`): weights of the losses (see
+            `modeling_dms.losses`); 0 leaves a loss out.
+        contrastive_temperature (`float`, defaults to 0.07): temperature of the contrastive loss.
+        modeling_dms_version (`str`): version that wrote this configuration.
+    """
+
+    model_type: ClassVar[str] = "dms"
+
+    scheduler: Literal["uniform", "rule", "learned", "entropy", "energy"] = "rule"
+    fusion: Literal["attention", "embedding"] = "attention"
+    shared_size: int = 256
+    normalize_entropy: bool = True
+    uncertainty: Literal["mutual_information", "variance"] = "mutual_information"
+    mc_samples: int = 20
+    mc_dropout: float | int = 0.1
+    mc_depth: Literal["head", "encoder"] = "head"
+    mc_seed: int = 0
+    consistency: Literal["sharpen", "additive"] = "sharpen"
+    vision_layers: list[int] | None = None
+    text_layers: list[int] | None = None
+    subspace_size: int = 64
+    kappa: float | int = 4.0
+    sharpness: float | int = 1.0
+    weight_floor: float | int = 0.05
+    conflict_prior: Literal["vision", "text"] | None = None
+    conflict_kappa: float | int = 4.0
+    false_alarm_rate: float | int = 0.01
+    scheduler_hidden_size: int = 64
+    scheduler_embeddings: bool = False
+    temperature: float | int = 1.0
+    lambda_mwc: float | int = 0.1
+    lambda_unimodal: float | int = 0.1
+    lambda_consistency: float | int = 0.1
+    lambda_schedule: float | int = 0.1
+    contrastive_temperature: float | int = 0.07
+    modeling_dms_version: str = __version__
+
+    def __post_init__(self, **kwargs: Any):
+        # what every transformers configuration may carry is not ours to judge
+        unknown = sorted(set(kwargs) - _INHERITED - set(PreTrainedConfig.default_config_fields()))
+        if unknown:
+            logger.warning(
+                f"DMSConfig: unknown field(s) {', '.join(unknown)} ignored; the configuration was written by "
+                f"modeling_dms {self.modeling_dms_version}, this is {__version__}"
+            )
+            kwargs = {name: value for name, value in kwargs.items() if name not in unknown}
+        super().__post_init__(**kwargs)
+        self.modeling_dms_version = __version__
+
+    def validate_ranges(self):
+        """Raises `ValueError` naming the first field outside its range."""
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"DMSConfig.{name} must lie in [{low}, {high}], got {value!r}")
+        for name in ("vision_layers", "text_layers"):
+            layers = getattr(self, name)
+            if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+                raise ValueError(f"DMSConfig.{name} must be distinct layer numbers from 0, got {layers!r}")
+
+    def layers_of(self, modality: str, depth: int) -> list[int]:
+        """Layers whose statistics measure typicality, sorted.
+
+        Args:
+            modality: `"vision"` or `"text"`.
+            depth: layers of the vision tower, or of the language model (its encoder, if it has one).
+
+        Raises:
+            ValueError: if a configured layer does not exist.
+        """
+        if modality == "vision":
+            default = {min(depth, max(1, round(depth * share))) for share in (0.2, 0.35, 0.5, 0.65, 0.8)}
+        else:
+            default = {layer for layer in (1, 2, 4) if layer <= max(1, depth // 2)}
+        layers = getattr(self, f"{modality}_layers")
+        layers = sorted(default if layers is None else layers)
+        if layers[-1] > depth:
+            raise ValueError(
+                f"DMSConfig.{modality}_layers must not exceed the backbone's {depth} layers, got {layers}"
+            )
+        return layers
+
+
+_INHERITED = {
+    "transformers_version",
+    "model_type",
+    "auto_map",
+    "_name_or_path",
+    "name_or_path",
+    "torch_dtype",
+    "_commit_hash",
+}
+_INHERITED |= {"attn_implementation", "_attn_implementation", "output_attentions"}
+
+
+def _with_dms(defaults: dict[str, SubConfigSpec]) -> dict[str, SubConfigSpec]:
+    return {**defaults, "dms_config": SubConfigSpec(config_class=DMSConfig)}
+
+
+@strict
+class DMSLlavaConfig(LlavaConfig):
+    r"""A `LlavaConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_llava"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(LlavaConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSBlip2Config(Blip2Config):
+    r"""A `Blip2Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_blip_2"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Blip2Config.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+__all__ = ["DMSBlip2Config", "DMSConfig", "DMSLlavaConfig"]

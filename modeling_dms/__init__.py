@@ -1,0 +1,32 @@
+"""Dynamic Modality Scheduling for BLIP-2 and LLaVA."""
+
+from pathlib import Path as _Path
+
+
+# Installed, `configuration` and `training` lie inside this package (setup.py maps them). Run from the repository's
+# root they lie beside it: without this line the root's `modeling_dms` would shadow an installed one and lack both.
+if (_Path(__file__).parent.parent / "configuration" / "configuration_dms.py").is_file():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from modeling_dms.configuration.configuration_dms import DMSBlip2Config, DMSConfig, DMSLlavaConfig, __version__
+from modeling_dms.modeling_dms_blip_2 import DMSBlip2ForConditionalGeneration, DMSBlip2ForImageTextRetrieval
+from modeling_dms.modeling_dms_llava import DMSLlavaForConditionalGeneration
+
+
+AutoConfig.register("dms_llava", DMSLlavaConfig, exist_ok=True)
+AutoConfig.register("dms_blip_2", DMSBlip2Config, exist_ok=True)
+AutoModel.register(DMSBlip2Config, DMSBlip2ForImageTextRetrieval, exist_ok=True)
+AutoModelForImageTextToText.register(DMSBlip2Config, DMSBlip2ForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(DMSLlavaConfig, DMSLlavaForConditionalGeneration, exist_ok=True)
+
+__all__ = [
+    "DMSBlip2Config",
+    "DMSBlip2ForConditionalGeneration",
+    "DMSBlip2ForImageTextRetrieval",
+    "DMSConfig",
+    "DMSLlavaConfig",
+    "DMSLlavaForConditionalGeneration",
+    "__version__",
+]

@@ -1,0 +1,86 @@
+"""Losses of Dynamic Modality Scheduling: plain functions, (B, M, ...) in, scalar out."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def modality_weight_consistency_loss(h: Tensor, weights: Tensor) -> Tensor:
+    """L_mwc = mean over the batch of sum_m w_m ||h - h_m||^2 / d_s, with h = sum_m w_m h_m (arXiv 2506.12724).
+
+    Args:
+        h: (B, M, d_s), the unimodal representations.
+        weights: (B, M), rows sum to 1.
+    """
+    fused = (weights[..., None] * h).sum(1, keepdim=True)  # (B, 1, d_s)
+    return (weights * (fused - h).pow(2).mean(-1)).sum(1).mean()
+
+
+def unimodal_loss(logits: Tensor, labels: Tensor, modality_mask: Tensor, ignore_index: int = -100) -> Tensor:
+    """L_unimodal: cross-entropy of each present modality's p_m against the bag of target tokens.
+
+    Args:
+        logits: (B, M, K).
+        labels: (B, L), `ignore_index` where there is no target.
+        modality_mask: (B, M).
+
+    Returns:
+        Mean over present modalities of samples with a target; 0 if there is none.
+    """
+    keep = labels != ignore_index
+    log_p = logits.float().log_softmax(-1)  # (B, M, K)
+    targets = labels.clamp_min(0)[:, None].expand(-1, logits.shape[1], -1)
+    per_target = -log_p.gather(-1, targets) * keep[:, None]  # (B, M, L)
+    per_sample = per_target.sum(-1) / keep.sum(-1, keepdim=True).clamp_min(1)
+    counted = modality_mask & keep.any(-1, keepdim=True)
+    return (per_sample * counted).sum() / counted.sum().clamp_min(1)
+
+
+def contrastive_loss(h: Tensor, modality_mask: Tensor, temperature: float = 0.07) -> Tensor:
+    """L_contrastive: symmetric InfoNCE between every pair of modalities within the batch (CLIP, Radford et al., 2021).
+
+    Args:
+        h: (B, M, d_s).
+        modality_mask: (B, M); only samples that have both modalities of a pair take part.
+
+    Returns:
+        0 where fewer than two samples take part.
+    """
+    unit = F.normalize(h.float(), dim=-1)
+    total, pairs = unit.sum() * 0, 0
+    for first in range(h.shape[1]):
+        for second in range(first + 1, h.shape[1]):
+            both = modality_mask[:, first] & modality_mask[:, second]
+            if int(both.sum()) < 2:
+                continue
+            logits = unit[both, first] @ unit[both, second].T / temperature
+            target = torch.arange(len(logits), device=logits.device)
+            total = total + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            pairs += 1
+    return total / max(pairs, 1)
+
+
+def schedule_loss(weights: Tensor, target: Tensor, modality_mask: Tensor) -> Tensor:
+    """L_schedule: cross-entropy of the weights against target weights, over samples with at least two modalities.
+
+    Args:
+        weights: (B, M), rows sum to 1.
+        target: (B, M), rows sum to 1, from `leave_one_out_target` or from the known severity of an injected
+            corruption.
+    """
+    per_sample = -(target * weights.clamp_min(torch.finfo(weights.dtype).tiny).log() * modality_mask).sum(-1)
+    counted = modality_mask.sum(-1) >= 2
+    return (per_sample * counted).sum() / counted.sum().clamp_min(1)
+
+
+def leave_one_out_target(losses_without: Tensor, tau: float = 1.0) -> Tensor:
+    """Target weights: the more the task loss rises without a modality, the more weight it should have.
+
+    Args:
+        losses_without: (B, M), the task loss of each sample with modality m left out (no gradient flows).
+        tau: temperature, > 0.
+
+    Returns:
+        (B, M): softmax(losses_without / tau).
+    """
+    return (losses_without.detach() / tau).softmax(-1)

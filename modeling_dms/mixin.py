@@ -1,0 +1,498 @@
+"""What every DMS backbone shares: from inputs to modality weights, calibration, saving."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import initialization as init
+
+from modeling_dms.calibration import CalibrationReport, ModalityRecord, Statistics
+from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
+from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView
+from modeling_dms.export import auto_map, export_code
+from modeling_dms.fusion import embedding_scale, key_bias
+from modeling_dms.outputs import DMSOutput
+from modeling_dms.scheduler import ZeroLinear, uniform_weights
+from modeling_dms.self_corruption import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
+from modeling_dms.text_only import layers_of, text_only_states, watch_layers
+from modeling_dms.typicality import token_statistics
+
+
+VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
+
+
+@dataclass
+class EncodedImages:
+    """Images as the backbone encodes them.
+
+    Attributes:
+        outputs: what the backbone's `get_image_features` returned.
+        tokens: (I, N, D), projected into the language model's space.
+        states: (I, N', D') each, hidden states of the chosen layers of the vision tower; `None` if they were not kept.
+        encode: dropout masks (T, size) on the inputs of the projector / Q-Former -> (T, I, N, D).
+        encoder_size: size of these inputs.
+    """
+
+    outputs: Any
+    tokens: Tensor
+    states: list[Tensor] | None
+    encode: Callable[[Tensor], Tensor]
+    encoder_size: int
+
+    def expand(self, count: int) -> "EncodedImages":
+        """One image for `count` texts: the same features for every pair."""
+        if len(self.tokens) == count:
+            return self
+        repeat = count // len(self.tokens)
+        states = None if self.states is None else [s.repeat(repeat, 1, 1) for s in self.states]
+        encode = self.encode
+        return EncodedImages(
+            self.outputs,
+            self.tokens.repeat(repeat, 1, 1),
+            states,
+            lambda masks: encode(masks).repeat(1, repeat, 1, 1),
+            self.encoder_size,
+        )
+
+
+@dataclass
+class Schedule:
+    """Weights of a batch and what they were made from.
+
+    Attributes:
+        modality_ids: (B, L).
+        modality_mask: (B, M).
+        weights: (B, M).
+        embeddings: (B, L, D), text embeddings with the image tokens filled in.
+        output: `None` where no signals were needed.
+    """
+
+    modality_ids: Tensor
+    modality_mask: Tensor
+    weights: Tensor
+    embeddings: Tensor
+    output: DMSOutput | None
+
+
+def compact(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the True entries of each row, moved to the left.
+
+    Args:
+        where: (B, L).
+
+    Returns:
+        Indices (B, N) and a mask (B, N) of the real ones, with N >= 1 the largest count.
+    """
+    count = where.sum(1)
+    size = max(1, int(count.max()))
+    order = (~where).long().argsort(dim=1, stable=True)[:, :size]
+    return order, torch.arange(size, device=where.device) < count[:, None]
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, D), (B, N) -> (B, N, D)."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class DMSMixin:
+    """Adds the `dms` submodule to a `PreTrainedModel`. A backbone says how it encodes images and where its text stack
+    is."""
+
+    dms: DynamicModalityScheduling
+    config: Any
+    # the Auto class that loads an exported checkpoint
+    _auto_map_name = "AutoModelForImageTextToText"
+
+    # ---- what a backbone provides
+    # ------------------------------------------------------------------------------------
+
+    def _text_stack(self) -> nn.Module:
+        """The language model's decoder, or the encoder of an encoder-decoder."""
+        raise NotImplementedError
+
+    def _run_text(self, embeddings: Tensor, mask: Tensor) -> Any:
+        """Runs the text stack on text embeddings (B, N, D) alone."""
+        return self._text_stack()(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
+
+    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
+        """Encodes images (I, 3, H, W), keeping the hidden states that typicality looks at."""
+        raise NotImplementedError
+
+    def _readout(self, states: Tensor) -> Tensor:
+        """The backbone's output layer, in its own precision: (..., D) -> (..., K)."""
+        head = self.get_output_embeddings()
+        return head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
+
+    # ---- construction
+    # ------------------------------------------------------------------------------------------------
+
+    def _add_dms(self, vision_depth: int, vision_size: int, text_size: int) -> None:
+        config: DMSConfig = self.config.dms_config
+        stack = self._text_stack()
+        self._vision_layers = config.layers_of("vision", vision_depth)
+        self._text_layers = config.layers_of("text", len(layers_of(stack)))
+        token_size = self.get_input_embeddings().weight.shape[1]
+        self.dms = DynamicModalityScheduling(
+            config,
+            [
+                ModalitySize(token_size, len(self._vision_layers), 2 * vision_size),
+                ModalitySize(token_size, len(self._text_layers), 2 * text_size),
+            ],
+        )
+        if self._text_layers[-1] > 0:
+            watch_layers(stack, self._text_layers[-1])
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Statistics):
+            module.reset()
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, UnimodalView):
+            init.zeros_(module.query)
+        else:
+            super()._init_weights(module)
+
+    # ---- from inputs to weights
+    # --------------------------------------------------------------------------------------
+
+    @property
+    def _is_static(self) -> bool:
+        return self.config.dms_config.scheduler == "uniform"
+
+    def infer_modality_ids(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """1 at image placeholders, 2 at attended prompt tokens that are not special, 0 at padding and at labelled
+        positions.
+
+        Args:
+            input_ids, attention_mask, labels: (B, L).
+
+        Returns:
+            (B, L), long.
+        """
+        text = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            text &= attention_mask.bool()
+        if labels is not None and labels.shape == input_ids.shape:
+            text &= labels == -100
+        special = torch.tensor(self._special_ids(), device=input_ids.device, dtype=input_ids.dtype)
+        text &= ~torch.isin(input_ids, special)
+        return torch.where(self._placeholders(input_ids), VISION, torch.where(text, TEXT, 0))
+
+    def _special_ids(self) -> list[int]:
+        ids = self.config.get_text_config(decoder=True)
+        special = [ids.pad_token_id, ids.bos_token_id, ids.eos_token_id]
+        return [i for entry in special if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+
+    def _placeholders(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.config.image_token_id
+
+    def _schedule(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        images: EncodedImages | None = None,
+        modality_ids: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+        modality_weights: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Schedule:
+        """Modality weights of a prompt.
+
+        Raises:
+            ValueError: for inputs that do not fit together, or a sample without any modality.
+        """
+        if modality_ids is None:
+            if input_ids is None:
+                raise ValueError(
+                    "with `inputs_embeds` alone, `modality_ids` are needed: nothing else tells modalities apart"
+                )
+            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            modality_ids = self.infer_modality_ids(input_ids, mask, labels)
+        embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if modality_ids.shape != embeddings.shape[:2]:
+            raise ValueError(
+                f"modality_ids must have the shape of the prompt {tuple(embeddings.shape[:2])}, "
+                f"got {tuple(modality_ids.shape)}"
+            )
+        placeholders = self._placeholders(input_ids) if input_ids is not None else modality_ids == VISION
+        if images is not None:
+            self._check_count(placeholders, images.tokens)
+            tokens = images.tokens.to(embeddings.device, embeddings.dtype)
+            embeddings = embeddings.masked_scatter(placeholders[..., None], tokens)
+
+        present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
+        if images is None and inputs_embeds is None:
+            present = present & (torch.arange(len(MODALITIES), device=present.device) != MODALITIES.index("vision"))
+        modality_mask = present if modality_mask is None else modality_mask.bool().to(present.device) & present
+        weights = uniform_weights(modality_mask)
+        if modality_weights is not None:
+            weights = self._check_weights(modality_weights, modality_mask)
+        output = None
+        if labels is not None or (modality_weights is None and not self._is_static):
+            features = [
+                self._vision_features(images, placeholders, modality_ids),
+                self._text_features(embeddings, modality_ids),
+            ]
+            output = self.dms(features, modality_mask, self._readout, None if modality_weights is None else weights)
+            weights = output.weights
+        return Schedule(modality_ids, modality_mask, weights, embeddings, output)
+
+    def _key_bias(self, weights: Tensor, modality_ids: Tensor) -> Tensor | None:
+        """The attention bias (B, L), or `None` where fusion is not by attention or nothing is to be changed.
+
+        Uniform weights take the backbone's own path, so that they change nothing, not even rounding.
+        """
+        if self.config.dms_config.fusion != "attention":
+            return None
+        bias = key_bias(weights, modality_ids)
+        if torch.compiler.is_compiling() or bias.requires_grad or bool(bias.any()):
+            return bias
+        return None
+
+    def _scaled(self, schedule: Schedule) -> Tensor:
+        """The prompt's embeddings (B, L, D), scaled by the weights if fusion is by embedding."""
+        if self.config.dms_config.fusion != "embedding":
+            return schedule.embeddings
+        scale = embedding_scale(schedule.weights, schedule.modality_ids)
+        return schedule.embeddings * scale[..., None].to(schedule.embeddings.dtype)
+
+    def _with_dms(
+        self,
+        output_class: type,
+        outputs: Any,
+        schedule: Schedule | None,
+        labels: Tensor | None,
+        schedule_target: Tensor | None,
+        **fields: Any,
+    ) -> Any:
+        """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses."""
+        values = {**outputs, **fields}
+        if schedule is not None:
+            values |= {"modality_weights": schedule.weights, "modality_ids": schedule.modality_ids}
+            if schedule.output is not None:
+                values["modality_signals"] = schedule.output.signals
+            if labels is not None and schedule.output is not None:
+                losses = self.dms.losses(schedule.output, schedule.modality_mask, labels, schedule_target)
+                values["dms_losses"] = {"task": outputs.loss, **losses}
+                values["loss"] = outputs.loss + self.dms.total(losses)
+        return output_class(**values)
+
+    def _vision_features(
+        self, images: EncodedImages | None, placeholders: Tensor, modality_ids: Tensor
+    ) -> ModalityFeatures:
+        size, layers = self.dms.views[0].query.shape[0], self.dms.calibration.modalities[0].mean.shape
+        batch, device = len(placeholders), placeholders.device
+        if images is None:
+            mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+            return ModalityFeatures(
+                torch.zeros(batch, 1, size, device=device), mask, torch.zeros(batch, *layers, device=device)
+            )
+        if images.states is None:
+            raise ValueError(
+                "`mm_encoder_outputs` without hidden states cannot be weighed: "
+                "pass `pixel_values`, or `modality_weights`"
+            )
+        index, mask = compact(placeholders & (modality_ids == VISION))
+        number = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders)
+        flat = number.gather(1, index).clamp_min(0)  # (B, N), which image token stands at each place
+
+        def rows(tokens: Tensor) -> Tensor:
+            return tokens.flatten(-3, -2)[..., flat, :]
+
+        with torch.no_grad():
+            per_image = torch.stack(
+                [
+                    token_statistics(s, torch.ones(s.shape[:2], dtype=torch.bool, device=s.device))
+                    for s in images.states
+                ],
+                1,
+            ).to(device)
+            # the images of one sample count together
+            of_row = torch.div(placeholders.sum(1), images.tokens.shape[1], rounding_mode="floor")
+            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=len(per_image))
+            statistics = torch.zeros(batch, *per_image.shape[1:], device=device).index_add_(0, owner, per_image)
+            statistics = statistics / of_row.clamp_min(1)[:, None, None]
+        return ModalityFeatures(
+            rows(images.tokens), mask, statistics, lambda masks: rows(images.encode(masks)), images.encoder_size
+        )
+
+    def _text_features(self, embeddings: Tensor, modality_ids: Tensor) -> ModalityFeatures:
+        index, mask = compact(modality_ids == TEXT)
+        tokens = take(embeddings, index)
+        attended = mask.clone()
+        attended[:, 0] = True  # a sample without text must not attend to nothing
+
+        def states(tokens: Tensor, attended: Tensor) -> list[Tensor]:
+            return text_only_states(lambda: self._run_text(tokens, attended), tokens, self._text_layers)
+
+        statistics = torch.stack([token_statistics(state, mask) for state in states(tokens, attended)], 1)
+
+        def encode(masks: Tensor) -> Tensor:
+            passes = (tokens[None] * masks[:, None, None].to(tokens.dtype)).flatten(0, 1)
+            deepest = states(passes, attended.repeat(len(masks), 1))[-1]
+            if deepest.shape[-1] != tokens.shape[-1]:  # embeddings narrower than the layers (OPT-350m)
+                return passes.unflatten(0, (len(masks), -1))
+            return deepest.unflatten(0, (len(masks), -1))
+
+        return ModalityFeatures(tokens, mask, statistics, encode, tokens.shape[-1])
+
+    # ---- checks
+    # ------------------------------------------------------------------------------------------------------
+
+    def _check_images(self, pixel_values: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        finite = pixel_values.flatten(1).isfinite().all(1)
+        if not finite.all():
+            raise ValueError(
+                f"pixel_values of image(s) {(~finite).nonzero()[:, 0].tolist()} of the batch hold NaN or Inf"
+            )
+
+    def _check_count(self, placeholders: Tensor, tokens: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        found, needed = int(placeholders.sum()), tokens.shape[0] * tokens.shape[1]
+        if found != needed or bool((placeholders.sum(1) % tokens.shape[1]).any()):
+            raise ValueError(
+                f"{tokens.shape[0]} image(s) need {needed} image tokens, {tokens.shape[1]} each, but the prompts hold "
+                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, or truncation cut some"
+            )
+
+    def _check_weights(self, weights: Tensor, modality_mask: Tensor) -> Tensor:
+        if weights.shape != modality_mask.shape:
+            raise ValueError(
+                f"modality_weights must be (batch, modality) {tuple(modality_mask.shape)}, got {tuple(weights.shape)}"
+            )
+        weights = weights.to(modality_mask.device).float()
+        if not torch.compiler.is_compiling():
+            fine = weights.isfinite().all() and (weights >= 0).all() and (weights.sum(1) - 1).abs().max() < 1e-3
+            if not fine:
+                raise ValueError(
+                    f"modality_weights must be at least 0 and sum to 1 in every row, got {weights.tolist()}"
+                )
+        # an absent modality has weight 0 whatever the caller says
+        weights = weights * modality_mask
+        total = weights.sum(1, keepdim=True)
+        return torch.where(total > 0, weights / total.clamp_min(1e-12), uniform_weights(modality_mask))
+
+    # ---- calibration
+    # -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        dataloader: Iterable[dict[str, Any]],
+        level: int = 2,
+        max_samples: int = 1000,
+        show_progress: bool = True,
+    ) -> CalibrationReport:
+        """Fits clean statistics and, at level 2, a map from them to "this modality is damaged". No labels, no
+        gradients.
+
+        What is fitted is stored in buffers of `dms` and travels with the checkpoint. Only pooled features are kept in
+        memory.
+
+        Args:
+            dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
+                and `modality_mask`; other entries are ignored. Clean samples: whatever is damaged here will count as
+                normal.
+            level: 1 or 2.
+            max_samples: stop after about so many.
+            show_progress: show a progress bar.
+
+        Returns:
+            A report; print it for a table.
+
+        Raises:
+            ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, or another
+                level.
+        """
+        if level not in (1, 2):
+            raise ValueError(f"level must be 1 or 2, got {level!r}")
+        generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
+        training = {module: module.training for module in self.modules()}
+        self.eval()
+        clean: list[list[ModalityRecord]] = [[], []]
+        corrupted: list[dict[str, list[ModalityRecord]]] = [{}, {}]
+        present = []
+        try:
+            with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
+                for batch in dataloader:
+                    records, families, mask = self._calibration_batch(batch, generator)
+                    present.append(mask)
+                    for index in range(len(MODALITIES)):
+                        clean[index].append(records[index])
+                        for name, record in families[index].items():
+                            corrupted[index].setdefault(name, []).append(record)
+                    progress.update(len(mask))
+                    if progress.n >= max_samples or sum(map(len, present)) >= max_samples:
+                        break
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        if not present:
+            raise ValueError("the calibration data are empty")
+        return self.dms.calibration.fit(
+            [ModalityRecord.cat(records) for records in clean],
+            [{name: ModalityRecord.cat(rows) for name, rows in families.items()} for families in corrupted],
+            torch.cat(present),
+            level,
+        )
+
+    def _calibration_batch(self, batch: dict[str, Any], generator: torch.Generator):
+        names = ("input_ids", "attention_mask", "pixel_values", "modality_ids", "modality_mask")
+        inputs = {name: batch[name].to(self.device) for name in names if batch.get(name) is not None}
+        pixel_values = inputs.pop("pixel_values", None)
+        ids = inputs.get("modality_ids")
+        if ids is None:
+            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
+        placeholders = self._placeholders(inputs["input_ids"])
+        if pixel_values is not None:
+            pixel_values = pixel_values.to(self.dtype)
+            self._check_images(pixel_values)
+
+        def vision(pixels: Tensor | None) -> ModalityRecord:
+            images = None if pixels is None else self._encode_images(pixels)
+            if images is not None:
+                self._check_count(placeholders, images.tokens)
+            return self.dms.record(0, self._vision_features(images, placeholders, ids), self._readout)
+
+        def text(input_ids: Tensor, is_text: Tensor) -> ModalityRecord:
+            modality_ids = torch.where(is_text, TEXT, 0)
+            features = self._text_features(self.get_input_embeddings()(input_ids), modality_ids)
+            return self.dms.record(1, features, self._readout)
+
+        is_text = ids == TEXT
+        records = [vision(pixel_values), text(inputs["input_ids"], is_text)]
+        families: list[dict[str, ModalityRecord]] = [{}, {}]
+        if pixel_values is not None:
+            for name in IMAGE_FAMILIES:
+                families[0][name] = vision(corrupt_images(pixel_values, name, generator))
+        for name in TEXT_FAMILIES:
+            families[1][name] = text(*corrupt_texts(inputs["input_ids"], is_text, name, generator))
+        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
+        if pixel_values is None:
+            present[:, 0] = False
+        if "modality_mask" in inputs:
+            present = present & inputs["modality_mask"].bool()
+        return records, families, present.cpu()
+
+    # ---- saving
+    # ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the
+        result where this package is not installed."""
+        self.config.auto_map = auto_map(type(self), type(self.config), self._auto_map_name)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            export_code(type(self), type(self.config), save_directory)

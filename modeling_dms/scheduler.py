@@ -1,0 +1,140 @@
+"""Signals -> modality weights."""
+
+import torch
+from torch import Tensor, nn
+
+from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
+from modeling_dms.outputs import ModalitySignals
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero; a class of its own so that `_init_weights` can tell it apart."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def uniform_weights(modality_mask: Tensor) -> Tensor:
+    """Equal weights of the present modalities: (B, M) bool -> (B, M) float32, rows sum to 1.
+
+    Raises:
+        ValueError: naming the samples in which no modality is present.
+    """
+    if not torch.compiler.is_compiling():
+        empty = (~modality_mask.any(1)).nonzero()[:, 0]
+        if len(empty):
+            raise ValueError(f"sample(s) {empty.tolist()} of the batch have neither {' nor '.join(MODALITIES)}")
+    present = modality_mask.float()
+    return present / present.sum(1, keepdim=True)
+
+
+def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float = 0.0) -> Tensor:
+    """Softmax over the present modalities, no weight of a present one below `floor`.
+
+    Equal scores give *exactly* the uniform weights, so a sample with nothing suspicious is left bit for bit as it was.
+
+    Args:
+        scores: (B, M).
+        modality_mask: (B, M), True where present.
+        floor: from 0 to below 1 / M.
+
+    Returns:
+        (B, M), float32, rows sum to 1, absent modality exactly 0.
+    """
+    uniform = uniform_weights(modality_mask)
+    scores = scores.float().masked_fill(~modality_mask, -torch.inf)
+    count = modality_mask.sum(1, keepdim=True)
+    weights = floor + (1 - count * floor) * scores.softmax(1)
+    weights = weights.masked_fill(~modality_mask, 0)
+    lowest = scores.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
+    # a comparison has no gradient: under training the (equal) softmax itself must be returned
+    if scores.requires_grad:
+        return weights / weights.sum(1, keepdim=True)
+    return torch.where(scores.amax(1, keepdim=True) == lowest, uniform, weights)
+
+
+class ModalityScheduler(nn.Module):
+    """Weights each sample's modalities by its signals; `config.scheduler` names the rule.
+
+    Args:
+        config: a [`DMSConfig`].
+        modalities: M.
+    """
+
+    # standardised confidence, uncertainty, energy; consistency; typicality; damage; conflict
+    INPUTS = 7
+
+    def __init__(self, config: DMSConfig, modalities: int = len(MODALITIES)):
+        super().__init__()
+        self.config = config
+        if config.scheduler == "learned":
+            size = modalities * (self.INPUTS + (config.shared_size if config.scheduler_embeddings else 0))
+            self.hidden = nn.Linear(size, config.scheduler_hidden_size)
+            self.output = ZeroLinear(config.scheduler_hidden_size, modalities)
+
+    def forward(
+        self,
+        signals: ModalitySignals,
+        modality_mask: Tensor,
+        standardized: Tensor,
+        representations: Tensor,
+        entropy: Tensor,
+    ) -> Tensor:
+        """
+        Args:
+            signals: (B, M) each.
+            modality_mask: (B, M), True where present.
+            standardized: (B, M, 3), confidence, uncertainty and energy over their clean location and scale.
+            representations: h_m, (B, M, d_s).
+            entropy: unimodal predictive entropy, (B, M).
+
+        Returns:
+            (B, M), rows sum to 1, absent modality exactly 0.
+
+        Raises:
+            ValueError: if a sample has no modality.
+        """
+        if self.config.scheduler == "uniform":
+            return uniform_weights(modality_mask)
+        if self.config.scheduler == "entropy":
+            return weights_from_scores(-entropy / self.config.temperature, modality_mask)
+        if self.config.scheduler == "energy":
+            return weights_from_scores(signals.energy / self.config.temperature, modality_mask)
+        if self.config.scheduler == "rule":
+            return weights_from_scores(
+                rule_scores(signals, modality_mask, self.config), modality_mask, self.config.weight_floor
+            )
+        rows = [standardized, signals.consistency[..., None], signals.typicality[..., None]]
+        rows += [value.clamp(-10, 10)[..., None] for value in (signals.damage, signals.conflict)]
+        if self.config.scheduler_embeddings:
+            rows.append(representations)
+        inputs = torch.cat(rows, dim=-1).detach() * modality_mask[..., None]
+        scores = self.output(torch.nn.functional.gelu(self.hidden(inputs.flatten(1).to(self.hidden.weight.dtype))))
+        return weights_from_scores(scores, modality_mask, self.config.weight_floor)
+
+
+def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:
+    """Scores of the training-free rule: minus the evidence of damage beyond the threshold; 0 for nothing suspicious.
+
+    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities with coefficients
+    that calibration fitted. Disagreement sharpens: a damaged modality that still agrees with the other is pushed less
+    far down. Where both look clean but disagree, `conflict_prior` decides.
+
+    Returns:
+        (B, M), at most 0 without `conflict_prior` and additive consistency.
+    """
+    evidence = config.kappa * signals.damage.clamp_min(0)
+    conflict = signals.conflict.clamp_min(0)
+    if config.consistency == "sharpen":
+        scores = -evidence * (1 + config.sharpness * conflict)
+    else:
+        scores = config.sharpness * signals.consistency - evidence
+    if config.conflict_prior is not None:
+        undamaged = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
+        believed = MODALITIES.index(config.conflict_prior)
+        favour = torch.zeros_like(scores)
+        favour[:, believed] = torch.where(undamaged, config.conflict_kappa * conflict[:, believed], 0)
+        scores = scores + favour
+    return scores

@@ -1,0 +1,160 @@
+"""How typical a modality's features are of clean data: Gaussian statistics of a few layers, fitted without labels.
+
+Shapes: n samples, L layers, F = 2 * D features (mean and standard deviation over a modality's tokens), K principal
+    components.
+"""
+
+import torch
+from torch import Tensor
+
+
+EPS = 1e-6
+
+
+def token_statistics(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean and standard deviation over the tokens of each sample.
+
+    Args:
+        states: (B, N, D), one layer's hidden states.
+        mask: (B, N), True for tokens that count.
+
+    Returns:
+        (B, 2 * D), float32; zeros for a sample without tokens.
+    """
+    states, keep = states.float(), mask[..., None].float()
+    count = keep.sum(1).clamp_min(1)
+    mean = (states * keep).sum(1) / count
+    variance = ((states - mean[:, None]).pow(2) * keep).sum(1) / count
+    return torch.cat([mean, variance.sqrt()], dim=-1)
+
+
+def fit_gaussian(features: Tensor, components: int) -> dict[str, Tensor]:
+    """Mean, scale, principal subspace and residual of clean features, per layer.
+
+    Args:
+        features: (n, L, F) of clean samples.
+        components: K. Where n is small only the first n // 4 carry anything, the others are zero.
+
+    Returns:
+        `mean`, `scale` (L, F); `basis` (L, F, K), orthonormal or zero columns; `variance` (L, K); `residual` (L,),
+        mean squared residual per feature.
+    """
+    samples, layers, size = features.shape
+    used = max(1, min(components, samples // 4, size))
+    mean = features.mean(0)
+    centred = features - mean
+    scale = centred.pow(2).mean(0).sqrt()
+    # a feature that hardly varies on clean data must not turn rounding into distance
+    scale = scale.clamp_min(EPS + 1e-2 * scale.mean(-1, keepdim=True))
+    standard = (centred / scale).transpose(0, 1)  # (L, n, F)
+    _, singular, right = torch.linalg.svd(standard, full_matrices=False)
+    basis = torch.zeros(layers, size, components)
+    basis[:, :, :used] = right[:, :used].transpose(1, 2)
+    residual = (singular[:, used:].pow(2).sum(-1) / (samples * size)).clamp_min(EPS)
+    variance = torch.ones(layers, components)
+    # shrinkage: no direction is narrower than the residual's average one
+    variance[:, :used] = (singular[:, :used].pow(2) / samples).maximum(residual[:, None])
+    return {"mean": mean, "scale": scale, "basis": basis, "variance": variance, "residual": residual}
+
+
+def whiten(features: Tensor, gaussian: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Coordinates in the principal subspace, and what lies outside it.
+
+    Args:
+        features: (n, L, F).
+        gaussian: from `fit_gaussian`.
+
+    Returns:
+        (n, L, K), unit variance on clean data, and (n, L), the squared residual over its clean mean.
+    """
+    standard = (features - gaussian["mean"]) / gaussian["scale"]
+    inside = torch.einsum("nlf,lfk->nlk", standard, gaussian["basis"])
+    outside = standard.pow(2).sum(-1) - inside.pow(2).sum(-1)
+    outside = outside.clamp_min(0) / (standard.shape[-1] * gaussian["residual"])
+    return inside / gaussian["variance"].sqrt(), outside
+
+
+def log_distances(features: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
+    """Logarithms of the Mahalanobis distance within the principal subspace and of the residual beyond it.
+
+    Both appear because they fail in different places: a blank image hides in a full-covariance distance and shows in
+        the
+    residual (Lee et al., NeurIPS 2018, for the distance; Wang et al., CVPR 2022, for subspace + residual).
+
+    Returns:
+        (n, L, 2).
+    """
+    inside, outside = whiten(features, gaussian)
+    return torch.stack([inside.pow(2).sum(-1), outside], dim=-1).clamp_min(EPS).log() / 2
+
+
+def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Canonical correlation analysis of two whitened views: maps into a shared space where matched pairs agree.
+
+    Args:
+        first, second: (n, K), unit variance, row i of both from the same sample.
+        shrinkage: pulls the within-view covariances towards the identity.
+
+    Returns:
+        (K, K) each. Columns are scaled by the square root of the canonical correlation, so that directions in which
+        the views have nothing in common do not count.
+    """
+
+    def inverse_root(view: Tensor) -> Tensor:
+        covariance = view.T @ view / len(view)
+        covariance = (1 - shrinkage) * covariance + shrinkage * torch.eye(view.shape[1])
+        values, vectors = torch.linalg.eigh(covariance)
+        return vectors @ torch.diag(values.clamp_min(EPS).rsqrt()) @ vectors.T
+
+    left, right = inverse_root(first), inverse_root(second)
+    u, correlation, v = torch.linalg.svd(left @ (first.T @ second / len(first)) @ right)
+    # correlations that n samples of unrelated views would show by chance carry nothing
+    correlation = (correlation - (first.shape[1] / len(first)) ** 0.5).clamp(0, 1).sqrt()
+    return left @ u * correlation, right @ v.T * correlation
+
+
+def auroc(negative: Tensor, positive: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counting half (Mann-Whitney)."""
+    scores = torch.cat([negative, positive]).double()
+    values, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
+    n, p = len(negative), len(positive)
+    return float((ranks[n:].sum() - p * (p + 1) / 2) / (n * p))
+
+
+def fit_logistic(
+    inputs: Tensor, targets: Tensor, sample_weights: Tensor, ridge: float = 1e-2, steps: int = 50
+) -> Tensor:
+    """Ridge logistic regression by Newton's method.
+
+    Args:
+        inputs: (n, P).
+        targets: (n,), 0 or 1.
+        sample_weights: (n,), summing to 1.
+        ridge: weight of the squared coefficients (the intercept is free).
+
+    Returns:
+        (P + 1,), the coefficients and, last, the intercept.
+    """
+    design = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
+    targets, sample_weights = targets.double(), sample_weights.double()
+    penalty = torch.full((design.shape[1],), ridge, dtype=torch.double)
+    penalty[-1] = 1e-8
+    coefficients = torch.zeros(design.shape[1], dtype=torch.double)
+
+    def objective(value: Tensor) -> Tensor:
+        logits = design @ value
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return (sample_weights * losses).sum() + (penalty * value.pow(2)).sum() / 2
+
+    for _ in range(steps):
+        p = (design @ coefficients).sigmoid()
+        gradient = design.T @ (sample_weights * (p - targets)) + penalty * coefficients
+        hessian = (design.T * (sample_weights * (p * (1 - p)).clamp_min(1e-9))) @ design + torch.diag(penalty)
+        step, size = torch.linalg.solve(hessian, gradient), 1.0
+        while objective(coefficients - size * step) > objective(coefficients) and size > 1e-4:
+            size /= 2
+        coefficients = coefficients - size * step
+        if float((size * step).abs().max()) < 1e-8:
+            break
+    return coefficients.float()

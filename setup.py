@@ -1,0 +1,52 @@
+"""Metadata of the package. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
+
+EVAL = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10"]
+TRAIN = ["accelerate>=1.10", "peft>=0.20", *EVAL]
+DEV = ["build", "hypothesis>=6", "pyright>=1.1.400", "pytest>=8", "pytest-xdist>=3", "ruff>=0.12", *TRAIN]
+
+setup(
+    name="modeling-dms",
+    version=VERSION,
+    description="Dynamic Modality Scheduling for BLIP-2 and LLaVA: a Hugging Face transformers extension",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["multimodal", "vision-language", "robustness", "calibration", "transformers", "blip-2", "llava"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
+    install_requires=["torch>=2.10", "transformers>=5.23,<6"],
+    extras_require={"demo": EVAL, "eval": EVAL, "train": TRAIN, "dev": DEV},
+    # `configuration` and `training` are too generic as import names of their own
+    package_dir={
+        "modeling_dms": "modeling_dms",
+        "modeling_dms.configuration": "configuration",
+        "modeling_dms.training": "training",
+    },
+    packages=[
+        "modeling_dms",
+        "modeling_dms.configuration",
+        "modeling_dms.training",
+        "modeling_dms.training.corruptions",
+        "modeling_dms.training.data",
+    ],
+    package_data={"modeling_dms": ["py.typed"], "modeling_dms.training": ["checkpoints/*/*"]},
+    entry_points={"console_scripts": ["dms = modeling_dms.training.cli:app"]},
+)

@@ -1,0 +1,1 @@
+"""Data, corruptions, evaluation, the demo and the command line. Imports `modeling_dms`; nothing there imports this."""

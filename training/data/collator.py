@@ -1,0 +1,87 @@
+"""Samples -> the tensors a BLIP-2 or LLaVA class takes, with `modality_ids`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Blip2Processor, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from modeling_dms.training.data.samples import Sample
+
+
+@dataclass
+class PromptCollator:
+    """Builds `context: ... question: ... answer:` prompts, tokenizes, pads and marks what each position holds.
+
+    Image placeholders get modality 1, the tokens of the context passage 2, everything else (the question, special
+    tokens, padding, the answer) 0: the scheduler weighs the image against the context and leaves the question alone. A
+        sample without
+    an image gets no placeholder, one without a context no passage, also mixed within a batch.
+
+    Attributes:
+        processor: a `LlavaProcessor` or `Blip2Processor`.
+        with_labels: append the first answer and the end token as labels and pad on the right (training); otherwise the
+            prompt alone, padded on the left (generation).
+    """
+
+    processor: ProcessorMixin
+    with_labels: bool = False
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `pixel_values` (images, 3, H, W) where there
+        is an image, and `labels` (B, L) if asked for.
+
+        Raises:
+            ValueError: naming the sample whose image cannot be read, or which has no answer to train on.
+        """
+        tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
+        rows: list[dict[str, list[int]]] = []
+        pixels = []
+        for sample in samples:
+            image = sample.load_image()
+            ids, modality_ids = self._encode(sample, image)
+            if image is not None:
+                pixels.append(self.processor.image_processor(image, return_tensors="pt")["pixel_values"])
+            labels = [-100] * len(ids)
+            if self.with_labels:
+                if not sample.answers:
+                    raise ValueError(f"sample {sample.id!r} has no answer to train on")
+                answer = tokenizer(f" {sample.answers[0]}", add_special_tokens=False)["input_ids"]
+                answer = [*answer, tokenizer.eos_token_id]
+                ids, labels, modality_ids = ids + answer, labels + answer, modality_ids + [0] * len(answer)
+            rows.append(
+                {"input_ids": ids, "attention_mask": [1] * len(ids), "modality_ids": modality_ids, "labels": labels}
+            )
+
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "modality_ids": 0, "labels": -100}
+        names = list(fill) if self.with_labels else list(fill)[:3]
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {}
+        for name in names:
+            padding = [[fill[name]] * (length - len(row[name])) for row in rows]
+            padded = [r[name] + p if self.with_labels else p + r[name] for r, p in zip(rows, padding, strict=True)]
+            batch[name] = torch.tensor(padded)
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch
+
+    def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int]]:
+        before = "context: "
+        context = (sample.context or "").strip()
+        prompt = f"{before}{context} " if context else ""
+        prompt += f"question: {sample.question.strip()} answer:"
+        is_blip2 = isinstance(self.processor, Blip2Processor)
+        placeholder = "" if image is None or is_blip2 else self.processor.image_token
+        encoded = self.processor(images=image, text=placeholder + prompt, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
+        image_token = self.processor.tokenizer.convert_tokens_to_ids(str(self.processor.image_token))
+        # the processor expands the placeholder in front of the prompt, so spans are counted from the prompt's end
+        shift = max(end for token, (_, end) in zip(ids, offsets, strict=True) if token != image_token) - len(prompt)
+        first, last = shift + len(before), shift + len(before) + len(context)
+        modality_ids = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            inside = bool(context) and start < last and end > first and end > start
+            modality_ids.append(1 if token == image_token else 2 if inside else 0)
+        return ids, modality_ids

@@ -1,0 +1,58 @@
+"""Context-VQA on the images and questions of the `easy-vqa` package (MIT): an image of one coloured shape, a sentence
+that says the same, and a question that either of them answers."""
+
+import zlib
+from pathlib import Path
+
+from modeling_dms.training.data.samples import Sample
+
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+CONTEXTS = (
+    "the picture shows a {color} {shape}.",
+    "this image contains a {color} {shape}.",
+    "there is a {color} {shape} in the picture.",
+    "a {color} {shape} can be seen here.",
+    "someone drew a {color} {shape} on paper.",
+)
+
+
+def _scene_of(questions: list[tuple[str, str]]) -> dict[str, str]:
+    """Color and shape of an image, read off its questions and answers (some images do not tell both)."""
+    scene = {}
+    for question, answer in questions:
+        words = set(question.rstrip("?").split())
+        negated = bool(words & {"not", "no"})
+        if answer not in ("yes", "no") or (answer == "yes") != negated:
+            words.add(answer)
+            scene.update({"color": color for color in COLORS if color in words})
+            scene.update({"shape": shape for shape in SHAPES if shape in words})
+    return scene
+
+
+def load_easy_vqa(split: str) -> list[Sample]:
+    """All questions of a split on the images whose color and shape are known, in the package's order.
+
+    Args:
+        split: `"train"` (3,542 images) or `"test"` (880 images); the two share no image.
+    """
+    import easy_vqa
+
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    questions, answers, image_ids = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    by_image: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image_id in zip(questions, answers, image_ids, strict=True):
+        by_image.setdefault(image_id, []).append((question, answer))
+    samples = []
+    for image_id, asked in by_image.items():
+        scene = _scene_of(asked)
+        if len(scene) < 2:
+            continue
+        context = CONTEXTS[zlib.crc32(f"{split}-{image_id}".encode()) % len(CONTEXTS)].format(**scene)
+        for number, (question, answer) in enumerate(asked):
+            sample_id = f"easy-vqa-{split}-{image_id}-{number}"
+            samples.append(Sample(sample_id, Path(paths[image_id]), context, question, (answer,)))
+    return samples
