@@ -63,7 +63,7 @@ class DMSConfig(PreTrainedConfig):
             disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
             cancels).
         vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
-            (0 is the embedding output). Default: five, spread over the inner layers.
+            (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
             model.
             Default: 1, 2 and 4, at most half its depth.
@@ -154,7 +154,8 @@ class DMSConfig(PreTrainedConfig):
             ValueError: if a configured layer does not exist.
         """
         if modality == "vision":
-            default = {min(depth, max(1, round(depth * share))) for share in (0.2, 0.35, 0.5, 0.65, 0.8)}
+            # middle layers tell most kinds of damage, the embeddings see noise that the first layers already absorb
+            default = {0, *(max(1, round(depth * share)) for share in (0.2, 0.4, 0.6, 0.8))}
         else:
             default = {layer for layer in (1, 2, 4) if layer <= max(1, depth // 2)}
         layers = getattr(self, f"{modality}_layers")
@@ -178,6 +179,13 @@ _INHERITED = {
 _INHERITED |= {"attn_implementation", "_attn_implementation", "output_attentions"}
 
 
+def _from_vanilla(config_dict: dict[str, Any], vanilla: type[PreTrainedConfig], own: type[PreTrainedConfig]) -> dict:
+    """A vanilla checkpoint's configuration is a DMS one without choices: no reason to warn of another model type."""
+    if config_dict.get("model_type") == vanilla.model_type:
+        return {**config_dict, "model_type": own.model_type}
+    return config_dict
+
+
 def _with_dms(defaults: dict[str, SubConfigSpec]) -> dict[str, SubConfigSpec]:
     return {**defaults, "dms_config": SubConfigSpec(config_class=DMSConfig)}
 
@@ -191,6 +199,11 @@ class DMSLlavaConfig(LlavaConfig):
 
     dms_config: dict | PreTrainedConfig | None = None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _from_vanilla(config_dict, LlavaConfig, cls), kwargs
+
 
 @strict
 class DMSBlip2Config(Blip2Config):
@@ -200,6 +213,11 @@ class DMSBlip2Config(Blip2Config):
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Blip2Config.sub_configs_defaults)
 
     dms_config: dict | PreTrainedConfig | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _from_vanilla(config_dict, Blip2Config, cls), kwargs
 
 
 __all__ = ["DMSBlip2Config", "DMSConfig", "DMSLlavaConfig"]

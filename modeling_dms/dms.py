@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling_dms.calibration import Calibration, ModalityRecord
+from modeling_dms.calibration import Calibration
+from modeling_dms.calibration_fit import ModalityRecord
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.losses import contrastive_loss, modality_weight_consistency_loss, schedule_loss, unimodal_loss
 from modeling_dms.outputs import DMSOutput, ModalitySignals
@@ -219,4 +220,5 @@ class DynamicModalityScheduling(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """sum of lambda * loss over what `losses` returned."""
-        return sum(getattr(self.config, f"lambda_{name}") * loss for name, loss in losses.items())
+        weighted = [getattr(self.config, f"lambda_{name}") * loss for name, loss in losses.items()]
+        return torch.stack(weighted).sum() if weighted else torch.zeros(())

@@ -3,7 +3,7 @@
 Identities: uniform weights change nothing; weight 0 equals masking that modality's positions out of the attention.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def biased_attention(
 
     def fold(mask: Tensor | None) -> Tensor:
         if mask is None:  # the library leaves out a purely causal mask
-            mask = create_causal_mask(
+            causal = create_causal_mask(
                 config=config,
                 inputs_embeds=inputs,
                 attention_mask=None,
@@ -121,6 +121,7 @@ def biased_attention(
                 position_ids=position_ids,
                 allow_is_causal_skip=False,
             )
+            mask = cast(Tensor, causal)
         return fold_key_bias(mask, bias, inputs.dtype, _first_key(past_key_values, query_length, mask.shape[-1]))
 
     return {"attention_mask": {k: fold(m) for k, m in masks.items()} if isinstance(masks, dict) else fold(masks)}

@@ -1,103 +1,24 @@
-"""What every DMS backbone shares: from inputs to modality weights, calibration, saving."""
+"""What every DMS backbone shares: from inputs to modality weights, and loading and saving."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import initialization as init
 
-from modeling_dms.calibration import CalibrationReport, ModalityRecord, Statistics
+from modeling_dms.calibration import Statistics
+from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView
 from modeling_dms.export import auto_map, export_code
 from modeling_dms.fusion import embedding_scale, key_bias
-from modeling_dms.outputs import DMSOutput
+from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
-from modeling_dms.self_corruption import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
 from modeling_dms.text_only import layers_of, text_only_states, watch_layers
 from modeling_dms.typicality import token_statistics
 
 
-VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
-
-
-@dataclass
-class EncodedImages:
-    """Images as the backbone encodes them.
-
-    Attributes:
-        outputs: what the backbone's `get_image_features` returned.
-        tokens: (I, N, D), projected into the language model's space.
-        states: (I, N', D') each, hidden states of the chosen layers of the vision tower; `None` if they were not kept.
-        encode: dropout masks (T, size) on the inputs of the projector / Q-Former -> (T, I, N, D).
-        encoder_size: size of these inputs.
-    """
-
-    outputs: Any
-    tokens: Tensor
-    states: list[Tensor] | None
-    encode: Callable[[Tensor], Tensor]
-    encoder_size: int
-
-    def expand(self, count: int) -> "EncodedImages":
-        """One image for `count` texts: the same features for every pair."""
-        if len(self.tokens) == count:
-            return self
-        repeat = count // len(self.tokens)
-        states = None if self.states is None else [s.repeat(repeat, 1, 1) for s in self.states]
-        encode = self.encode
-        return EncodedImages(
-            self.outputs,
-            self.tokens.repeat(repeat, 1, 1),
-            states,
-            lambda masks: encode(masks).repeat(1, repeat, 1, 1),
-            self.encoder_size,
-        )
-
-
-@dataclass
-class Schedule:
-    """Weights of a batch and what they were made from.
-
-    Attributes:
-        modality_ids: (B, L).
-        modality_mask: (B, M).
-        weights: (B, M).
-        embeddings: (B, L, D), text embeddings with the image tokens filled in.
-        output: `None` where no signals were needed.
-    """
-
-    modality_ids: Tensor
-    modality_mask: Tensor
-    weights: Tensor
-    embeddings: Tensor
-    output: DMSOutput | None
-
-
-def compact(where: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the True entries of each row, moved to the left.
-
-    Args:
-        where: (B, L).
-
-    Returns:
-        Indices (B, N) and a mask (B, N) of the real ones, with N >= 1 the largest count.
-    """
-    count = where.sum(1)
-    size = max(1, int(count.max()))
-    order = (~where).long().argsort(dim=1, stable=True)[:, :size]
-    return order, torch.arange(size, device=where.device) < count[:, None]
-
-
-def take(states: Tensor, index: Tensor) -> Tensor:
-    """(B, L, D), (B, N) -> (B, N, D)."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-
-
-class DMSMixin:
+class DMSMixin(CalibrationMixin):
     """Adds the `dms` submodule to a `PreTrainedModel`. A backbone says how it encodes images and where its text stack
     is."""
 
@@ -106,8 +27,7 @@ class DMSMixin:
     # the Auto class that loads an exported checkpoint
     _auto_map_name = "AutoModelForImageTextToText"
 
-    # ---- what a backbone provides
-    # ------------------------------------------------------------------------------------
+    # --- what a backbone provides
 
     def _text_stack(self) -> nn.Module:
         """The language model's decoder, or the encoder of an encoder-decoder."""
@@ -126,15 +46,14 @@ class DMSMixin:
         head = self.get_output_embeddings()
         return head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
 
-    # ---- construction
-    # ------------------------------------------------------------------------------------------------
+    # --- construction
 
     def _add_dms(self, vision_depth: int, vision_size: int, text_size: int) -> None:
         config: DMSConfig = self.config.dms_config
         stack = self._text_stack()
         self._vision_layers = config.layers_of("vision", vision_depth)
         self._text_layers = config.layers_of("text", len(layers_of(stack)))
-        token_size = self.get_input_embeddings().weight.shape[1]
+        self._token_size = token_size = self.get_input_embeddings().weight.shape[1]
         self.dms = DynamicModalityScheduling(
             config,
             [
@@ -158,8 +77,7 @@ class DMSMixin:
         else:
             super()._init_weights(module)
 
-    # ---- from inputs to weights
-    # --------------------------------------------------------------------------------------
+    # --- from inputs to weights
 
     @property
     def _is_static(self) -> bool:
@@ -289,12 +207,14 @@ class DMSMixin:
     def _vision_features(
         self, images: EncodedImages | None, placeholders: Tensor, modality_ids: Tensor
     ) -> ModalityFeatures:
-        size, layers = self.dms.views[0].query.shape[0], self.dms.calibration.modalities[0].mean.shape
+        layers = self.dms.calibration.modalities[0].mean.shape
         batch, device = len(placeholders), placeholders.device
         if images is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
             return ModalityFeatures(
-                torch.zeros(batch, 1, size, device=device), mask, torch.zeros(batch, *layers, device=device)
+                torch.zeros(batch, 1, self._token_size, device=device),
+                mask,
+                torch.zeros(batch, *layers, device=device),
             )
         if images.states is None:
             raise ValueError(
@@ -345,8 +265,7 @@ class DMSMixin:
 
         return ModalityFeatures(tokens, mask, statistics, encode, tokens.shape[-1])
 
-    # ---- checks
-    # ------------------------------------------------------------------------------------------------------
+    # --- checks
 
     def _check_images(self, pixel_values: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -384,110 +303,29 @@ class DMSMixin:
         total = weights.sum(1, keepdim=True)
         return torch.where(total > 0, weights / total.clamp_min(1e-12), uniform_weights(modality_mask))
 
-    # ---- calibration
-    # -------------------------------------------------------------------------------------------------
+    # --- loading and saving
 
-    @torch.no_grad()
-    def calibrate(
-        self,
-        dataloader: Iterable[dict[str, Any]],
-        level: int = 2,
-        max_samples: int = 1000,
-        show_progress: bool = True,
-    ) -> CalibrationReport:
-        """Fits clean statistics and, at level 2, a map from them to "this modality is damaged". No labels, no
-        gradients.
-
-        What is fitted is stored in buffers of `dms` and travels with the checkpoint. Only pooled features are kept in
-        memory.
-
-        Args:
-            dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
-                and `modality_mask`; other entries are ignored. Clean samples: whatever is damaged here will count as
-                normal.
-            level: 1 or 2.
-            max_samples: stop after about so many.
-            show_progress: show a progress bar.
-
-        Returns:
-            A report; print it for a table.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, from safetensors only. `dms_config=DMSConfig(...)` replaces the
+        checkpoint's.
 
         Raises:
-            ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, or another
-                level.
+            ValueError: if the checkpoint lacks weights of the backbone, or a part of a trained `dms`: only `dms.*` may
+                be new.
         """
-        if level not in (1, 2):
-            raise ValueError(f"level must be 1 or 2, got {level!r}")
-        generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
-        training = {module: module.training for module in self.modules()}
-        self.eval()
-        clean: list[list[ModalityRecord]] = [[], []]
-        corrupted: list[dict[str, list[ModalityRecord]]] = [{}, {}]
-        present = []
-        try:
-            with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
-                for batch in dataloader:
-                    records, families, mask = self._calibration_batch(batch, generator)
-                    present.append(mask)
-                    for index in range(len(MODALITIES)):
-                        clean[index].append(records[index])
-                        for name, record in families[index].items():
-                            corrupted[index].setdefault(name, []).append(record)
-                    progress.update(len(mask))
-                    if progress.n >= max_samples or sum(map(len, present)) >= max_samples:
-                        break
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not present:
-            raise ValueError("the calibration data are empty")
-        return self.dms.calibration.fit(
-            [ModalityRecord.cat(records) for records in clean],
-            [{name: ModalityRecord.cat(rows) for name, rows in families.items()} for families in corrupted],
-            torch.cat(present),
-            level,
-        )
-
-    def _calibration_batch(self, batch: dict[str, Any], generator: torch.Generator):
-        names = ("input_ids", "attention_mask", "pixel_values", "modality_ids", "modality_mask")
-        inputs = {name: batch[name].to(self.device) for name in names if batch.get(name) is not None}
-        pixel_values = inputs.pop("pixel_values", None)
-        ids = inputs.get("modality_ids")
-        if ids is None:
-            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
-        placeholders = self._placeholders(inputs["input_ids"])
-        if pixel_values is not None:
-            pixel_values = pixel_values.to(self.dtype)
-            self._check_images(pixel_values)
-
-        def vision(pixels: Tensor | None) -> ModalityRecord:
-            images = None if pixels is None else self._encode_images(pixels)
-            if images is not None:
-                self._check_count(placeholders, images.tokens)
-            return self.dms.record(0, self._vision_features(images, placeholders, ids), self._readout)
-
-        def text(input_ids: Tensor, is_text: Tensor) -> ModalityRecord:
-            modality_ids = torch.where(is_text, TEXT, 0)
-            features = self._text_features(self.get_input_embeddings()(input_ids), modality_ids)
-            return self.dms.record(1, features, self._readout)
-
-        is_text = ids == TEXT
-        records = [vision(pixel_values), text(inputs["input_ids"], is_text)]
-        families: list[dict[str, ModalityRecord]] = [{}, {}]
-        if pixel_values is not None:
-            for name in IMAGE_FAMILIES:
-                families[0][name] = vision(corrupt_images(pixel_values, name, generator))
-        for name in TEXT_FAMILIES:
-            families[1][name] = text(*corrupt_texts(inputs["input_ids"], is_text, name, generator))
-        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
-        if pixel_values is None:
-            present[:, 0] = False
-        if "modality_mask" in inputs:
-            present = present & inputs["modality_mask"].bool()
-        return records, families, present.cpu()
-
-    # ---- saving
-    # ------------------------------------------------------------------------------------------------------
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = set(info["missing_keys"])
+        own = {f"dms.{name}" for name in model.dms.state_dict()}
+        # a vanilla checkpoint has nothing of `dms`; another scheduler than the saved one starts anew
+        new = own if own <= missing else {name for name in own if name.startswith("dms.scheduler.")}
+        if missing - new:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"
+            )
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the

@@ -1,6 +1,6 @@
 """BLIP-2 with Dynamic Modality Scheduling: where DMS meets its generative and its retrieval class."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from transformers.utils.generic import can_return_tuple
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
 from modeling_dms.fusion import check_attention, fold_key_bias, relative_weights
 from modeling_dms.key_biased import key_biased
-from modeling_dms.mixin import TEXT, VISION, DMSMixin, EncodedImages, Schedule
+from modeling_dms.mixin import DMSMixin
 from modeling_dms.outputs import DMSBlip2Output, DMSBlip2RetrievalOutput, with_weights
+from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule
 
 
 class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, GenerationMixin):
@@ -61,7 +62,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
             out = self.qformer(query_embeds=queries, encoder_hidden_states=passes, return_dict=True).last_hidden_state
             return self.language_projection(out.to(features.dtype)).unflatten(0, (len(masks), -1))
 
-        return EncodedImages(outputs, outputs.pooler_output, states, encode, features.shape[-1])
+        return EncodedImages(outputs, cast(Tensor, outputs.pooler_output), states, encode, features.shape[-1])
 
     def _steer(self, schedule: Schedule, attention_mask: Tensor | None) -> dict[str, Any]:
         """Keyword arguments that make the language model attend by the weights."""
@@ -81,15 +82,15 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        modality_ids: torch.LongTensor | None = None,
+        modality_ids: torch.Tensor | None = None,
         modality_mask: torch.Tensor | None = None,
         modality_weights: torch.Tensor | None = None,
         schedule_target: torch.Tensor | None = None,
@@ -140,11 +141,11 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        modality_ids: torch.LongTensor | None = None,
+        modality_ids: torch.Tensor | None = None,
         modality_mask: torch.Tensor | None = None,
         modality_weights: torch.Tensor | None = None,
         **generate_kwargs: Any,
@@ -237,12 +238,12 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         use_image_text_matching_head: bool | None = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        modality_ids: torch.LongTensor | None = None,
+        modality_ids: torch.Tensor | None = None,
         modality_mask: torch.Tensor | None = None,
         modality_weights: torch.Tensor | None = None,
         **kwargs: Any,
@@ -295,8 +296,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
                 steered = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
         outputs = super().forward(
             pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=steered,
+            input_ids=cast(Any, input_ids),
+            attention_mask=cast(Any, steered),
             use_image_text_matching_head=use_image_text_matching_head,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,

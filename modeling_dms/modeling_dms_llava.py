@@ -1,6 +1,6 @@
 """LLaVA with Dynamic Modality Scheduling: where DMS meets `LlavaForConditionalGeneration`."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,24 +68,25 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
             return self.model.multi_modal_projector(passes)
 
         size = len(selected) * self.config.vision_config.hidden_size
-        return EncodedImages(outputs, torch.stack(list(outputs.pooler_output)), states, encode, size)
+        tokens = torch.stack(list(cast(list[Tensor], outputs.pooler_output)))
+        return EncodedImages(outputs, tokens, states, encode, size)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        modality_ids: torch.LongTensor | None = None,
+        modality_ids: torch.Tensor | None = None,
         modality_mask: torch.Tensor | None = None,
         modality_weights: torch.Tensor | None = None,
         schedule_target: torch.Tensor | None = None,
@@ -204,7 +205,7 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
 # classes outside of transformers inherit no conversion of checkpoint keys: without this a vanilla LLaVA loads with a
 # random lm_head
 register_checkpoint_conversion_mapping(
-    DMSLlavaForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
+    DMSLlavaForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava") or [], overwrite=True
 )
 
 

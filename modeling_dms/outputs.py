@@ -32,17 +32,17 @@ class ModalitySignals(ModelOutput):
         flagged.
     """
 
-    confidence: torch.FloatTensor | None = None
-    uncertainty: torch.FloatTensor | None = None
-    consistency: torch.FloatTensor | None = None
-    energy: torch.FloatTensor | None = None
-    typicality: torch.FloatTensor | None = None
-    damage: torch.FloatTensor | None = None
-    conflict: torch.FloatTensor | None = None
+    confidence: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    consistency: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
+    typicality: torch.Tensor | None = None
+    damage: torch.Tensor | None = None
+    conflict: torch.Tensor | None = None
 
 
 @dataclass
-class DMSOutput(ModelOutput):
+class DMSOutput:
     r"""Output of the `dms` submodule.
 
     weights: (B, M), rows sum to 1, absent modality exactly 0.
@@ -52,11 +52,11 @@ class DMSOutput(ModelOutput):
     logits: unimodal logits, (B, M, K).
     """
 
-    weights: torch.FloatTensor | None = None
-    signals: ModalitySignals | None = None
-    representations: torch.FloatTensor | None = None
-    fused: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    weights: torch.Tensor
+    signals: ModalitySignals
+    representations: torch.Tensor
+    fused: torch.Tensor
+    logits: torch.Tensor
 
 
 @dataclass
@@ -69,37 +69,37 @@ class DMSLlavaOutput(LlavaCausalLMOutputWithPast):
     dms_losses: the unweighted losses by name, with `task` for the backbone's own; `None` without labels.
     """
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
-    modality_ids: torch.LongTensor | None = None
-    dms_losses: dict[str, torch.FloatTensor] | None = None
+    modality_ids: torch.Tensor | None = None
+    dms_losses: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
 class DMSBlip2Output(Blip2ForConditionalGenerationModelOutput):
     r"""`Blip2ForConditionalGenerationModelOutput` with the fields of [`DMSLlavaOutput`]."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
-    modality_ids: torch.LongTensor | None = None
-    dms_losses: dict[str, torch.FloatTensor] | None = None
+    modality_ids: torch.Tensor | None = None
+    dms_losses: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
 class DMSBlip2RetrievalOutput(Blip2ImageTextMatchingModelOutput):
     r"""`Blip2ImageTextMatchingModelOutput` with the fields of [`DMSLlavaOutput`]."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
-    modality_ids: torch.LongTensor | None = None
-    dms_losses: dict[str, torch.FloatTensor] | None = None
+    modality_ids: torch.Tensor | None = None
+    dms_losses: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
 class DMSGenerateDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     r"""`GenerateDecoderOnlyOutput` with `modality_weights` (B, M) and `modality_signals`."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
 
 
@@ -107,7 +107,7 @@ class DMSGenerateDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 class DMSGenerateBeamDecoderOnlyOutput(GenerateBeamDecoderOnlyOutput):
     r"""`GenerateBeamDecoderOnlyOutput` with `modality_weights` (B, M) and `modality_signals`."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
 
 
@@ -115,7 +115,7 @@ class DMSGenerateBeamDecoderOnlyOutput(GenerateBeamDecoderOnlyOutput):
 class DMSGenerateEncoderDecoderOutput(GenerateEncoderDecoderOutput):
     r"""`GenerateEncoderDecoderOutput` with `modality_weights` (B, M) and `modality_signals`."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
 
 
@@ -123,7 +123,7 @@ class DMSGenerateEncoderDecoderOutput(GenerateEncoderDecoderOutput):
 class DMSGenerateBeamEncoderDecoderOutput(GenerateBeamEncoderDecoderOutput):
     r"""`GenerateBeamEncoderDecoderOutput` with `modality_weights` (B, M) and `modality_signals`."""
 
-    modality_weights: torch.FloatTensor | None = None
+    modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818
     """Raised by the deepest wanted layer: the layers behind it need not run."""
 
 

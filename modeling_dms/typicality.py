@@ -116,7 +116,7 @@ def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tupl
 def auroc(negative: Tensor, positive: Tensor) -> float:
     """Probability that a positive scores above a negative, ties counting half (Mann-Whitney)."""
     scores = torch.cat([negative, positive]).double()
-    values, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
     ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
     n, p = len(negative), len(positive)
     return float((ranks[n:].sum() - p * (p + 1) / 2) / (n * p))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 
 def _level(severity: int, *levels: float) -> float:
@@ -111,6 +111,25 @@ def salt_and_pepper(image: Image.Image, severity: int, generator: np.random.Gene
     return _image(pixels)
 
 
+def clutter(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """Colored discs, boxes and triangles scattered over the image, as stickers or raindrops on a lens."""
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(_level(severity, 2, 4, 7, 11, 16))):
+        size = generator.uniform(0.1, 0.25) * max(image.size)
+        x, y = generator.uniform(0, image.size)
+        color = tuple(int(value) for value in generator.integers(0, 256, 3))
+        kind = generator.integers(3)
+        box = (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
+        if kind == 0:
+            draw.ellipse(box, fill=color)
+        elif kind == 1:
+            draw.rectangle(box, fill=color)
+        else:
+            draw.polygon([(box[0], box[3]), (box[2], box[3]), (x, box[1])], fill=color)
+    return image
+
+
 def channel_swap(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
     """Color channels rotated: looks like a clean image of another color, so it counts as a conflict."""
     red, green, blue = image.split()
@@ -133,6 +152,7 @@ IMAGE_CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], I
         solarize,
         color_cast,
         salt_and_pepper,
+        clutter,
         channel_swap,
     )
 }

@@ -26,8 +26,8 @@ def _scene_of(questions: list[tuple[str, str]]) -> dict[str, str]:
         negated = bool(words & {"not", "no"})
         if answer not in ("yes", "no") or (answer == "yes") != negated:
             words.add(answer)
-            scene.update({"color": color for color in COLORS if color in words})
-            scene.update({"shape": shape for shape in SHAPES if shape in words})
+            for name, values in (("color", COLORS), ("shape", SHAPES)):
+                scene |= {name: value for value in values if value in words}  # noqa: B035
     return scene
 
 

@@ -1,0 +1,405 @@
+"""`dms demo` and `dms predict`: static, DMS and oracle weights on real images, with the checkpoints this package
+ships."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from modeling_dms import (
+    DMSBlip2ForConditionalGeneration,
+    DMSConfig,
+    DMSLlavaForConditionalGeneration,
+    __version__,
+)
+from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.evaluation import (
+    answer_tokens,
+    bootstrap_interval,
+    oracle_gap_closed,
+    predict,
+)
+from modeling_dms.typicality import auroc
+
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+MODEL_CLASSES = {
+    "llava": DMSLlavaForConditionalGeneration,
+    "dms_llava": DMSLlavaForConditionalGeneration,
+    "blip-2": DMSBlip2ForConditionalGeneration,
+    "dms_blip_2": DMSBlip2ForConditionalGeneration,
+}
+STATIC, ORACLES = (0.5, 0.5), (0.05, 0.01)
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A corruption as the demo shows it.
+
+    Attributes:
+        name: of `corrupt`, or `"clean"`.
+        group: `"clean"`; `"unseen image"` and `"unseen text"`, of which neither training nor calibration saw the
+            family; `"seen"` by either; `"conflict"`, where both inputs look clean but disagree.
+        severity: 1 to 5.
+    """
+
+    name: str
+    group: str
+    severity: int = 4
+
+    @property
+    def modality(self) -> int:
+        """0 if the image is corrupted, 1 if the context is."""
+        return int(self.name.startswith("text"))
+
+
+CONDITIONS = (
+    Condition("clean", "clean"),
+    Condition("image:invert", "unseen image"),
+    Condition("image:stripes", "unseen image"),
+    Condition("image:color_cast", "unseen image"),
+    Condition("image:solarize", "unseen image"),
+    Condition("image:dark", "unseen image"),
+    Condition("image:low_contrast", "unseen image"),
+    Condition("image:pixelate", "unseen image"),
+    Condition("image:jigsaw", "unseen image"),
+    Condition("image:salt_and_pepper", "unseen image"),
+    Condition("text:typos", "unseen text"),
+    Condition("text:scramble", "unseen text"),
+    Condition("image:occlusion", "seen"),
+    Condition("image:blur", "seen"),
+    Condition("text:random_words", "seen"),
+    Condition("text:missing", "seen"),
+    Condition("image:mismatch", "conflict"),
+    Condition("image:channel_swap", "conflict"),
+    Condition("text:mismatch", "conflict"),
+)
+
+
+@dataclass
+class Row:
+    """One condition's result."""
+
+    condition: str
+    group: str
+    severity: int | None
+    static: float
+    dms: float
+    oracle: float | None
+    weight_vision: float
+    weight_text: float
+
+
+def load_demo_model(backbone: str) -> tuple[PreTrainedModel, PromptCollator]:
+    """A shipped static checkpoint as a DMS model (not calibrated yet), and its collator."""
+    return load_model(CHECKPOINTS / f"demo-{backbone}")
+
+
+def load_model(name: str | Path) -> tuple[PreTrainedModel, PromptCollator]:
+    """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its collator.
+
+    Raises:
+        ValueError: for another model type.
+    """
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type not in MODEL_CLASSES:
+        raise ValueError(f"{name} is a {model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
+    model = MODEL_CLASSES[model_type].from_pretrained(name).eval()
+    return model, PromptCollator(AutoProcessor.from_pretrained(name))
+
+
+def one_per_image(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """One question an image, two thirds of them open, of `count` images in the data's order."""
+    by_image: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault(sample.id.rsplit("-", 1)[0], []).append(sample)
+    chosen = []
+    for number, asked in enumerate(list(by_image.values())[:count]):
+        is_open = [sample.answers[0] in (*COLORS, *SHAPES) for sample in asked]
+        wanted = [sample for sample, yes in zip(asked, is_open, strict=True) if yes == (number % 3 > 0)]
+        chosen.append((wanted or asked)[number % len(wanted or asked)])
+    return chosen
+
+
+def _scene(sample: Sample) -> set[str]:
+    return {word.strip(".") for word in (sample.context or "").split()} & {*COLORS, *SHAPES}
+
+
+def corrupted(samples: Sequence[Sample], condition: Condition) -> list[Sample]:
+    """The samples under a condition; a mismatch takes another sample's image or context, of nothing in common."""
+    if condition.name == "clean":
+        return list(samples)
+    out = []
+    for number, sample in enumerate(samples):
+        others = (samples[(number + step) % len(samples)] for step in range(1, len(samples)))
+        other = next((o for o in others if not _scene(o) & _scene(sample)), None)
+        out.append(corrupt(sample, condition.name, condition.severity, other))
+    return out
+
+
+def batches_of(collator: PromptCollator, samples: Sequence[Sample]) -> list[dict[str, torch.Tensor]]:
+    """The samples in batches."""
+    return [collator(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
+
+
+def calibrate_demo(model: PreTrainedModel, collator: PromptCollator, count: int, show_progress: bool = True):
+    """Calibrates on clean images, contexts and questions of the training split; answers are not looked at."""
+    samples = one_per_image(load_easy_vqa("train"), count)
+    return model.calibrate(batches_of(collator, samples), max_samples=count, show_progress=show_progress)
+
+
+def evaluate_backbone(
+    backbone: str,
+    samples: Sequence[Sample],
+    calibration_samples: int,
+    conditions: Sequence[Condition] = CONDITIONS,
+) -> dict:
+    """All conditions of the demo for one backbone."""
+    model, collator = load_demo_model(backbone)
+    report = calibrate_demo(model, collator, calibration_samples)
+    wanted = answer_tokens(collator, samples)
+    rows, right, conflict = [], {}, {}
+    for condition in tqdm(conditions, desc=f"{backbone}: conditions", unit=""):
+        weights = [STATIC, None]
+        if condition.group != "clean":
+            weights += [(low, 1 - low) if condition.modality == 0 else (1 - low, low) for low in ORACLES]
+        predictions = predict(model, batches_of(collator, corrupted(samples, condition)), weights)
+        scores = [prediction.correct(wanted) for prediction in predictions]
+        oracle = max(scores[2:], key=np.mean) if scores[2:] else None
+        right[condition.name] = {"static": scores[0], "dms": scores[1], "oracle": oracle}
+        conflict[condition.name] = -predictions[1].signals.consistency[:, 0]
+        mean = predictions[1].weights.mean(0).tolist()
+        rows.append(
+            Row(
+                condition.name,
+                condition.group,
+                None if condition.name == "clean" else condition.severity,
+                float(scores[0].mean()),
+                float(scores[1].mean()),
+                None if oracle is None else float(oracle.mean()),
+                *mean,
+            )
+        )
+    closed = {}
+    for group in ("unseen image", "unseen text"):
+        arrays = [
+            np.stack([right[c.name][method] for c in conditions if c.group == group])
+            for method in ("static", "dms", "oracle")
+        ]
+        closed[group] = {
+            "gap_closed": oracle_gap_closed(*arrays),
+            "interval": bootstrap_interval(oracle_gap_closed, *arrays),
+            "static": float(arrays[0].mean()),
+            "dms": float(arrays[1].mean()),
+            "oracle": float(arrays[2].mean()),
+        }
+    return {
+        "backbone": backbone,
+        "rows": [asdict(row) for row in rows],
+        "unseen": closed,
+        "mismatch_auroc": {
+            name: auroc(conflict["clean"], conflict[name]) for name in ("image:mismatch", "text:mismatch")
+        },
+        "calibration": asdict(report),
+    }
+
+
+def table(result: dict) -> str:
+    """One backbone's result as a Markdown table with the figures of merit below."""
+    lines = [
+        "| corrupted | kind | severity | static | DMS | oracle | weight image / context |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        oracle = "-" if row["oracle"] is None else f"{row['oracle']:.3f}"
+        lines.append(
+            f"| {row['condition'].replace(':', ': ').replace('_', ' ')} | {row['group']} | {row['severity'] or '-'} "
+            f"| {row['static']:.3f} | {row['dms']:.3f} | {oracle} "
+            f"| {row['weight_vision']:.2f} / {row['weight_text']:.2f} |"
+        )
+    lines.append("")
+    for group, value in result["unseen"].items():
+        low, high = value["interval"]
+        lines.append(
+            f"- {group} corruptions: oracle gap closed **{value['gap_closed']:.2f}** "
+            f"(95% interval {low:.2f} to {high:.2f}); "
+            f"mean accuracy static {value['static']:.3f}, DMS {value['dms']:.3f}, oracle {value['oracle']:.3f}"
+        )
+    areas = result["mismatch_auroc"]
+    lines.append(
+        f"- consistency tells a mismatched pair from a matched one with AUROC {areas['image:mismatch']:.3f} "
+        f"(other image) and {areas['text:mismatch']:.3f} (other context)"
+    )
+    return "\n".join(lines)
+
+
+TITLES = {"llava": "LLaVA-shaped", "blip2": "BLIP-2-shaped"}
+
+
+def run_demo(
+    out: Path, backbones: Sequence[str], count: int, calibration_samples: int, readme: Path | None = None
+) -> dict:
+    """Evaluates, prints the tables, writes `results.json`, `results.md` and `demo.png` into `out`."""
+    started = time.time()
+    samples = one_per_image(load_easy_vqa("test"), count)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "versions": {
+            "modeling_dms": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "samples": len(samples),
+        "calibration_samples": calibration_samples,
+        "backbones": [],
+    }
+    texts = []
+    for backbone in backbones:
+        result = evaluate_backbone(backbone, samples, calibration_samples)
+        results["backbones"].append(result)
+        texts.append(f"### {TITLES[backbone]} checkpoint, {len(samples)} held-out samples\n\n{table(result)}")
+        print(f"\n{texts[-1]}\n", flush=True)
+    picture(out / "demo.png", backbones[0], samples, calibration_samples)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    if readme is not None:
+        write_between_markers(readme, "demo", "\n\n".join(texts))
+    print(f"{out / 'demo.png'} and {out / 'results.json'} written, {time.time() - started:.0f} s in all")
+    return results
+
+
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a file.
+
+    Raises:
+        ValueError: if the file has no such markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = path.read_text(encoding="utf-8")
+    if begin not in old or end not in old:
+        raise ValueError(f"{path} has no lines {begin} and {end}")
+    head, tail = old.split(begin)[0], old.split(end)[1]
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+PICTURE_CONDITIONS = (
+    "clean",
+    "image:occlusion",
+    "image:invert",
+    "image:stripes",
+    "image:color_cast",
+    "text:typos",
+    "text:random_words",
+    "text:mismatch",
+)
+
+
+def picture(path: Path, backbone: str, samples: Sequence[Sample], calibration_samples: int) -> None:
+    """A sheet of samples, clean and corrupted, with both answers and the weights as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    model, collator = load_demo_model(backbone)
+    calibrate_demo(model, collator, calibration_samples, show_progress=False)
+    tokenizer = collator.processor.tokenizer
+    pool = [sample for sample in samples if sample.answers[0] in (*COLORS, *SHAPES)][:BATCH]
+    by_name = {condition.name: condition for condition in CONDITIONS}
+    figure, axes = pyplot.subplots(
+        2,
+        len(PICTURE_CONDITIONS),
+        figsize=(2.1 * len(PICTURE_CONDITIONS), 5.4),
+        height_ratios=(1, 0.45),
+        layout="constrained",
+    )
+    for column, name in enumerate(PICTURE_CONDITIONS):
+        rows = corrupted(pool, by_name[name])
+        static, dms = predict(model, batches_of(collator, rows), [STATIC, None])
+        wanted = answer_tokens(collator, pool)
+        # the column's own sample: no two columns show the same picture, and none is picked for its answer
+        row = rows[column * 5 % len(rows)]
+        index = column * 5 % len(rows)
+        answers = [tokenizer.decode([int(p.tokens[index])]).strip() for p in (static, dms)]
+        image = row.load_image()
+        top, bottom = axes[0, column], axes[1, column]
+        if image is not None:
+            top.imshow(image)
+        top.set_xticks([])
+        top.set_yticks([])
+        top.set_title(name.replace(":", ": ").replace("_", " "), fontsize=11, fontweight="bold")
+        marks = [("right" if int(p.tokens[index]) == int(wanted[index]) else "wrong") for p in (static, dms)]
+        top.set_xlabel(
+            f"“{_wrapped(row.context or 'no context')}”\n{_wrapped(row.question)}\n"
+            f"static: {answers[0]} ({marks[0]})\nDMS: {answers[1]} ({marks[1]})",
+            fontsize=8.5,
+        )
+        weights = dms.weights[index].tolist()
+        bars = bottom.barh(["image", "context"], weights, color=["#3b6fb6", "#d98324"])
+        bottom.bar_label(bars, [f"{weight:.2f}" for weight in weights], fontsize=9, padding=3)
+        bottom.set_xlim(0, 1.3)
+        bottom.invert_yaxis()
+        bottom.axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
+        bottom.set_xticks([0, 0.5, 1])
+        bottom.tick_params(labelsize=8)
+        bottom.spines[["top", "right"]].set_visible(False)
+        if column:
+            bottom.set_yticklabels([])
+    axes[1, 0].set_ylabel("DMS weight", fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _wrapped(text: str, width: int = 27) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def predict_one(question: str, image: Path | None, context: str | None, name: str | None, max_new_tokens: int) -> dict:
+    """Answers one sample and prints answer, weights and signals.
+
+    Raises:
+        ValueError: if there is neither image nor context, or the image cannot be read.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty")
+    sample = Sample(str(image or "prompt"), image, context, question)
+    if image is None and not (context or "").strip():
+        raise ValueError("there is neither an image nor a context to answer from")
+    sample = replace(sample, image=sample.load_image())
+    if name is None:
+        model, collator = load_demo_model("llava")
+        calibrate_demo(model, collator, 300)
+    else:
+        model, collator = load_model(name)
+    if not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
+        print("not calibrated: the weights stay uniform (see `model.calibrate`)")
+    inputs = collator([sample])
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+    prompt = inputs["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
+    answer = collator.processor.tokenizer.decode(generated.sequences[0, prompt:], skip_special_tokens=True).strip()
+    print(f"answer: {answer}")
+    print(f"{'':<14}{'image':>9}{'context':>9}")
+    print(f"{'weight':<14}" + "".join(f"{value:>9.3f}" for value in generated.modality_weights[0].tolist()))
+    for signal, values in (generated.modality_signals or {}).items():
+        print(f"{signal:<14}" + "".join(f"{value:>9.3f}" for value in values[0].tolist()))
+    return {"answer": answer, "weights": generated.modality_weights[0].tolist()}
+
+
+__all__ = ["DMSConfig", "predict_one", "run_demo"]
