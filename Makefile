@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint build benchmark clean
+.PHONY: demo docs test lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ $(VENV)/dev: setup.py constraints.txt
 
 demo: $(BIN)/dms
 	$(BIN)/dms demo
+
+docs: $(BIN)/dms
+	$(BIN)/dms demo --write-docs .
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 tests

@@ -122,7 +122,7 @@ class DMSConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         # what every transformers configuration may carry is not ours to judge
-        unknown = sorted(set(kwargs) - _INHERITED - set(PreTrainedConfig.default_config_fields()))
+        unknown = sorted(set(kwargs) - _INHERITED)
         if unknown:
             logger.warning(
                 f"DMSConfig: unknown field(s) {', '.join(unknown)} ignored; the configuration was written by "
@@ -136,7 +136,7 @@ class DMSConfig(PreTrainedConfig):
         """Raises `ValueError` naming the first field outside its range."""
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if not low <= value <= high or value == float("inf"):
                 raise ValueError(f"DMSConfig.{name} must lie in [{low}, {high}], got {value!r}")
         for name in ("vision_layers", "text_layers"):
             layers = getattr(self, name)

@@ -55,9 +55,14 @@ def fold_key_bias(mask: Tensor, bias: Tensor, dtype: torch.dtype, offset: int = 
     """
     keys = mask.shape[-1]
     bias = F.pad(bias, (0, max(0, offset + keys - bias.shape[-1])))[:, None, None, offset : offset + keys]
-    keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    # never `mask + bias`: on fully masked rows the sum is absorbed in the forward pass, but its gradient is not
-    return torch.where(keep & ~bias.isneginf(), bias, torch.finfo(dtype).min).to(dtype)
+    if mask.dtype == torch.bool:
+        keep, value = mask, bias
+    else:
+        # masks are written with the lowest value, -inf, or a large negative number; anything else is a soft bias
+        keep = mask > max(torch.finfo(mask.dtype).min / 2, -1e3)
+        value = bias + mask.masked_fill(~keep, 0).to(torch.promote_types(mask.dtype, bias.dtype))
+    # never `mask + bias` alone: on fully masked rows the sum is absorbed in the forward pass, but its gradient is not
+    return value.to(dtype).masked_fill(~(keep & ~bias.isneginf()), torch.finfo(dtype).min)
 
 
 def check_attention(implementation: str | None) -> None:
@@ -95,8 +100,11 @@ def biased_attention(
     check_attention(config._attn_implementation)
     query_length = inputs.shape[1]
     if config._attn_implementation == "flex_attention":
-        keys = query_length if past_key_values is None else past_key_values.get_mask_sizes(query_length, 0)[0]
-        bias = F.pad(bias, (0, max(0, keys - bias.shape[-1])))[:, None, None, :keys].to(inputs.dtype)
+        keys, first = (query_length, 0)
+        if past_key_values is not None:
+            keys, first = past_key_values.get_mask_sizes(query_length, 0)
+        bias = F.pad(bias, (0, max(0, first + keys - bias.shape[-1])))
+        bias = bias[:, None, None, first : first + keys].to(inputs.dtype)
         # exp(-1e4) is 0 in every dtype, and unlike -inf it leaves a fully masked row finite
         bias = bias.clamp_min(-1e4)
         heads = config.num_attention_heads

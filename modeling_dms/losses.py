@@ -29,7 +29,7 @@ def unimodal_loss(logits: Tensor, labels: Tensor, modality_mask: Tensor, ignore_
     """
     keep = labels != ignore_index
     log_p = logits.float().log_softmax(-1)  # (B, M, K)
-    targets = labels.clamp_min(0)[:, None].expand(-1, logits.shape[1], -1)
+    targets = labels.masked_fill(~keep, 0)[:, None].expand(-1, logits.shape[1], -1)
     per_target = -log_p.gather(-1, targets) * keep[:, None]  # (B, M, L)
     per_sample = per_target.sum(-1) / keep.sum(-1, keepdim=True).clamp_min(1)
     counted = modality_mask & keep.any(-1, keepdim=True)

@@ -155,7 +155,8 @@ class DMSMixin(CalibrationMixin):
         if modality_weights is not None:
             weights = self._check_weights(modality_weights, modality_mask)
         output = None
-        if labels is not None or (modality_weights is None and not self._is_static):
+        # the static baseline has neither signals nor losses; a caller's weights need signals for the losses alone
+        if not self._is_static and (labels is not None or modality_weights is None):
             features = [
                 self._vision_features(images, placeholders, modality_ids),
                 self._text_features(embeddings, modality_ids),

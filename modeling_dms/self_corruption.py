@@ -54,7 +54,7 @@ def corrupt_images(pixel_values: Tensor, family: str, generator: torch.Generator
 
 def _blur(image: Tensor, generator: torch.Generator) -> Tensor:
     sigma = float(_uniform(1, 0.02, 0.12, generator)) * max(image.shape[-2:])
-    radius = max(1, min(round(2.5 * sigma), min(image.shape[-2:]) - 1))
+    radius = max(1, round(2.5 * sigma))
     kernel = torch.exp(-torch.arange(-radius, radius + 1, device=image.device).float().pow(2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(image.shape[1], 1, 1, -1)
     image = F.pad(image, (radius, radius, radius, radius), mode="replicate")
@@ -76,6 +76,8 @@ def corrupt_texts(
     Returns:
         `input_ids` and `is_text` of the same shapes; a dropped token is no longer text, and at least one stays.
     """
+    if family not in TEXT_FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(TEXT_FAMILIES)}, got {family!r}")
     ids, keep = input_ids.cpu().clone(), is_text.cpu().clone()
     pool = ids[keep]
     for row in range(len(ids)):
@@ -94,8 +96,6 @@ def corrupt_texts(
             ]
             drawn = torch.randint(len(pool), (len(changed),), generator=generator)
             ids[row, places[changed]] = pool[drawn]
-        elif family == "shuffle":
-            ids[row, places] = ids[row, places[torch.randperm(count, generator=generator)]]
         else:
-            raise ValueError(f"family must be one of {', '.join(TEXT_FAMILIES)}, got {family!r}")
+            ids[row, places] = ids[row, places[torch.randperm(count, generator=generator)]]
     return ids.to(input_ids.device), keep.to(is_text.device)

@@ -21,8 +21,7 @@ def predictive_entropy(logits: Tensor, normalize: bool = True) -> Tensor:
     Returns:
         (...), float32.
     """
-    log_p = logits.float().log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1)
     return entropy / math.log(logits.shape[-1]) if normalize else entropy
 
 
@@ -35,7 +34,8 @@ def confidence(logits: Tensor, normalize: bool = True) -> Tensor:
     Returns:
         (...), float32.
     """
-    return 1 - predictive_entropy(logits, normalize)
+    value = 1 - predictive_entropy(logits, normalize)
+    return value.clamp(0, 1) if normalize else value
 
 
 def energy(logits: Tensor) -> Tensor:
@@ -71,11 +71,9 @@ def mutual_information(logits: Tensor, normalize: bool = True) -> Tensor:
     Returns:
         (...), float32, at least 0.
     """
-    log_p = logits.float().log_softmax(-1)
-    mean_log_p = log_p.logsumexp(0) - math.log(logits.shape[0])
-    p = log_p.exp()
-    of_mean = -(mean_log_p.exp() * mean_log_p).sum(-1)
-    mean_of = -(p * log_p).sum(-1).mean(0)
+    p = logits.float().softmax(-1)
+    of_mean = torch.special.entr(p.mean(0)).sum(-1)
+    mean_of = torch.special.entr(p).sum(-1).mean(0)
     information = (of_mean - mean_of).clamp_min(0)
     return information / math.log(logits.shape[-1]) if normalize else information
 
@@ -107,6 +105,8 @@ def consistency(h: Tensor, modality_mask: Tensor) -> Tensor:
     """
     unit = torch.nn.functional.normalize(h.float(), dim=-1)
     cosine = unit @ unit.transpose(1, 2)  # (B, M, M)
+    # the two halves may differ in the last bit
+    cosine = ((cosine + cosine.transpose(1, 2)) / 2).clamp(-1, 1)
     others = modality_mask[:, None, :] & modality_mask[:, :, None]
     others = others & ~torch.eye(h.shape[1], dtype=torch.bool, device=h.device)
     return (cosine * others).sum(-1) / others.sum(-1).clamp_min(1)

@@ -21,7 +21,7 @@ def token_statistics(states: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, 2 * D), float32; zeros for a sample without tokens.
     """
-    states, keep = states.float(), mask[..., None].float()
+    states, keep = states.float().masked_fill(~mask[..., None], 0), mask[..., None].float()
     count = keep.sum(1).clamp_min(1)
     mean = (states * keep).sum(1) / count
     variance = ((states - mean[:, None]).pow(2) * keep).sum(1) / count
@@ -52,8 +52,7 @@ def fit_gaussian(features: Tensor, components: int) -> dict[str, Tensor]:
     basis[:, :, :used] = right[:, :used].transpose(1, 2)
     residual = (singular[:, used:].pow(2).sum(-1) / (samples * size)).clamp_min(EPS)
     variance = torch.ones(layers, components)
-    # shrinkage: no direction is narrower than the residual's average one
-    variance[:, :used] = (singular[:, :used].pow(2) / samples).maximum(residual[:, None])
+    variance[:, :used] = (singular[:, :used].pow(2) / samples).clamp_min(EPS)
     return {"mean": mean, "scale": scale, "basis": basis, "variance": variance, "residual": residual}
 
 
@@ -108,8 +107,10 @@ def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tupl
 
     left, right = inverse_root(first), inverse_root(second)
     u, correlation, v = torch.linalg.svd(left @ (first.T @ second / len(first)) @ right)
-    # correlations that n samples of unrelated views would show by chance carry nothing
-    correlation = (correlation - (first.shape[1] / len(first)) ** 0.5).clamp(0, 1).sqrt()
+    # the largest correlation that n samples of two unrelated views of k directions show by chance carries nothing
+    # (Wachter, 1980: 2 sqrt(q (1 - q)) with q = k / n)
+    share = min(1.0, max(int(view.any(0).sum()) for view in (first, second)) / len(first))
+    correlation = (correlation - 2 * (share * (1 - share)) ** 0.5).clamp(0, 1).sqrt()
     return left @ u * correlation, right @ v.T * correlation
 
 

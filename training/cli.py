@@ -23,14 +23,14 @@ def demo(
     backbone: Annotated[Literal["llava", "blip2", "both"], typer.Option(help="Which checkpoint to run.")] = "both",
     samples: Annotated[int, typer.Option(min=50, max=880, help="Held-out samples.")] = 200,
     calibration_samples: Annotated[int, typer.Option(min=50, help="Clean samples to calibrate on.")] = 300,
-    readme: Annotated[
-        Path | None, typer.Option(help="Also write the result into this file, between its markers.")
+    write_docs: Annotated[
+        Path | None, typer.Option(help="Also write the results into the README and model card of this clone.")
     ] = None,
 ) -> None:
     """Corrupts images and contexts of held-out easy-VQA samples and compares static, DMS and oracle weights."""
     from modeling_dms.training.demo import run_demo
 
-    run_demo(out, ["llava", "blip2"] if backbone == "both" else [backbone], samples, calibration_samples, readme)
+    run_demo(out, ["llava", "blip2"] if backbone == "both" else [backbone], samples, calibration_samples, write_docs)
 
 
 @app.command()

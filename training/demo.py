@@ -3,6 +3,7 @@ ships."""
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,6 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from modeling_dms import (
     DMSBlip2ForConditionalGeneration,
-    DMSConfig,
     DMSLlavaForConditionalGeneration,
     __version__,
 )
@@ -248,9 +248,13 @@ TITLES = {"llava": "LLaVA-shaped", "blip2": "BLIP-2-shaped"}
 
 
 def run_demo(
-    out: Path, backbones: Sequence[str], count: int, calibration_samples: int, readme: Path | None = None
+    out: Path, backbones: Sequence[str], count: int, calibration_samples: int, repository: Path | None = None
 ) -> dict:
-    """Evaluates, prints the tables, writes `results.json`, `results.md` and `demo.png` into `out`."""
+    """Evaluates, prints the tables, writes `results.json`, `results.md` and `demo.png` into `out`.
+
+    Args:
+        repository: also write the results into the documents of this clone.
+    """
     started = time.time()
     samples = one_per_image(load_easy_vqa("test"), count)
     out.mkdir(parents=True, exist_ok=True)
@@ -274,10 +278,30 @@ def run_demo(
     picture(out / "demo.png", backbones[0], samples, calibration_samples)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "results.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    if readme is not None:
-        write_between_markers(readme, "demo", "\n\n".join(texts))
+    if repository is not None:
+        write_between_markers(repository / "README.md", "demo", "\n\n".join(texts))
+        write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
+        shutil.copy(out / "demo.png", repository / "model_cards" / "demo.png")
     print(f"{out / 'demo.png'} and {out / 'results.json'} written, {time.time() - started:.0f} s in all")
     return results
+
+
+def training_table(backbones: Sequence[str]) -> str:
+    """What the training runs recorded, as a Markdown table."""
+    records = {
+        name: json.loads((CHECKPOINTS / f"demo-{name}" / "training_log.json").read_text()) for name in backbones
+    }
+    checks = list(next(iter(records.values()))["validation_accuracy"])
+    lines = [
+        f"| validation accuracy (image / context) | {' | '.join(f'`demo-{name}`' for name in backbones)} |",
+        f"|---|{'---|' * len(backbones)}",
+    ]
+    for check in checks:
+        values = [f"{record['validation_accuracy'][check]:.3f}" for record in records.values()]
+        lines.append(f"| {check} | {' | '.join(values)} |")
+    lines.append(f"| samples | {' | '.join(str(r['validation_samples']) for r in records.values())} |")
+    lines.append(f"| steps | {' | '.join(str(r['steps']) for r in records.values())} |")
+    return "\n".join(lines)
 
 
 def write_between_markers(path: Path, name: str, text: str) -> None:
@@ -400,6 +424,3 @@ def predict_one(question: str, image: Path | None, context: str | None, name: st
     for signal, values in (generated.modality_signals or {}).items():
         print(f"{signal:<14}" + "".join(f"{value:>9.3f}" for value in values[0].tolist()))
     return {"answer": answer, "weights": generated.modality_weights[0].tolist()}
-
-
-__all__ = ["DMSConfig", "predict_one", "run_demo"]

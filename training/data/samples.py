@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 
@@ -47,13 +48,11 @@ class Sample:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode as RGB: transparency is laid over white, 16-bit and float grey are scaled to 8 bits."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+    if image.mode.startswith(("I", "F")):
         # Pillow clips instead of scaling when it converts these modes
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    elif image.mode == "F":
-        low, high = image.getextrema()
-        image = image.point(lambda value: value * (255 / max(high, 1e-12)) + 0) if high > 255 or low < 0 else image
-        image = image.convert("L")
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = values / 257 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

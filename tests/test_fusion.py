@@ -1,0 +1,350 @@
+"""Fusion: the key bias multiplies attention by M * w_m, weight 0 is masking, uniform weights change nothing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
+
+from modeling_dms.fusion import (
+    biased_attention,
+    check_attention,
+    embedding_scale,
+    fold_key_bias,
+    key_bias,
+    relative_weights,
+)
+
+
+bounded = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+batches = st.integers(1, 4)
+modalities = st.integers(2, 3)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_weights(seed, batch, modality, absent=False):
+    """Rows that sum to 1; with `absent` about a third of the entries are 0, never a whole row."""
+    weights = (3 * normal(seed, batch, modality)).softmax(1)
+    if absent:
+        gone = normal(seed + 1, batch, modality) > 0.4
+        gone[torch.arange(batch), torch.arange(batch) % modality] = False
+        weights = weights.masked_fill(gone, 0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def random_ids(seed, batch, length, modality):
+    return torch.randint(0, modality + 1, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def causal(batch, length, padding=()):
+    """(B, 1, L, L), True = attend; `padding[b]` positions on the left of row b are padding."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(batch, 1, 1, 1)
+    for row, count in enumerate(padding):
+        mask[row, :, :, :count] = False
+    return mask
+
+
+def additive(mask, dtype=torch.float32, low=None):
+    low = torch.finfo(dtype).min if low is None else low
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, low)
+
+
+# ---- weights to bias
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.5, 0.5], [1.0, 1.0]),
+        ([0.2, 0.8], [0.4, 1.6]),
+        ([1.0, 0.0], [1.0, 0.0]),
+        ([0.5, 0.0, 0.5], [1.0, 0.0, 1.0]),
+        ([0.1, 0.3, 0.6], [0.3, 0.9, 1.8]),
+    ],
+)
+def test_relative_weights_count_the_modalities_that_have_weight(weights, expected):
+    torch.testing.assert_close(relative_weights(torch.tensor([weights])), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("modality", range(2, 9))
+def test_the_bias_of_uniform_weights_is_exactly_0(modality):
+    mask = torch.ones(modality, modality, dtype=torch.bool).tril()  # 1 to M modalities present
+    ids = torch.arange(modality + 1).repeat(modality, 1)
+    bias = key_bias(mask / mask.sum(1, keepdim=True), ids)
+
+    present = torch.nn.functional.pad(mask, (1, 0), value=True)
+    assert (bias[present] == 0).all()
+    assert (bias[~present] == -torch.inf).all()
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, length=st.integers(1, 12))
+def test_the_bias_is_the_logarithm_of_the_relative_weight(seed, batch, modality, length):
+    weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, length, modality)
+    bias, scale = key_bias(weights, ids), embedding_scale(weights, ids)
+
+    assert bias.shape == scale.shape == (batch, length)
+    assert bias.dtype == scale.dtype == torch.float32
+    for b in range(batch):
+        count = int((weights[b] > 0).sum())
+        for position, kind in enumerate(ids[b].tolist()):
+            factor = 1.0 if kind == 0 else count * weights[b, kind - 1].double().item()
+            expected = torch.tensor(factor, dtype=torch.double)
+            torch.testing.assert_close(scale[b, position].double(), expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(bias[b, position].double(), expected.log(), atol=1e-6, rtol=1e-5)
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_bias_and_scale_of_a_batch_equal_those_of_its_rows(seed, batch, modality):
+    weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, 7, modality)
+    for function in (key_bias, embedding_scale):
+        rows = [function(weights[i : i + 1], ids[i : i + 1]) for i in range(batch)]
+        assert torch.equal(function(weights, ids), torch.cat(rows))
+
+
+def test_gradients_of_the_bias_are_finite_beside_a_weight_of_0():
+    weights = torch.tensor([[0.25, 0.75], [0.0, 1.0]], requires_grad=True)
+    bias = key_bias(weights, torch.tensor([[0, 1, 2], [0, 1, 2]]))
+    bias.masked_fill(bias.isneginf(), 0).sum().backward()
+
+    torch.testing.assert_close(weights.grad, torch.tensor([[4.0, 4 / 3], [0.0, 1.0]]))
+
+
+# ---- folding into masks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["bool", "lowest", "-inf", "-1e9"])
+def test_folding_keeps_what_was_masked_and_biases_the_rest(dtype, kind):
+    keep, bias = causal(2, 5, padding=(0, 2)), normal(0, 2, 5)
+    bias[1, 3] = -torch.inf
+    masks = {
+        "bool": keep,
+        "lowest": additive(keep, dtype),
+        "-inf": additive(keep, low=-torch.inf),
+        "-1e9": additive(keep, low=-1e9),
+    }
+    folded = fold_key_bias(masks[kind], bias, dtype)
+
+    attended = keep & ~bias.isneginf()[:, None, None]
+    assert folded.dtype == dtype
+    assert folded.shape == keep.shape
+    assert folded.isfinite().all()
+    expected = bias[:, None, None].expand_as(keep)[attended].to(dtype)
+    assert torch.equal(folded[attended], expected)
+    # what is masked gets no attention in this precision
+    assert (folded[~attended] <= max(torch.finfo(dtype).min / 2, -1e8)).all()
+
+
+def test_folding_adds_to_a_mask_that_has_biases_of_its_own():
+    own = torch.tensor([[[[0.0, -0.5, 2.0, torch.finfo(torch.float32).min]]]])
+    folded = fold_key_bias(own, torch.tensor([[0.25, 0.25, 0.0, 0.25]]), torch.float32)
+
+    torch.testing.assert_close(folded[..., :3], torch.tensor([[[[0.25, -0.25, 2.0]]]]))
+    assert folded[..., 3] < -1e30
+
+
+@bounded
+@given(prompt=st.integers(1, 6), keys=st.integers(1, 9), offset=st.integers(0, 9), seed=seeds)
+def test_folding_goes_by_the_absolute_position_and_leaves_generated_keys_neutral(prompt, keys, offset, seed):
+    bias = normal(seed, 2, prompt)
+    folded = fold_key_bias(torch.ones(2, 1, 3, keys, dtype=torch.bool), bias, torch.float32, offset)
+
+    assert folded.shape == (2, 1, 3, keys)
+    for key in range(keys):
+        position = offset + key
+        expected = bias[:, position] if position < prompt else torch.zeros(2)
+        assert torch.equal(folded[:, 0, :, key], expected[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("kind", ["bool", "lowest"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fully_masked_rows_stay_finite_and_give_the_bias_no_gradient(dtype, kind):
+    keep = torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+    bias = torch.tensor([[0.3, -0.2, 0.1, -torch.inf]], requires_grad=True)
+    folded = fold_key_bias(keep if kind == "bool" else additive(keep, dtype), bias, dtype)
+    attention = folded.softmax(-1).float()
+    (attention * normal(0, 1, 1, 2, 4)).sum().backward()
+
+    assert folded.isfinite().all()
+    torch.testing.assert_close(attention, torch.full_like(attention, 0.25))
+    assert torch.equal(bias.grad, torch.zeros(1, 4))
+
+
+@bounded
+@given(seed=seeds, padding=st.integers(1, 5))
+def test_padding_rows_do_not_change_the_gradient_of_the_bias(seed, padding):
+    length = 6
+    q, k, v = (normal(seed + i, 1, 2, length, 4) for i in range(3))
+    real = normal(seed + 3, 1, 2, length, 4)
+
+    def gradient(first_row):
+        bias = (0.3 * normal(seed + 4, 1, length)).requires_grad_()
+        mask = fold_key_bias(causal(1, length, (padding,)), bias, torch.float32)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        (out * real)[:, :, first_row:].sum().backward()
+        return bias.grad
+
+    torch.testing.assert_close(gradient(0), gradient(padding))
+
+
+# ---- what it means for attention
+
+
+def attend(q, k, v, keep, factors):
+    """Attention whose weights are multiplied by `factors` (B, L) before normalisation, in float64."""
+    scores = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores - scores.amax(-1, keepdim=True)
+    unnormalised = scores.exp() * keep * factors.double()[:, None, None]
+    total = unnormalised.sum(-1, keepdim=True)
+    return torch.where(total > 0, unnormalised / total.clamp_min(1e-300), 0) @ v.double()
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, length=st.integers(2, 10), as_bool=st.booleans())
+def test_the_bias_multiplies_attention_before_normalisation(seed, batch, modality, length, as_bool):
+    q, k, v = (normal(seed + i, batch, 2, length, 4) for i in range(3))
+    weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, length, modality)
+    ids[:, 0] = 0  # every query has at least one key left
+    keep = causal(batch, length)
+    mask = fold_key_bias(keep if as_bool else additive(keep), key_bias(weights, ids), torch.float32)
+    steered = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    factors = torch.ones(batch, length)
+    for b in range(batch):
+        for m in range(modality):
+            factors[b, ids[b] == m + 1] = weights[b, m] * (weights[b] > 0).sum()
+    torch.testing.assert_close(steered.double(), attend(q, k, v, keep, factors), atol=1e-5, rtol=1e-4)
+
+
+@bounded
+@given(seed=seeds, modality=modalities, length=st.integers(2, 10), gone=st.integers(0, 2))
+def test_weight_0_masks_the_modality_and_uniform_weights_change_nothing(seed, modality, length, gone):
+    q, k, v = (normal(seed + i, 2, 2, length, 4) for i in range(3))
+    ids = random_ids(seed, 2, length, modality)
+    ids[:, 0] = 0
+    weights = torch.ones(2, modality)
+    weights[0, gone % modality] = 0
+    weights = weights / weights.sum(1, keepdim=True)
+    keep = causal(2, length)
+    mask = fold_key_bias(keep, key_bias(weights, ids), torch.float32)
+    steered = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    without = keep.clone()
+    without[0] &= ids[0] != gone % modality + 1
+    plain = scaled_dot_product_attention(q, k, v, attn_mask=additive(without))
+    assert torch.equal(steered, plain)
+
+
+# ---- attention implementations
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_kernels_without_a_bias_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}.*sdpa.*eager.*flex_attention"):
+        check_attention(name)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention", None])
+def test_kernels_with_a_bias_are_accepted(name):
+    check_attention(name)
+
+
+def language(implementation="sdpa", **fields):
+    """Configuration of a tiny language model."""
+    config_class = MistralConfig if fields else LlamaConfig
+    config = config_class(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **fields)
+    config._attn_implementation = implementation
+    return config
+
+
+BIAS = torch.tensor([[0.5, -0.5, 0.25, 1.0, -1.0, 2.0]])
+
+
+@pytest.mark.parametrize("given_mask", ["none", "2d", "4d", "dict"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_attends_with_the_bias_whatever_mask_it_comes_with(implementation, given_mask):
+    padded = 0 if given_mask == "none" else 2
+    keep = causal(1, 6, (padded,))
+    mask = {
+        "none": None,
+        "2d": torch.tensor([[0, 0, 1, 1, 1, 1]]),
+        "4d": additive(keep),
+        "dict": {"full_attention": additive(keep), "sliding_attention": keep},
+    }[given_mask]
+    steered = biased_attention(language(implementation), BIAS, torch.empty(1, 6, 0), mask, None, None)
+
+    assert set(steered) == {"attention_mask"}
+    masks = steered["attention_mask"]
+    if given_mask == "dict":
+        assert set(masks) == set(mask)
+    for folded in masks.values() if given_mask == "dict" else [masks]:
+        assert folded.dtype == torch.float32
+        real = slice(padded, None)
+        expected = BIAS[:, None, None].masked_fill(~keep, torch.finfo(torch.float32).min)
+        assert torch.equal(folded[:, :, real], expected[:, :, real])
+
+
+def filled(cache, length):
+    cache.update(torch.zeros(1, 2, length, 4), torch.zeros(1, 2, length, 4), 0)
+    return cache
+
+
+@pytest.mark.parametrize("given_mask", ["none", "2d"])
+def test_decoding_reuses_the_bias_and_the_new_key_is_neutral(given_mask):
+    config = language()
+    mask = None if given_mask == "none" else torch.ones(1, 7, dtype=torch.long)
+    cache = filled(DynamicCache(config=config), 6)
+    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), mask, cache, None)
+
+    assert torch.equal(steered["attention_mask"][0, 0, 0], torch.cat([BIAS[0], torch.zeros(1)]))
+
+
+def test_decoding_with_a_static_cache_masks_its_empty_places():
+    config = language()
+    cache = filled(StaticCache(config=config, max_cache_len=10), 6)
+    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), torch.ones(1, 7, dtype=torch.long), cache, None)
+
+    row = steered["attention_mask"][0, 0, 0]
+    assert torch.equal(row[:7], torch.cat([BIAS[0], torch.zeros(1)]))
+    assert (row[7:] < -1e30).all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_a_sliding_cache_that_dropped_keys_keeps_the_bias_in_place(implementation):
+    config = language(implementation, sliding_window=4)
+    cache = filled(DynamicCache(config=config), 6)
+    mask = torch.ones(1, 7, dtype=torch.long) if implementation == "sdpa" else None
+    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), mask, cache, None)
+
+    row = steered["attention_mask" if implementation == "sdpa" else "position_bias"][0, 0, 0]
+    assert torch.equal(row, torch.cat([BIAS[0, 3:], torch.zeros(1)]))
+
+
+def test_flex_attention_gets_a_finite_bias_beside_its_own_mask():
+    config, mask = language("flex_attention"), torch.ones(1, 7, dtype=torch.long)
+    bias = BIAS.clone()
+    bias[0, 1] = -torch.inf
+    cache = filled(DynamicCache(config=config), 6)
+    steered = biased_attention(config, bias, torch.empty(1, 1, 0, dtype=torch.float16), mask, cache, None)
+
+    position_bias = steered["position_bias"]
+    assert steered["attention_mask"] is mask
+    assert position_bias.shape == (1, 2, 1, 7)
+    assert position_bias.dtype == torch.float16
+    assert position_bias.isfinite().all()
+    assert position_bias[..., 1].float().exp().eq(0).all()
+    assert torch.equal(position_bias[0, 0, 0, [0, 2, 3, 4, 5]].float(), BIAS[0, [0, 2, 3, 4, 5]])
+    assert (position_bias[..., 6] == 0).all()
+
+
+def test_a_language_model_with_flash_attention_is_refused():
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        biased_attention(language("flash_attention_2"), BIAS, torch.empty(1, 6, 0), None, None, None)

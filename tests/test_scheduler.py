@@ -1,0 +1,490 @@
+"""Scheduler: what every rule promises of the weights, the published formulas, and when the rule may act at all."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_dms import DMSConfig
+from modeling_dms.outputs import ModalitySignals
+from modeling_dms.scheduler import ModalityScheduler, ZeroLinear, uniform_weights, weights_from_scores
+from modeling_dms.signals import consistency
+
+
+bounded = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+batches = st.integers(1, 5)
+modalities = st.integers(2, 3)
+floors = st.sampled_from([0.0, 0.01, 0.05, 0.3])
+scales = st.sampled_from([1e-3, 1.0, 30.0, 1e4])
+
+SCHEDULERS = ["uniform", "rule", "learned", "entropy", "energy"]
+SIGNALS = ["confidence", "uncertainty", "consistency", "energy", "typicality", "damage", "conflict"]
+NOTHING = -torch.inf  # damage and conflict before calibration
+VISION, TEXT = 0, 1
+
+
+def normal(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_mask(seed, batch, modality):
+    """At least one modality a sample."""
+    mask = normal(seed + 7, batch, modality) > -0.3
+    mask[torch.arange(batch), torch.arange(batch) % modality] = True
+    return mask
+
+
+def random_signals(seed, batch, modality, **given_signals):
+    values = {name: normal(seed + i, batch, modality) for i, name in enumerate(SIGNALS)}
+    return ModalitySignals(**{**values, **given_signals})
+
+
+def rows(signals, index):
+    return ModalitySignals(**{name: value[index] for name, value in signals.items()})
+
+
+def schedule(config, signals, mask, seed=0, scheduler=None):
+    """What a scheduler makes of signals, all of its other inputs being random."""
+    batch, modality = mask.shape
+    scheduler = scheduler or ModalityScheduler(config, modality)
+    with torch.no_grad():
+        return scheduler(
+            signals,
+            mask,
+            normal(seed + 1, batch, modality, 3),
+            normal(seed + 2, batch, modality, config.shared_size),
+            normal(seed + 3, batch, modality).abs(),
+        )
+
+
+def trained(config, modality, seed=0):
+    """A learned scheduler whose last layer is no longer zero."""
+    scheduler = ModalityScheduler(config, modality)
+    for i, parameter in enumerate(scheduler.parameters()):
+        parameter.data.copy_(0.2 * normal(seed + i, *parameter.shape))
+    return scheduler
+
+
+def scheduler_of(config, modality):
+    return trained(config, modality) if config.scheduler == "learned" else ModalityScheduler(config, modality)
+
+
+def ruled(damage=(NOTHING, NOTHING), conflict=NOTHING, present=(True, True), agreement=0.0, seed=0, **config):
+    """Weights (M,) that the rule gives one sample."""
+    signals = random_signals(
+        seed,
+        1,
+        len(damage),
+        damage=torch.tensor([damage]),
+        conflict=torch.full((1, len(damage)), float(conflict)),
+        consistency=torch.tensor([agreement] * len(damage)).view(1, -1)
+        if isinstance(agreement, float)
+        else torch.tensor([agreement]),
+    )
+    return schedule(DMSConfig(scheduler="rule", **config), signals, torch.tensor([present]), seed)[0]
+
+
+def assert_valid(weights, mask, floor=0.0):
+    assert weights.shape == mask.shape
+    assert weights.dtype == torch.float32
+    assert (weights[~mask] == 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(mask)))
+    assert (weights[mask] >= floor - 1e-6).all(), weights
+    assert (weights <= 1 + 1e-6).all()
+
+
+# ---- scores to weights
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, floor=floors, scale=scales)
+def test_weights_sum_to_1_respect_the_floor_and_leave_out_the_absent(seed, batch, modality, floor, scale):
+    scores, mask = scale * normal(seed, batch, modality), random_mask(seed, batch, modality)
+    weights = weights_from_scores(scores, mask, floor)
+
+    assert_valid(weights, mask, floor)
+    for b in range(batch):
+        present = mask[b]
+        soft = (scores[b, present].double() - scores[b, present].double().max()).exp()
+        expected = floor + (1 - int(present.sum()) * floor) * soft / soft.sum()
+        torch.testing.assert_close(weights[b, present].double(), expected, atol=1e-6, rtol=1e-5)
+        if present.sum() == 1:
+            assert weights[b, present].item() == 1
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, floor=floors, scale=scales)
+def test_equal_scores_give_exactly_uniform_weights(seed, batch, modality, floor, scale):
+    mask = random_mask(seed, batch, modality)
+    scores = (scale * normal(seed, batch, 1)).expand(-1, modality).clone()
+    scores[~mask] = 1e3 * normal(seed + 1, *scores.shape)[~mask]
+    weights = weights_from_scores(scores, mask, floor)
+
+    assert torch.equal(weights, uniform_weights(mask))
+    assert torch.equal(uniform_weights(mask), mask / mask.sum(1, keepdim=True))
+
+
+def test_scores_that_are_all_minus_infinity_are_equal():
+    mask = torch.tensor([[True, True], [True, False]])
+
+    assert torch.equal(weights_from_scores(torch.full((2, 2), -torch.inf), mask), uniform_weights(mask))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.01, 0.05])
+def test_far_apart_scores_reach_the_floor(floor):
+    weights = weights_from_scores(torch.tensor([[0.0, -1e4]]), torch.tensor([[True, True]]), floor)
+
+    torch.testing.assert_close(weights, torch.tensor([[1 - floor, floor]]))
+
+
+@bounded
+@given(seed=seeds, batch=st.integers(2, 5), modality=modalities, floor=floors)
+def test_weights_of_a_batch_equal_those_of_its_rows_in_any_order(seed, batch, modality, floor):
+    scores, mask = normal(seed, batch, modality), random_mask(seed, batch, modality)
+    weights = weights_from_scores(scores, mask, floor)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(weights_from_scores(scores[order], mask[order], floor), weights[order])
+    for i in range(batch):
+        assert torch.equal(weights_from_scores(scores[i : i + 1], mask[i : i + 1], floor)[0], weights[i])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_gradients_reach_the_scores_even_where_they_are_equal(equal):
+    scores = torch.zeros(3, 2) if equal else normal(0, 3, 2)
+    scores.requires_grad_()
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    weights = weights_from_scores(scores, mask, 0.05)
+    weights[:, 0].sum().backward()
+
+    assert_valid(weights.detach(), mask, 0.05)
+    if equal:
+        torch.testing.assert_close(weights.detach(), uniform_weights(mask))
+    assert (scores.grad[:2, 0] > 0).all()
+    assert (scores.grad[:2, 1] < 0).all()
+    assert (scores.grad[2] == 0).all()  # nothing to choose from
+
+
+def test_a_sample_without_any_modality_is_named():
+    mask = torch.tensor([[True, False], [False, False], [True, True], [False, False]])
+    with pytest.raises(ValueError, match=r"\[1, 3\].*vision.*text"):
+        uniform_weights(mask)
+    with pytest.raises(ValueError, match=r"\[1, 3\]"):
+        weights_from_scores(torch.zeros(4, 2), mask)
+
+
+# ---- every scheduler
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_every_scheduler_gives_valid_weights(name, seed, batch, modality):
+    config = DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=True, conflict_prior="text")
+    mask = random_mask(seed, batch, modality)
+    scheduler = scheduler_of(config, modality)
+    weights = schedule(config, random_signals(seed, batch, modality), mask, seed, scheduler)
+
+    assert_valid(weights, mask, config.weight_floor if name in ("rule", "learned") else 0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_names_a_sample_without_any_modality(name):
+    config = DMSConfig(scheduler=name, shared_size=4)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        schedule(config, random_signals(0, 3, 2), mask)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@bounded
+@given(seed=seeds, batch=st.integers(2, 5), modality=modalities)
+def test_every_scheduler_treats_samples_apart(name, seed, batch, modality):
+    config = DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=True, conflict_prior="vision")
+    scheduler = scheduler_of(config, modality)
+    signals, mask = random_signals(seed, batch, modality), random_mask(seed, batch, modality)
+    others = normal(seed, batch, modality, 3), normal(seed, batch, modality, 4), normal(seed, batch, modality).abs()
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        weights = scheduler(signals, mask, *others)
+        permuted = scheduler(rows(signals, order), mask[order], *(value[order] for value in others))
+        torch.testing.assert_close(permuted, weights[order])
+        for i in range(batch):
+            row = slice(i, i + 1)
+            alone = scheduler(rows(signals, row), mask[row], *(value[row] for value in others))
+            torch.testing.assert_close(alone, weights[row])
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "learned"])
+def test_only_the_learned_scheduler_has_parameters(name):
+    assert not list(ModalityScheduler(DMSConfig(scheduler=name)).parameters())
+
+
+def test_uniform_ignores_the_signals():
+    mask = torch.tensor([[True, True], [False, True]])
+    weights = schedule(DMSConfig(scheduler="uniform"), random_signals(0, 2, 2, damage=torch.full((2, 2), 50.0)), mask)
+
+    assert torch.equal(weights, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+
+
+# ---- published rules
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 3.0])
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_entropy_and_energy_follow_the_published_formulas(temperature, seed, batch, modality):
+    mask, signals = random_mask(seed, batch, modality), random_signals(seed, batch, modality)
+    entropy = normal(seed + 20, batch, modality).abs()
+    scores = {"entropy": -entropy, "energy": signals.energy}
+    for name, score in scores.items():
+        config = DMSConfig(scheduler=name, temperature=temperature)
+        empty = torch.zeros(batch, modality, 0)
+        weights = ModalityScheduler(config, modality)(signals, mask, empty, empty, entropy)
+        exponential = (score.double() / temperature).exp() * mask
+        expected = exponential / exponential.sum(1, keepdim=True)
+        torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+# ---- learned
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, embeddings=st.booleans())
+def test_the_learned_scheduler_starts_exactly_uniform(seed, batch, modality, embeddings):
+    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=embeddings)
+    mask = random_mask(seed, batch, modality)
+
+    assert torch.equal(schedule(config, random_signals(seed, batch, modality), mask, seed), uniform_weights(mask))
+
+
+@pytest.mark.parametrize("modality", [2, 3])
+def test_the_learned_scheduler_learns_from_its_start(modality):
+    config = DMSConfig(scheduler="learned", shared_size=4, weight_floor=0.05)
+    scheduler = ModalityScheduler(config, modality)
+    optimizer = torch.optim.Adam(scheduler.parameters(), lr=0.01)
+    damage = torch.full((8, modality), -2.0)
+    damage[torch.arange(8), torch.arange(8) % modality] = 2.0
+    signals, mask = random_signals(0, 8, modality, damage=damage), torch.ones(8, modality, dtype=torch.bool)
+    standardized, h = normal(1, 8, modality, 3), normal(2, 8, modality, 4)
+    for step in range(150):
+        weights = scheduler(signals, mask, standardized, h, torch.zeros(8, modality))
+        torch.testing.assert_close(weights.sum(1), torch.ones(8))
+        loss = weights[damage > 0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            torch.testing.assert_close(weights, uniform_weights(mask))
+            assert scheduler.output.weight.grad.abs().max() > 0
+        optimizer.step()
+
+    assert weights[damage > 0].max() < 0.1
+    assert weights.min() >= config.weight_floor - 1e-6
+
+
+@pytest.mark.parametrize("name", ["consistency", "typicality", "damage", "conflict", "standardized", "embeddings"])
+def test_the_learned_scheduler_sees_every_input(name):
+    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
+    scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
+    signals, others = random_signals(0, 1, 2), [normal(1, 1, 2, 3), normal(2, 1, 2, 4), torch.zeros(1, 2)]
+    before = scheduler(signals, mask, *others)
+    if name == "standardized":
+        changes = [(others[0], (0, m, i)) for m in range(2) for i in range(3)]
+    elif name == "embeddings":
+        changes = [(others[1], (0, m, i)) for m in range(2) for i in range(4)]
+    else:
+        changes = [(signals[name], (0, m)) for m in range(2)]
+    for tensor, place in changes:
+        old = tensor[place].item()
+        tensor[place] += 0.5
+        assert not torch.equal(scheduler(signals, mask, *others), before), place
+        tensor[place] = old
+
+
+def test_the_learned_scheduler_sees_embeddings_only_if_asked():
+    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=False)
+    scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
+    signals, entropy = random_signals(0, 1, 2), torch.zeros(1, 2)
+    first, second = (scheduler(signals, mask, normal(1, 1, 2, 3), normal(s, 1, 2, 4), entropy) for s in (2, 3))
+
+    assert torch.equal(first, second)
+
+
+def test_the_learned_scheduler_does_not_look_at_an_absent_modality():
+    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
+    scheduler, mask = trained(config, 3), torch.tensor([[True, True, False]])
+    signals, others = random_signals(0, 1, 3), [normal(1, 1, 3, 3), normal(2, 1, 3, 4), torch.zeros(1, 3)]
+    before = scheduler(signals, mask, *others)
+    for tensor in [*signals.values(), *others]:
+        tensor[:, 2] = 1e3
+
+    assert torch.equal(scheduler(signals, mask, *others), before)
+
+
+def test_the_learned_scheduler_takes_signals_from_before_calibration():
+    config = DMSConfig(scheduler="learned", shared_size=4)
+    unknown = torch.full((2, 2), NOTHING)
+    mask = torch.tensor([[True, True], [False, True]])
+    weights = schedule(config, random_signals(0, 2, 2, damage=unknown, conflict=unknown), mask, 0, trained(config, 2))
+
+    assert_valid(weights, mask, config.weight_floor)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_zero_linear_starts_at_zero(bias):
+    assert not ZeroLinear(5, 3, bias=bias)(normal(0, 2, 5)).any()
+
+
+# ---- the training-free rule
+
+damages = st.floats(0.01, 50)
+harmless = st.sampled_from([NOTHING, -20.0, -0.1, 0.0])
+priors = st.sampled_from([None, "vision", "text"])
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, prior=priors)
+def test_the_rule_is_exactly_uniform_before_calibration(seed, batch, modality, prior):
+    config = DMSConfig(scheduler="rule", conflict_prior=prior)
+    mask, unknown = random_mask(seed, batch, modality), torch.full((batch, modality), NOTHING)
+    signals = random_signals(seed, batch, modality, damage=unknown, conflict=unknown)
+
+    assert torch.equal(schedule(config, signals, mask, seed), uniform_weights(mask))
+
+
+def test_two_modalities_of_additive_consistency_are_exactly_uniform_before_calibration():
+    mask, unknown = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), NOTHING)
+    config = DMSConfig(scheduler="rule", consistency="additive")
+    for seed in range(40):
+        agreement = consistency(normal(seed, 1, 2, 173), mask)
+        signals = random_signals(seed, 1, 2, damage=unknown, conflict=unknown, consistency=agreement)
+        assert torch.equal(schedule(config, signals, mask), uniform_weights(mask)), agreement.tolist()
+
+
+@bounded
+@given(first=harmless, second=harmless, conflict=harmless, prior=priors, seed=seeds)
+def test_the_rule_leaves_samples_with_nothing_suspicious_alone(first, second, conflict, prior, seed):
+    weights = ruled((first, second), conflict, conflict_prior=prior, seed=seed)
+
+    assert torch.equal(weights, torch.tensor([0.5, 0.5]))
+
+
+@bounded
+@given(
+    damage=damages, other=harmless, damaged=st.sampled_from([VISION, TEXT]), prior=priors, conflict=st.floats(-9, 9)
+)
+def test_the_damaged_modality_loses_weight_whatever_the_prior(damage, other, damaged, prior, conflict):
+    pair = [other, other]
+    pair[damaged] = damage
+    weights = ruled(tuple(pair), conflict, conflict_prior=prior)
+
+    assert weights[damaged] < 0.5
+    assert torch.equal(weights, ruled(tuple(pair), conflict))
+
+
+@bounded
+@given(damage=st.floats(0.05, 3), more=st.floats(0.1, 3), damaged=st.sampled_from([VISION, TEXT]))
+def test_more_damage_costs_more_weight(damage, more, damaged):
+    def weight(value, **config):
+        pair = [NOTHING, NOTHING]
+        pair[damaged] = value
+        return ruled(tuple(pair), weight_floor=0.0, **config)[damaged]
+
+    assert weight(damage + more, kappa=1.0) < weight(damage, kappa=1.0)
+    assert weight(damage, kappa=2.0) < weight(damage, kappa=1.0)
+    assert weight(damage, kappa=0) == 0.5
+
+
+def test_intervention_starts_softly_at_the_threshold():
+    weights = [ruled((damage, -1.0))[VISION].item() for damage in (0.0, 1e-3, 1e-2)]
+
+    assert weights[0] == 0.5
+    assert weights[0] > weights[1] > weights[2] > 0.45
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("damaged", [VISION, TEXT])
+def test_the_rule_reaches_the_floor_and_not_below(floor, damaged):
+    pair = [-1.0, -1.0]
+    pair[damaged] = 100.0
+    weights = ruled(tuple(pair), weight_floor=floor)
+
+    assert weights[damaged].item() == pytest.approx(floor, abs=1e-4)
+    assert weights.sum().item() == pytest.approx(1)
+
+
+def test_of_two_damaged_modalities_the_worse_loses():
+    weights = ruled((0.2, 0.5))
+
+    assert weights[VISION] > 0.5 > weights[TEXT]
+    assert torch.equal(ruled((3.0, 3.0), 2.0), torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("present", [(True, False), (False, True)])
+def test_a_lone_modality_keeps_all_weight_however_damaged(present):
+    pair = tuple(30.0 if here else NOTHING for here in present)
+    weights = ruled(pair, present=present, conflict_prior="text")
+
+    assert torch.equal(weights, torch.tensor(present).float())
+
+
+def test_disagreement_sharpens_the_evidence_of_damage():
+    apart, together = (ruled((0.1, -1.0), conflict, sharpness=1.0, kappa=1.0) for conflict in (2.0, NOTHING))
+    unsharpened = ruled((0.1, -1.0), 2.0, sharpness=0, kappa=1.0)
+
+    assert apart[VISION] < together[VISION] < 0.5
+    assert torch.equal(unsharpened, together)
+
+
+@bounded
+@given(conflict=st.floats(0.01, 50), first=harmless, second=harmless)
+def test_conflict_alone_moves_nothing_without_a_prior(conflict, first, second):
+    assert torch.equal(ruled((first, second), conflict), torch.tensor([0.5, 0.5]))
+
+
+@bounded
+@given(conflict=st.floats(0.01, 50), first=harmless, second=harmless, believed=st.sampled_from(["vision", "text"]))
+def test_the_prior_decides_a_conflict_of_undamaged_modalities(conflict, first, second, believed):
+    index = ["vision", "text"].index(believed)
+    weights = ruled((first, second), conflict, conflict_prior=believed)
+
+    assert weights[index] > 0.5
+    more = ruled((first, second), conflict + 0.1, conflict_prior=believed)
+    assert more[index] >= weights[index]
+
+
+@pytest.mark.parametrize(("believed", "index"), [("vision", VISION), ("text", TEXT)])
+def test_the_prior_reaches_the_floor_and_grows_with_conflict_kappa(believed, index):
+    def weight(conflict, kappa, floor=0.05):
+        return ruled((-1.0, -1.0), conflict, conflict_prior=believed, conflict_kappa=kappa, weight_floor=floor)[index]
+
+    assert weight(100.0, 4.0).item() == pytest.approx(0.95, abs=1e-4)
+    assert weight(100.0, 4.0, floor=0.01).item() == pytest.approx(0.99, abs=1e-4)
+    assert 0.5 < weight(0.1, 1.0) < weight(0.1, 2.0)
+    assert weight(5.0, 0.0) == 0.5
+
+
+@bounded
+@given(consistent=st.floats(-1, 1), damage=st.floats(0.1, 3))
+def test_additive_consistency_cancels_between_two_modalities(consistent, damage):
+    agreeing, neutral = (ruled((damage, -1.0), agreement=value, consistency="additive") for value in (consistent, 0.0))
+
+    torch.testing.assert_close(agreeing, neutral)
+    assert agreeing[VISION] < 0.5
+
+
+def test_additive_consistency_favours_the_modalities_that_agree():
+    weights = ruled((-1.0, -1.0, -1.0), present=(True,) * 3, agreement=(0.4, 0.4, -0.4), consistency="additive")
+
+    assert weights[0] == weights[1] > weights[2]
+
+
+def test_the_rule_arbitrates_three_modalities():
+    weights = ruled((-1.0, 2.0, -1.0), present=(True,) * 3, weight_floor=0.05)
+
+    assert weights[1] < 1 / 3 < weights[0]
+    assert weights[0] == weights[2]
+    absent = ruled((-1.0, 2.0, NOTHING), present=(True, True, False), weight_floor=0.05)
+    assert absent[2] == 0
+    assert absent[1] < 0.5 < absent[0]
