@@ -23,8 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mc_seed": (0, 2**63 - 1),
     "subspace_size": (1, float("inf")),
     "kappa": (0.0, float("inf")),
-    "conflict_kappa": (0.0, float("inf")),
-    "sharpness": (0.0, float("inf")),
+    "arbitration_rate": (0.0, 0.5),
     "weight_floor": (0.0, 0.49),
     "false_alarm_rate": (0.0, 0.5),
     "scheduler_hidden_size": (1, float("inf")),
@@ -59,9 +58,8 @@ class DMSConfig(PreTrainedConfig):
         mc_depth (`str`, defaults to `"head"`): `"head"` drops pooled features (nearly free), `"encoder"` the inputs of
             the projector / Q-Former and of the text-only layers (the reference).
         mc_seed (`int`, defaults to 0): seed of the dropout masks. The same masks serve every sample and call.
-        consistency (`str`, defaults to `"sharpen"`): `"sharpen"` scales the rule's evidence by how much the modalities
-            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
-            cancels).
+        consistency (`str`, defaults to `"sharpen"`): `"sharpen"` takes weaker evidence of damage where the modalities
+            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it cancels).
         vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
             (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
@@ -70,14 +68,14 @@ class DMSConfig(PreTrainedConfig):
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
         kappa (`float`, defaults to 4.0): how strongly the rule reacts to evidence of damage beyond the threshold.
-        sharpness (`float`, defaults to 1.0): how strongly disagreement amplifies the evidence of damage.
+        arbitration_rate (`float`, defaults to 0.2): where the modalities disagree, the share of clean samples whose
+            evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
+            clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
         weight_floor (`float`, defaults to 0.05): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49.
         conflict_prior (`str`, *optional*): which modality to believe where both look clean but disagree (`"vision"` or
             `"text"`).
             Default: neither, weights stay uniform.
-        conflict_kappa (`float`, defaults to 4.0): how strongly `conflict_prior` reacts to disagreement beyond its
-            threshold.
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to
             0.5.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
@@ -105,10 +103,9 @@ class DMSConfig(PreTrainedConfig):
     text_layers: list[int] | None = None
     subspace_size: int = 64
     kappa: float | int = 4.0
-    sharpness: float | int = 1.0
+    arbitration_rate: float | int = 0.2
     weight_floor: float | int = 0.05
     conflict_prior: Literal["vision", "text"] | None = None
-    conflict_kappa: float | int = 4.0
     false_alarm_rate: float | int = 0.01
     scheduler_hidden_size: int = 64
     scheduler_embeddings: bool = False

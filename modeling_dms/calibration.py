@@ -70,6 +70,7 @@ class ModalityCalibration(Statistics):
     coefficients: Tensor
     intercept: Tensor
     threshold: Tensor
+    arbitration_threshold: Tensor
     canonical: Tensor
     level: Tensor
 
@@ -90,6 +91,8 @@ class ModalityCalibration(Statistics):
                 "coefficients": (4 * layers + 2,),
                 "intercept": (),
                 "threshold": (),
+                # the lower threshold that counts where the modalities disagree
+                "arbitration_threshold": (),
                 "canonical": (components, components),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
@@ -154,11 +157,13 @@ class Agreement(Statistics):
     location: Tensor
     scale: Tensor
     threshold: Tensor
+    arbitration_threshold: Tensor
     canonical: Tensor
     informative: Tensor
 
     def __init__(self):
-        super().__init__(dict.fromkeys(("location", "scale", "threshold", "canonical", "informative"), ()))
+        names = ("location", "scale", "threshold", "arbitration_threshold", "canonical", "informative")
+        super().__init__(dict.fromkeys(names, ()))
 
     def conflict(self, consistency: Tensor, modality_mask: Tensor) -> Tensor:
         """Disagreement in clean standard deviations beyond the threshold: (B, M), above 0 is flagged.

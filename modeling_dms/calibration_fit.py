@@ -189,6 +189,7 @@ def _fit_modality(
         modality.intercept.copy_(coefficients[-1])
     modality.level.fill_(float(level))
     modality.threshold.copy_(_upper(odds, config.false_alarm_rate))
+    modality.arbitration_threshold.copy_(_upper(odds, max(config.arbitration_rate, config.false_alarm_rate)))
     alarms = [odds[folds == k] > _upper(odds[folds != k], config.false_alarm_rate) for k in range(FOLDS)]
 
     shares = modality.coefficients.abs()
@@ -247,5 +248,8 @@ def _fit_agreement(
     agreement.scale.copy_(matched[best].std().clamp_min(1e-6))
     disagreement = (agreement.location - matched[best]) / agreement.scale
     agreement.threshold.copy_(_upper(disagreement, config.false_alarm_rate))
+    # disagreement and suspicion together are as rare on clean samples as clear damage is
+    joint = min(0.5, config.false_alarm_rate / max(config.arbitration_rate, 1e-6))
+    agreement.arbitration_threshold.copy_(_upper(disagreement, max(joint, config.false_alarm_rate)))
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))

@@ -172,11 +172,12 @@ class DynamicModalityScheduling(nn.Module):
             ],
             -1,
         )  # (B, M, 3)
-        typicality, damage, standardized = [], [], []
+        typicality, damage, suspicion, standardized = [], [], [], []
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
             typicality.append(modality.typicality(distances))
             damage.append(modality.damage(distances, scalars[:, index]))
+            suspicion.append(damage[-1] + modality.threshold - modality.arbitration_threshold)
             standardized.append(modality.standardize(scalars[:, index]))
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
@@ -184,6 +185,7 @@ class DynamicModalityScheduling(nn.Module):
             canonical = consistency(torch.stack(shared, 1), modality_mask)
             agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
         present = modality_mask.float()
+        conflict = calibration.agreement.conflict(agreement, modality_mask)
         signals = ModalitySignals(
             confidence=scalars[..., 0] * present,
             uncertainty=scalars[..., 1] * present,
@@ -192,7 +194,9 @@ class DynamicModalityScheduling(nn.Module):
             # before calibration nothing is known to be atypical
             typicality=torch.stack(typicality, 1) * present * (calibration.modalities[0].level > 0),
             damage=torch.stack(damage, 1).masked_fill(~modality_mask, -torch.inf),
-            conflict=calibration.agreement.conflict(agreement, modality_mask),
+            suspicion=torch.stack(suspicion, 1).masked_fill(~modality_mask, -torch.inf),
+            conflict=conflict,
+            disagreement=conflict + calibration.agreement.threshold - calibration.agreement.arbitration_threshold,
         )
         return signals, torch.stack(standardized, 1)
 

@@ -116,25 +116,26 @@ class ModalityScheduler(nn.Module):
 
 
 def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:
-    """Scores of the training-free rule: minus the evidence of damage beyond the threshold; 0 for nothing suspicious.
+    """Scores of the training-free rule: minus the evidence of damage beyond a threshold; 0 for nothing suspicious.
 
-    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities with coefficients
-    that calibration fitted. Disagreement sharpens: a damaged modality that still agrees with the other is pushed less
-    far down. Where both look clean but disagree, `conflict_prior` decides.
+    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients that
+    calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they disagree, one
+    of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where both look clean but disagree,
+    `conflict_prior` decides, if it is set.
 
     Returns:
-        (B, M), at most 0 without `conflict_prior` and additive consistency.
+        (B, M).
     """
-    evidence = config.kappa * signals.damage.clamp_min(0)
-    conflict = signals.conflict.clamp_min(0)
-    if config.consistency == "sharpen":
-        scores = -evidence * (1 + config.sharpness * conflict)
-    else:
-        scores = config.sharpness * signals.consistency - evidence
-    if config.conflict_prior is not None:
-        undamaged = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
-        believed = MODALITIES.index(config.conflict_prior)
-        favour = torch.zeros_like(scores)
-        favour[:, believed] = torch.where(undamaged, config.conflict_kappa * conflict[:, believed], 0)
-        scores = scores + favour
-    return scores
+    evidence = signals.damage
+    if config.conflict_prior is None and config.consistency == "sharpen":
+        evidence = torch.where(signals.disagreement > 0, signals.suspicion, evidence)
+    evidence = config.kappa * evidence.clamp_min(0)
+    if config.consistency == "additive":
+        return signals.consistency - evidence
+    if config.conflict_prior is None:
+        return -evidence
+    believed = MODALITIES.index(config.conflict_prior)
+    clean = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
+    favour = torch.zeros_like(evidence)
+    favour[:, believed] = torch.where(clean, config.kappa * signals.conflict[:, believed].clamp_min(0), 0)
+    return favour - evidence

@@ -19,7 +19,17 @@ floors = st.sampled_from([0.0, 0.01, 0.05, 0.3])
 scales = st.sampled_from([1e-3, 1.0, 30.0, 1e4])
 
 SCHEDULERS = ["uniform", "rule", "learned", "entropy", "energy"]
-SIGNALS = ["confidence", "uncertainty", "consistency", "energy", "typicality", "damage", "conflict"]
+SIGNALS = [
+    "confidence",
+    "uncertainty",
+    "consistency",
+    "energy",
+    "typicality",
+    "damage",
+    "suspicion",
+    "conflict",
+    "disagreement",
+]
 NOTHING = -torch.inf  # damage and conflict before calibration
 VISION, TEXT = 0, 1
 
@@ -70,14 +80,24 @@ def scheduler_of(config, modality):
     return trained(config, modality) if config.scheduler == "learned" else ModalityScheduler(config, modality)
 
 
-def ruled(damage=(NOTHING, NOTHING), conflict=NOTHING, present=(True, True), agreement=0.0, seed=0, **config):
-    """Weights (M,) that the rule gives one sample."""
+def ruled(
+    damage=(NOTHING, NOTHING),
+    conflict=NOTHING,
+    present=(True, True),
+    agreement=0.0,
+    seed=0,
+    suspicion=None,
+    **config,
+):
+    """Weights (M,) that the rule gives one sample. Lower thresholds equal the upper ones unless `suspicion` is given."""
     signals = random_signals(
         seed,
         1,
         len(damage),
         damage=torch.tensor([damage]),
+        suspicion=torch.tensor([damage if suspicion is None else suspicion]),
         conflict=torch.full((1, len(damage)), float(conflict)),
+        disagreement=torch.full((1, len(damage)), float(conflict)),
         consistency=torch.tensor([agreement] * len(damage)).view(1, -1)
         if isinstance(agreement, float)
         else torch.tensor([agreement]),
@@ -326,7 +346,13 @@ def test_the_learned_scheduler_takes_signals_from_before_calibration():
     config = DMSConfig(scheduler="learned", shared_size=4)
     unknown = torch.full((2, 2), NOTHING)
     mask = torch.tensor([[True, True], [False, True]])
-    weights = schedule(config, random_signals(0, 2, 2, damage=unknown, conflict=unknown), mask, 0, trained(config, 2))
+    weights = schedule(
+        config,
+        random_signals(0, 2, 2, damage=unknown, conflict=unknown, disagreement=unknown),
+        mask,
+        0,
+        trained(config, 2),
+    )
 
     assert_valid(weights, mask, config.weight_floor)
 
@@ -348,7 +374,7 @@ priors = st.sampled_from([None, "vision", "text"])
 def test_the_rule_is_exactly_uniform_before_calibration(seed, batch, modality, prior):
     config = DMSConfig(scheduler="rule", conflict_prior=prior)
     mask, unknown = random_mask(seed, batch, modality), torch.full((batch, modality), NOTHING)
-    signals = random_signals(seed, batch, modality, damage=unknown, conflict=unknown)
+    signals = random_signals(seed, batch, modality, damage=unknown, conflict=unknown, disagreement=unknown)
 
     assert torch.equal(schedule(config, signals, mask, seed), uniform_weights(mask))
 
@@ -358,7 +384,9 @@ def test_two_modalities_of_additive_consistency_are_exactly_uniform_before_calib
     config = DMSConfig(scheduler="rule", consistency="additive")
     for seed in range(40):
         agreement = consistency(normal(seed, 1, 2, 173), mask)
-        signals = random_signals(seed, 1, 2, damage=unknown, conflict=unknown, consistency=agreement)
+        signals = random_signals(
+            seed, 1, 2, damage=unknown, conflict=unknown, disagreement=unknown, consistency=agreement
+        )
         assert torch.equal(schedule(config, signals, mask), uniform_weights(mask)), agreement.tolist()
 
 
@@ -429,12 +457,15 @@ def test_a_lone_modality_keeps_all_weight_however_damaged(present):
     assert torch.equal(weights, torch.tensor(present).float())
 
 
-def test_disagreement_sharpens_the_evidence_of_damage():
-    apart, together = (ruled((0.1, -1.0), conflict, sharpness=1.0, kappa=1.0) for conflict in (2.0, NOTHING))
-    unsharpened = ruled((0.1, -1.0), 2.0, sharpness=0, kappa=1.0)
+def test_weak_evidence_counts_only_where_the_modalities_disagree():
+    weak = {"damage": (-0.5, -3.0), "suspicion": (0.5, -2.0)}
 
-    assert apart[VISION] < together[VISION] < 0.5
-    assert torch.equal(unsharpened, together)
+    assert torch.equal(ruled(conflict=NOTHING, **weak), torch.tensor([0.5, 0.5]))
+    assert torch.equal(ruled(conflict=-0.1, **weak), torch.tensor([0.5, 0.5]))
+    assert ruled(conflict=0.1, **weak)[VISION] < 0.5
+    # a stated prior takes the place of weak evidence, and clear evidence that of the prior
+    assert ruled(conflict=0.1, conflict_prior="vision", **weak)[VISION] > 0.5
+    assert ruled((0.5, -3.0), conflict=0.1, conflict_prior="vision")[VISION] < 0.5
 
 
 @bounded
@@ -455,9 +486,9 @@ def test_the_prior_decides_a_conflict_of_undamaged_modalities(conflict, first, s
 
 
 @pytest.mark.parametrize(("believed", "index"), [("vision", VISION), ("text", TEXT)])
-def test_the_prior_reaches_the_floor_and_grows_with_conflict_kappa(believed, index):
+def test_the_prior_reaches_the_floor_and_grows_with_kappa(believed, index):
     def weight(conflict, kappa, floor=0.05):
-        return ruled((-1.0, -1.0), conflict, conflict_prior=believed, conflict_kappa=kappa, weight_floor=floor)[index]
+        return ruled((-1.0, -1.0), conflict, conflict_prior=believed, kappa=kappa, weight_floor=floor)[index]
 
     assert weight(100.0, 4.0).item() == pytest.approx(0.95, abs=1e-4)
     assert weight(100.0, 4.0, floor=0.01).item() == pytest.approx(0.99, abs=1e-4)

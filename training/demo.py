@@ -163,9 +163,10 @@ def evaluate_backbone(
     backbone: str,
     samples: Sequence[Sample],
     calibration_samples: int,
-    conditions: Sequence[Condition] = CONDITIONS,
+    conditions: Sequence[Condition] | None = None,
 ) -> dict:
-    """All conditions of the demo for one backbone."""
+    """The demo's conditions (or others) for one backbone."""
+    conditions = CONDITIONS if conditions is None else conditions
     model, collator = load_demo_model(backbone)
     report = calibrate_demo(model, collator, calibration_samples)
     wanted = answer_tokens(collator, samples)
@@ -192,7 +193,7 @@ def evaluate_backbone(
             )
         )
     closed = {}
-    for group in ("unseen image", "unseen text"):
+    for group in sorted({c.group for c in conditions if c.group.startswith("unseen")}):
         arrays = [
             np.stack([right[c.name][method] for c in conditions if c.group == group])
             for method in ("static", "dms", "oracle")
@@ -209,7 +210,7 @@ def evaluate_backbone(
         "rows": [asdict(row) for row in rows],
         "unseen": closed,
         "mismatch_auroc": {
-            name: auroc(conflict["clean"], conflict[name]) for name in ("image:mismatch", "text:mismatch")
+            name: auroc(conflict["clean"], values) for name, values in conflict.items() if name.endswith("mismatch")
         },
         "calibration": asdict(report),
     }
@@ -236,14 +237,12 @@ def table(result: dict) -> str:
             f"(95% interval {low:.2f} to {high:.2f}); "
             f"mean accuracy static {value['static']:.3f}, DMS {value['dms']:.3f}, oracle {value['oracle']:.3f}"
         )
-    areas = result["mismatch_auroc"]
-    lines.append(
-        f"- consistency tells a mismatched pair from a matched one with AUROC {areas['image:mismatch']:.3f} "
-        f"(other image) and {areas['text:mismatch']:.3f} (other context)"
-    )
+    for name, area in result["mismatch_auroc"].items():
+        lines.append(f"- consistency tells matched pairs from those with another {_OTHER[name]}: AUROC {area:.3f}")
     return "\n".join(lines)
 
 
+_OTHER = {"image:mismatch": "sample's image", "text:mismatch": "sample's context"}
 TITLES = {"llava": "LLaVA-shaped", "blip2": "BLIP-2-shaped"}
 
 
@@ -347,6 +346,7 @@ def picture(path: Path, backbone: str, samples: Sequence[Sample], calibration_sa
         len(PICTURE_CONDITIONS),
         figsize=(2.1 * len(PICTURE_CONDITIONS), 5.4),
         height_ratios=(1, 0.45),
+        squeeze=False,
         layout="constrained",
     )
     for column, name in enumerate(PICTURE_CONDITIONS):

@@ -1,0 +1,264 @@
+"""Bad input is refused by name before the language model runs; a missing modality is no error."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+FAMILIES = ("llava-llama", "blip2-opt", "blip2-t5")
+
+
+@contextlib.contextmanager
+def language_model_must_not_run(model):
+    """Fails if any layer of the language model is called."""
+
+    def fail(*_):
+        raise AssertionError("the language model ran")
+
+    stack = model.get_decoder() if model.config.is_encoder_decoder is False else model.language_model.get_encoder()
+    handle = stack.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def refused(model, inputs, match, *, generate=True, **kwargs):
+    """`forward` and `generate` both raise a `ValueError` before the language model runs."""
+    with torch.no_grad(), language_model_must_not_run(model):
+        with pytest.raises(ValueError, match=match):
+            model(**inputs, **kwargs)
+        if generate:
+            prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+            with pytest.raises(ValueError, match=match):
+                model.generate(**prompt, **kwargs, max_new_tokens=2)
+
+
+def without_one_placeholder(inputs):
+    """As a truncation leaves it: the last row has lost an image token."""
+    ids = inputs["input_ids"].clone()
+    place = (ids[-1] == tiny.IMAGE).nonzero()[-1, 0]
+    ids[-1, place] = 50
+    return {**inputs, "input_ids": ids}
+
+
+def moved_placeholder(inputs):
+    """As many placeholders as before, but one of them stands in another row."""
+    ids = without_one_placeholder(inputs)["input_ids"]
+    ids[0, (ids[0] != tiny.IMAGE).nonzero()[-1, 0]] = tiny.IMAGE
+    return {**inputs, "input_ids": ids}
+
+
+# ---- images and placeholders
+
+
+@pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned"])
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_image_count_differs_from_the_placeholders(backbone, scheduler):
+    model, inputs = tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone, "pairs")
+    pixels = inputs["pixel_values"]
+    one_more = torch.cat([pixels, pixels[:1]])
+    refused(model, {**inputs, "pixel_values": pixels[:2]}, r"2 image\(s\) need 8 image tokens.*\[4, 4, 4\]")
+    refused(model, {**inputs, "pixel_values": one_more}, r"4 image\(s\) need 16 image tokens.*\[4, 4, 4\]")
+    refused(model, without_one_placeholder(inputs), r"3 image\(s\) need 12 image tokens.*\[4, 4, 3\]")
+    refused(model, moved_placeholder(inputs), r"3 image\(s\) need 12 image tokens.*\[5, 4, 3\]")
+    no_placeholder = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.IMAGE, 50)
+    refused(model, {**inputs, "input_ids": no_placeholder}, r"3 image\(s\) need 12 image tokens.*\[0, 0, 0\]")
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_placeholders_without_any_image(backbone):
+    """Forgotten `pixel_values` would leave the embedding of the placeholder itself in the prompt."""
+    inputs = tiny.prompts(backbone, "pairs")
+    del inputs["pixel_values"]
+    refused(tiny.shared(backbone, scheduler="learned"), inputs, "image")
+
+
+def test_several_images_a_row_must_come_in_whole_numbers():
+    inputs = tiny.prompts("llava-llama", "mixed", "left")
+    model = tiny.shared("llava-llama")
+    refused(model, {**inputs, "pixel_values": inputs["pixel_values"][:-1]}, r"4 image\(s\) need 16 image tokens")
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("backbone", [*FAMILIES, "retrieval"])
+def test_pixels_that_are_not_finite(backbone, value):
+    inputs = tiny.prompts(backbone, "pairs")
+    inputs["pixel_values"][1, 2, 3, 4] = value
+    for scheduler in ("uniform", "rule"):
+        model = tiny.shared(backbone, scheduler=scheduler)
+        if backbone == "retrieval":
+            with pytest.raises(ValueError, match=r"image\(s\) \[1\].*NaN or Inf"):
+                model(**inputs)
+        else:
+            refused(model, inputs, r"image\(s\) \[1\].*NaN or Inf")
+            weights = torch.full((3, 2), 0.5)
+            refused(model, inputs, r"image\(s\) \[1\].*NaN or Inf", modality_weights=weights)
+    if backbone != "retrieval":
+        labelled = tiny.prompts(backbone, "pairs", labels=3) | {"pixel_values": inputs["pixel_values"]}
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            model(**labelled)
+
+
+def test_pixels_and_encoded_images_together():
+    for backbone in FAMILIES:
+        model, inputs = tiny.shared(backbone), tiny.prompts(backbone, "pairs")
+        with torch.no_grad():
+            encoded = {"image": model.get_image_features(inputs["pixel_values"], return_dict=True)}
+            with pytest.raises(ValueError, match=r"pixel_values.*mm_encoder_outputs"):
+                model(**inputs, mm_encoder_outputs=encoded)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_encoded_images_without_hidden_states(backbone):
+    """Their typicality cannot be known; with weights of the caller nobody asks for it."""
+    model, inputs = tiny.shared(backbone, scheduler="learned"), tiny.prompts(backbone, "pairs")
+    pixels, weights = inputs.pop("pixel_values"), tiny.uneven(3)
+    with torch.no_grad():
+        encoded = model.get_image_features(pixels, return_dict=True)
+        encoded.hidden_states = None
+        with pytest.raises(ValueError, match=r"hidden states.*modality_weights"):
+            model(**inputs, mm_encoder_outputs={"image": encoded})
+        out = model(**inputs, mm_encoder_outputs={"image": encoded}, modality_weights=weights)
+        expected = model(**inputs, pixel_values=pixels, modality_weights=weights)
+    assert torch.equal(out.logits, expected.logits)
+
+
+# ---- missing modalities
+
+
+@pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned", "entropy", "energy"])
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_all_modalities_absent(backbone, scheduler):
+    model, inputs = tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone, "pairs")
+    mask = torch.tensor([[True, True], [False, False], [False, True]])
+    refused(model, inputs, r"\[1\].*neither vision nor text", modality_mask=mask)
+    refused(model, inputs, r"\[1\].*neither", modality_mask=mask, modality_weights=torch.full((3, 2), 0.5))
+    ids = torch.zeros_like(inputs["input_ids"])
+    refused(model, inputs, r"\[0, 1, 2\].*neither", modality_ids=ids)
+    special = {"input_ids": torch.full((2, 5), tiny.BOS), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    refused(model, special, r"\[0, 1\].*neither")
+
+
+@pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned", "entropy", "energy"])
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_missing_and_blank_modalities_are_answered(backbone, scheduler):
+    inputs = tiny.prompts(backbone, "mixed", "left")
+    inputs["pixel_values"][0] = 0
+    model = tiny.shared(backbone, scheduler=scheduler, stirred=True)
+    with torch.no_grad():
+        out = model(**inputs)
+    weights = out.modality_weights
+    assert weights.isfinite().all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+    assert torch.equal(weights[1], torch.tensor([0.0, 1.0]))
+    assert torch.equal(weights[3], torch.tensor([1.0, 0.0]))
+    keep = inputs["attention_mask"].bool()
+    assert (out.logits[keep] if out.logits.shape[:2] == keep.shape else out.logits).isfinite().all()
+
+
+# ---- what the caller says of modalities
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        (torch.full((2, 2), 0.5), r"\(batch, modality\) \(3, 2\), got \(2, 2\)"),
+        (torch.full((3, 3), 1 / 3), r"\(3, 2\), got \(3, 3\)"),
+        (torch.full((3,), 0.5), r"\(3, 2\), got \(3,\)"),
+        (torch.tensor([[0.5, 0.5], [0.7, 0.7], [0.5, 0.5]]), "sum to 1"),
+        (torch.tensor([[0.5, 0.5], [1.5, -0.5], [0.5, 0.5]]), "at least 0"),
+        (torch.tensor([[0.5, 0.5], [float("nan"), 0.5], [0.5, 0.5]]), "at least 0"),
+        (torch.zeros(3, 2), "sum to 1"),
+    ],
+    ids=["rows", "modalities", "flat", "sum", "negative", "nan", "zero"],
+)
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_weights_that_are_none(backbone, weights, match):
+    for scheduler in ("uniform", "rule"):
+        refused(tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone), match, modality_weights=weights)
+
+
+def test_weights_of_a_retrieval_batch_that_are_none():
+    model, inputs = tiny.shared("retrieval"), tiny.prompts("retrieval")
+    for matching in (True, False):
+        for weights in (torch.full((2, 2), 0.5), torch.full((3, 2), 0.7)):
+            with pytest.raises(ValueError, match="modality_weights must be"):
+                model(**inputs, use_image_text_matching_head=matching, modality_weights=weights)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_modality_ids_of_another_shape(backbone):
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
+    ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
+    for wrong in (ids[:, :-1], ids[:-1], torch.cat([ids, ids], 1)):
+        refused(model, inputs, "modality_ids must have the shape of the prompt", modality_ids=wrong)
+        refused(model, inputs, "modality_ids must have", modality_ids=wrong, modality_weights=torch.full((3, 2), 0.5))
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_modality_ids_of_no_modality(backbone, wrong):
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
+    ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
+    ids[1, -1] = wrong
+    refused(model, inputs, "modality_ids", modality_ids=ids, modality_weights=tiny.uneven(3))
+    refused(model, inputs, "modality_ids", modality_ids=ids)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_modality_mask_of_another_shape(backbone):
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
+    for shape in ((3, 3), (2, 2), (3,), (3, 1), (1, 2)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        refused(model, inputs, "modality_mask must be", modality_mask=mask)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_schedule_target_of_another_shape(backbone):
+    model, inputs = tiny.shared(backbone, scheduler="learned"), tiny.prompts(backbone, labels=3)
+    for target in (torch.full((3, 3), 1 / 3), torch.full((2, 2), 0.5), torch.full((3, 1), 1.0)):
+        with pytest.raises(ValueError, match="schedule_target"):
+            model(**inputs, schedule_target=target)
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_embeddings_without_modality_ids(backbone):
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="modality_ids"):
+        model(**inputs, inputs_embeds=embeddings)
+
+
+# ---- decoding by hand
+
+
+@pytest.mark.parametrize("backbone", tiny.DECODER_ONLY)
+def test_cached_decoding_without_weights(backbone):
+    inputs = tiny.prompts(backbone, "pairs")
+    step = {"input_ids": torch.full((3, 1), 10)}
+    for given in ({}, {"attention_mask": torch.ones(3, inputs["input_ids"].shape[1] + 1, dtype=torch.long)}):
+        model = tiny.shared(backbone, scheduler="learned", stirred=True)
+        with torch.no_grad():
+            out = model(**inputs, use_cache=True)
+            cache = out.get("past_key_values") or out.language_model_outputs.past_key_values
+            with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
+                model(**step, **given, past_key_values=cache)
+            with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
+                model(**step, **given, past_key_values=cache, modality_weights=out.modality_weights)
+
+
+@pytest.mark.parametrize("backbone", tiny.LLAVA)
+def test_cached_decoding_of_a_static_model_needs_no_weights(backbone):
+    inputs = tiny.prompts(backbone, "pairs")
+    logits = []
+    for model in (tiny.shared(backbone, scheduler="uniform"), tiny.vanilla(backbone)):
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            logits.append(model(input_ids=torch.full((3, 1), 10), past_key_values=cache).logits)
+    assert torch.equal(*logits)

@@ -1,0 +1,386 @@
+"""`calibrate`: what it promises of weights before and after, what it leaves alone, what it refuses.
+
+The data are those of `tiny.clean_samples`: structured, so that damage can be told from them, also by random weights.
+"""
+
+import math
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+RATE = 0.05
+ALL = (*tiny.BACKBONES, "retrieval")
+
+
+def samples(backbone, **kwargs):
+    batches = tiny.clean_samples(**kwargs)
+    return [tiny.image_first(batch) for batch in batches] if backbone == "retrieval" else batches
+
+
+@torch.no_grad()
+def answer(model, inputs):
+    if model.config.is_encoder_decoder:
+        inputs = {**inputs, "decoder_input_ids": torch.full((len(inputs["input_ids"]), 1), tiny.PAD)}
+    return model(**inputs)
+
+
+def calibrate(backbone, **dms):
+    model = tiny.build(backbone, false_alarm_rate=RATE, **dms)
+    return model, model.calibrate(samples(backbone), show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """Calibrated models with their reports, by backbone; not to be changed."""
+    made = {}
+
+    def get(backbone):
+        if backbone not in made:
+            made[backbone] = calibrate(backbone)
+        return made[backbone]
+
+    return get
+
+
+def fresh(backbone, count=128, **kwargs):
+    """One batch of clean samples that calibration has not seen."""
+    return samples(backbone, count=count, size=count, seed=5, **kwargs)[0]
+
+
+def random_words(inputs, seed=3):
+    """Every word of the text replaced by one that clean texts never hold."""
+    ids = inputs["input_ids"]
+    drawn = torch.randint(50, 90, ids.shape, generator=torch.Generator().manual_seed(seed))
+    return {**inputs, "input_ids": torch.where((ids >= 10) & (ids != tiny.IMAGE), drawn, ids)}
+
+
+# ---- weights before and after
+
+
+@pytest.mark.parametrize("backbone", ALL)
+def test_before_calibration_nothing_is_suspicious(backbone):
+    model = tiny.shared(backbone)
+    assert not model.dms.calibration.is_calibrated
+    for inputs in (fresh(backbone), tiny.noisy(fresh(backbone)), random_words(fresh(backbone))):
+        out = answer(model, inputs)
+        assert torch.equal(out.modality_weights, torch.full((128, 2), 0.5))
+        assert not out.modality_signals.typicality.any()
+        assert out.modality_signals.damage.isneginf().all()
+        assert out.modality_signals.conflict.isneginf().all()
+
+
+@pytest.mark.parametrize("backbone", ALL)
+def test_clean_samples_stay_uniform(backbone, calibrated):
+    model, report = calibrated(backbone)
+    assert model.dms.calibration.is_calibrated
+    inputs = fresh(backbone)
+    out = answer(model, inputs)
+    uniform = (out.modality_weights == 0.5).all(1)
+    assert uniform.float().mean() >= 0.75
+    flagged = (out.modality_signals.damage > 0).float().mean(0)
+    assert (flagged <= RATE + 0.15).all()
+    assert all(abs(rate - RATE) <= 0.05 for rate in report.achieved_false_alarm_rate.values())
+
+    # what is not flagged is answered bit for bit by the backbone
+    kept = {name: value[uniform] for name, value in inputs.items()}
+    out, vanilla = answer(model, kept), answer(tiny.vanilla(backbone), kept)
+    field = "logits_per_image" if backbone == "retrieval" else "logits"
+    assert torch.equal(out[field], vanilla[field])
+
+
+@pytest.mark.parametrize("backbone", ALL)
+def test_damaged_modalities_lose_weight(backbone, calibrated):
+    model, report = calibrated(backbone)
+    clean = answer(model, fresh(backbone)).modality_weights
+    noisy = answer(model, tiny.noisy(fresh(backbone)))
+    assert noisy.modality_weights[:, 0].mean() < clean[:, 0].mean() - 0.2
+    assert (noisy.modality_weights[:, 0] < 0.5).float().mean() > 0.9
+    assert (noisy.modality_signals.damage[:, 0] > 0).float().mean() > 0.9
+    garbled = answer(model, random_words(fresh(backbone)))
+    assert garbled.modality_weights[:, 1].mean() < clean[:, 1].mean() - 0.1
+    for weights in (clean, noisy.modality_weights, garbled.modality_weights):
+        torch.testing.assert_close(weights.sum(1), torch.ones(128))
+        assert weights.min() >= model.config.dms_config.weight_floor - 1e-6
+    blank = {**fresh(backbone), "pixel_values": torch.zeros(128, 3, 8, 8)}
+    assert answer(model, blank).modality_weights[:, 0].mean() < clean[:, 0].mean() - 0.1
+    assert report.families["vision"]["noise"] > 0.8
+
+
+def test_the_rule_of_a_batch_equals_its_rows(calibrated):
+    for backbone in ("llava-llama", "blip2-opt"):
+        model, _ = calibrated(backbone)
+        inputs = tiny.noisy(fresh(backbone, count=12, missing=True), strength=0.5)
+        out = answer(model, inputs)
+        for index in range(12):
+            alone = answer(model, tiny.row(inputs, index))
+            torch.testing.assert_close(out.modality_weights[index], alone.modality_weights[0], rtol=0, atol=1e-4)
+
+
+def test_an_image_twice_is_as_typical_as_once(calibrated):
+    model, _ = calibrated("llava-llama")
+    once = tiny.batch([("i", 6), ("i", 6)])
+    twice = tiny.batch([("i", "i", 6), ("i", "i", 6)])
+    for strength in (0.05, 0.5):
+        pixels = torch.cat([batch["pixel_values"] for batch in tiny.clean_samples(count=2, seed=5)])
+        pixels = tiny.noisy({"pixel_values": pixels}, strength)["pixel_values"]
+        single = answer(model, {**once, "pixel_values": pixels}).modality_signals
+        double = answer(model, {**twice, "pixel_values": pixels.repeat_interleave(2, 0)}).modality_signals
+        for name in ("typicality", "damage", "confidence", "uncertainty"):
+            torch.testing.assert_close(double[name][:, 0], single[name][:, 0], rtol=1e-3, atol=1e-4, msg=name)
+    assert single.typicality[:, 0].any()
+
+
+@pytest.mark.parametrize("prior", ["vision", "text"])
+def test_conflict_prior_decides_between_clean_modalities(prior, calibrated):
+    model, report = calibrate("blip2-opt", conflict_prior=prior)
+    assert report.mismatch_auroc > 0.6
+    inputs = fresh("blip2-opt")
+    # each image with the text of a sample whose text names another pattern
+    mismatched = {**inputs, "pixel_values": inputs["pixel_values"].roll(1, 0)}
+    different = inputs["input_ids"][:, 5] != inputs["input_ids"][:, 5].roll(1, 0)
+    believed = ["vision", "text"].index(prior)
+    matched, swapped = (answer(model, given).modality_weights[different, believed] for given in (inputs, mismatched))
+    assert swapped.mean() > matched.mean()
+    plain = answer(calibrated("blip2-opt")[0], mismatched).modality_weights
+    assert swapped.mean() > plain[different, believed].mean()
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-t5"])
+def test_level_1(backbone):
+    model = tiny.build(backbone, false_alarm_rate=RATE)
+    report = model.calibrate(samples(backbone), level=1, show_progress=False)
+    assert model.dms.calibration.is_calibrated
+    for modality in model.dms.calibration.modalities:
+        assert float(modality.level) == 1
+        assert not modality.coefficients.any()
+    clean, noisy = answer(model, fresh(backbone)), answer(model, tiny.noisy(fresh(backbone)))
+    assert (clean.modality_weights == 0.5).all(1).float().mean() >= 0.75
+    assert (noisy.modality_weights[:, 0] < 0.5).float().mean() > 0.9
+    assert (noisy.modality_signals.typicality[:, 0] > 0).float().mean() > 0.9
+    assert "vision" in str(report)
+
+
+def test_other_schedulers_see_what_was_calibrated():
+    model, _ = calibrate("llava-llama", scheduler="learned", stirred=True)
+    before = tiny.build("llava-llama", scheduler="learned", stirred=True, false_alarm_rate=RATE)
+    inputs = tiny.noisy(fresh("llava-llama", count=8))
+    assert not torch.allclose(answer(model, inputs).modality_weights, answer(before, inputs).modality_weights)
+
+
+# ---- missing modalities
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_missing_modalities_mixed_in(backbone):
+    model = tiny.build(backbone, false_alarm_rate=RATE)
+    batches = tiny.clean_samples(count=120, missing=True)
+    report = model.calibrate(batches, show_progress=False)
+    assert report.samples == {"vision": 80, "text": 80}
+    inputs = fresh(backbone, count=30, missing=True)
+    out = answer(model, inputs)
+    is_image, is_word = inputs["input_ids"] == tiny.IMAGE, inputs["input_ids"] >= 10
+    present = torch.stack([is_image.any(1), (is_word & ~is_image).any(1)], 1)
+    assert torch.equal(out.modality_weights > 0, present)
+    assert torch.equal(out.modality_weights[1], torch.tensor([0.0, 1.0]))
+    assert torch.equal(out.modality_weights[2], torch.tensor([1.0, 0.0]))
+    both = present.all(1)
+    assert (out.modality_weights[both] == 0.5).all(1).float().mean() > 0.6
+    noisy = answer(model, tiny.noisy(inputs))
+    assert (noisy.modality_weights[both, 0] < 0.5).float().mean() > 0.9
+    assert torch.equal(noisy.modality_weights[~both], out.modality_weights[~both])
+
+
+def test_modality_mask_leaves_stand_ins_out():
+    """A blank image that is declared missing must not count as clean."""
+    batches = tiny.clean_samples(count=120)
+    for batch in batches:
+        absent = torch.arange(len(batch["input_ids"])) % 4 == 0
+        batch["pixel_values"][absent] = 0
+        batch["modality_mask"] = torch.stack([~absent, torch.ones_like(absent)], 1)
+    model = tiny.build("llava-llama", false_alarm_rate=RATE)
+    report = model.calibrate(batches, show_progress=False)
+    assert report.samples == {"vision": 90, "text": 120}
+    blank = {**fresh("llava-llama"), "pixel_values": torch.zeros(128, 3, 8, 8)}
+    assert (answer(model, blank).modality_signals.damage[:, 0] > 0).float().mean() > 0.9
+
+
+# ---- what it leaves alone, and that it is reproducible
+
+
+def buffers(model):
+    return dict(model.dms.calibration.named_buffers())
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_everything_else_is_untouched():
+    model = tiny.build("llava-llama", stirred=True).train()
+    model.dms.views[1].eval()
+    model.model.vision_tower.requires_grad_(False)
+    flags = {name: module.training for name, module in model.named_modules()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    parameters = {name: p.clone() for name, p in model.named_parameters()}
+    batches = tiny.clean_samples()
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1]) < 9, -100)
+    copies = [{name: value.clone() for name, value in batch.items()} for batch in batches]
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    model.calibrate(batches, show_progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not buffer.requires_grad for buffer in model.buffers())
+    assert_same(dict(model.named_parameters()), parameters)
+    for batch, copy in zip(batches, copies, strict=True):
+        assert_same(batch, copy)
+    assert torch.is_grad_enabled()
+
+
+def test_labelled_positions_are_no_text():
+    """An answer must not be part of what a clean prompt looks like."""
+    batches = tiny.clean_samples()
+    labelled = []
+    for batch in batches:
+        answered = torch.randint(50, 90, (len(batch["input_ids"]), 2), generator=torch.Generator().manual_seed(0))
+        ids = torch.cat([batch["input_ids"], answered], 1)
+        labels = torch.cat([torch.full_like(batch["input_ids"], -100), answered], 1)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(answered)], 1)
+        labelled.append({**batch, "input_ids": ids, "attention_mask": mask, "labels": labels})
+    first, second = tiny.build("llava-llama"), tiny.build("llava-llama")
+    first.calibrate(batches, show_progress=False)
+    second.calibrate(labelled, show_progress=False)
+    for name, value in buffers(first).items():
+        torch.testing.assert_close(buffers(second)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-t5"])
+def test_calibration_is_deterministic(backbone, calibrated):
+    model, report = calibrated(backbone)
+    torch.manual_seed(123)
+    again, again_report = calibrate(backbone)
+    assert_same(buffers(again), buffers(model))
+    assert str(again_report) == str(report)
+    # a second calibration starts anew
+    again.calibrate((tiny.noisy(batch) for batch in samples(backbone)), show_progress=False)
+    assert not torch.equal(buffers(again)["modalities.0.mean"], buffers(model)["modalities.0.mean"])
+    again.calibrate(samples(backbone), show_progress=False)
+    assert_same(buffers(again), buffers(model))
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+def test_calibration_is_saved(backbone, calibrated, tmp_path):
+    model, _ = calibrated(backbone)
+    model.save_pretrained(tmp_path)
+    loaded = tiny.realigned(type(model).from_pretrained(tmp_path))
+    assert loaded.dms.calibration.is_calibrated
+    assert_same(buffers(loaded), buffers(model))
+    for inputs in (fresh(backbone), tiny.noisy(fresh(backbone), strength=0.3)):
+        expected, out = answer(model, inputs), answer(loaded, inputs)
+        assert torch.equal(out.modality_weights, expected.modality_weights)
+        assert torch.equal(out.modality_signals.damage, expected.modality_signals.damage)
+
+
+def test_it_streams_and_stops():
+    served = []
+
+    def stream():
+        for seed in range(9):
+            served.append(seed)
+            yield tiny.clean_samples(count=32, seed=seed)[0]
+
+    report = tiny.build("llava-llama").calibrate(stream(), max_samples=64, show_progress=False)
+    assert report.samples == {"vision": 64, "text": 64}
+    assert len(served) == 2
+
+
+# ---- the report
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+def test_report(backbone, calibrated):
+    _, report = calibrated(backbone)
+    assert report.samples == {"vision": 96, "text": 96}
+    assert report.false_alarm_rate == RATE
+    for modality in ("vision", "text"):
+        assert {"typicality", "confidence", "uncertainty"} <= set(report.signals[modality])
+        for row in report.signals[modality].values():
+            assert 0 <= row["auroc"] <= 1
+            assert math.isfinite(row["coefficient"])
+        assert 0 <= report.achieved_false_alarm_rate[modality] <= 0.15
+        assert all(0 <= value <= 1 for value in report.families[modality].values())
+    assert set(report.families["vision"]) == {"noise", "blank", "blur", "occlusion"}
+    assert set(report.families["text"]) == {"word_drop", "random_words", "shuffle"}
+    assert report.signals["vision"]["typicality"]["auroc"] > 0.7
+    assert report.signals["vision"]["typicality"]["coefficient"] > 0
+    assert 0 <= report.mismatch_auroc <= 1
+    table = str(report).splitlines()
+    assert table[0].split() == ["modality", "signal", "AUROC", "coefficient"]
+    assert len(table) > 10
+    for modality in ("vision", "text"):
+        assert any(line.startswith(modality) and "typicality" in line for line in table)
+    assert any("96 clean samples" in line and "0.050" in line for line in table)
+
+
+def test_an_uninformative_signal_gets_coefficient_0(calibrated):
+    found = 0
+    for backbone in tiny.BACKBONES:
+        for rows in calibrated(backbone)[1].signals.values():
+            for name in ("confidence", "uncertainty"):
+                if abs(rows[name]["auroc"] - 0.5) < 0.04:
+                    assert rows[name]["coefficient"] == 0
+                    found += 1
+    assert found, "no signal of these models is uninformative: this test tests nothing"
+
+
+# ---- what it refuses
+
+
+def refused(model, dataloader, match, **kwargs):
+    """`calibrate` raises, and leaves the model as it was."""
+    flags, before = [m.training for m in model.modules()], {name: b.clone() for name, b in model.named_buffers()}
+    with pytest.raises(ValueError, match=match):
+        model.calibrate(dataloader, show_progress=False, **kwargs)
+    assert [m.training for m in model.modules()] == flags
+    assert_same(dict(model.named_buffers()), before)
+
+
+def test_too_few_samples():
+    model = tiny.build("llava-llama").train()
+    refused(model, tiny.clean_samples(count=49), "49 samples with vision.*50")
+    few = tiny.clean_samples(count=64)
+    few[1]["modality_mask"] = torch.tensor([[True, False]] * 32)
+    refused(model, few, "32 samples with text.*50")
+    model.calibrate(tiny.clean_samples(count=50), show_progress=False)
+    refused(model, tiny.clean_samples(count=49), "49 samples")
+
+
+def test_no_samples():
+    refused(tiny.build("llava-llama"), [], "empty")
+    refused(tiny.build("llava-llama"), iter(()), "empty")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "retrieval"])
+def test_pixels_that_are_not_finite(backbone, value):
+    batches = samples(backbone)
+    batches[1]["pixel_values"][5, 0, 3, 3] = value
+    refused(tiny.build(backbone).train(), batches, r"\[5\].*NaN or Inf")
+
+
+def test_unknown_level():
+    refused(tiny.build("llava-llama"), tiny.clean_samples(), "level must be 1 or 2, got 3", level=3)
+
+
+def test_images_that_do_not_fit_the_prompts():
+    batches = tiny.clean_samples()
+    batches[0]["pixel_values"] = batches[0]["pixel_values"][:-1]
+    refused(tiny.build("llava-llama"), batches, "image tokens")

@@ -1,0 +1,154 @@
+"""Samples, images of every mode, corruptions and the collator."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, corrupt
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.samples import to_rgb
+from modeling_dms.training.demo import CHECKPOINTS
+
+
+QUESTION = "what color is the shape?"
+CONTEXT = "the picture shows a teal circle."
+
+
+def image(seed=0, size=(64, 64)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module", params=["llava", "blip2"])
+def collator(request):
+    return PromptCollator(AutoProcessor.from_pretrained(CHECKPOINTS / f"demo-{request.param}"))
+
+
+def test_easy_vqa_splits_share_no_image_and_contexts_answer():
+    train, test = load_easy_vqa("train"), load_easy_vqa("test")
+    assert len({s.id for s in train + test}) == len(train) + len(test)
+    assert not {s.image for s in train} & {s.image for s in test}
+    for sample in test:
+        if sample.answers[0] not in ("yes", "no"):
+            assert sample.answers[0] in sample.context.rstrip(".").split()
+    with pytest.raises(ValueError, match="validation"):
+        load_easy_vqa("validation")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I", "I;16", "F", "YCbCr", "HSV"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (200, 1)])
+def test_every_mode_becomes_rgb(mode, size):
+    source = Image.new("L", size, 200)
+    if mode == "I;16":
+        source = Image.fromarray(np.full(size[::-1], 200 * 257, dtype=np.uint16))
+    else:
+        source = source.convert("RGB").convert(mode) if mode in ("HSV", "YCbCr") else source.convert(mode)
+    rgb = to_rgb(source)
+    assert rgb.mode == "RGB"
+    assert rgb.size == size
+    if mode not in ("1", "P", "PA"):
+        assert abs(int(np.asarray(rgb).mean()) - 200) <= 2
+
+
+def test_transparency_lies_over_white():
+    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing", "bomb"])
+def test_a_broken_image_names_its_sample(tmp_path, damage, monkeypatch):
+    path = tmp_path / "picture.png"
+    buffer = io.BytesIO()
+    image().save(buffer, "PNG")
+    content = {"empty": b"", "text": b"not an image", "truncated": buffer.getvalue()[:200]}.get(
+        damage, buffer.getvalue()
+    )
+    if damage != "missing":
+        path.write_bytes(content)
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="sample-7"):
+        Sample("sample-7", path, None, QUESTION).load_image()
+
+
+@pytest.mark.parametrize("name", IMAGE_CORRUPTIONS)
+def test_image_corruptions_are_reproducible_and_keep_the_size(name):
+    sample = Sample("a", image(size=(40, 30)), CONTEXT, QUESTION)
+    for severity in (1, 3, 5):
+        once, again = (corrupt(sample, f"image:{name}", severity).image for _ in range(2))
+        assert once.size == (40, 30)
+        assert once.mode == "RGB"
+        assert np.array_equal(np.asarray(once), np.asarray(again))
+        assert not np.array_equal(np.asarray(once), np.asarray(sample.image))
+    other = corrupt(sample.replace(id="b"), f"image:{name}", 3).image
+    deterministic = {"black", "blur", "invert", "dark", "low_contrast", "pixelate", "solarize", "channel_swap"}
+    same = np.array_equal(np.asarray(other), np.asarray(corrupt(sample, f"image:{name}", 3).image))
+    assert same == (name in deterministic)
+
+
+@pytest.mark.parametrize("name", TEXT_CORRUPTIONS)
+def test_text_corruptions_are_reproducible_and_differ_by_sample(name):
+    samples = [Sample(str(i), None, CONTEXT, QUESTION) for i in range(8)]
+    texts = [corrupt(sample, f"text:{name}", 4).context for sample in samples]
+    assert texts == [corrupt(sample, f"text:{name}", 4).context for sample in samples]
+    assert len(set(texts)) > 1
+    assert all(text.strip() for text in texts)
+    assert sum(text != CONTEXT for text in texts) >= 7
+    assert corrupt(samples[0].replace(context="  "), f"text:{name}").context == "  "
+    assert corrupt(samples[0].replace(context="ключ ключ ключ 🔑"), f"text:{name}", 5).context.strip()
+
+
+def test_missing_and_mismatch():
+    sample, other = Sample("a", image(0), CONTEXT, QUESTION), Sample("b", image(1), "a red box.", QUESTION)
+    assert corrupt(sample, "image:missing").image is None
+    assert corrupt(sample, "text:missing").context is None
+    assert corrupt(sample, "image:mismatch", other=other).image is other.image
+    assert corrupt(sample, "text:mismatch", other=other).context == other.context
+    for arguments in (("image:mismatch",), ("image:nonsense",), ("video:blur",), ("image:blur", 6)):
+        with pytest.raises(ValueError, match=r"other|unknown|severity"):
+            corrupt(sample, *arguments)
+
+
+def test_collator_marks_image_context_and_nothing_else(collator):
+    sample = Sample("a", image(), CONTEXT, QUESTION, ("teal",))
+    batch = collator([sample])
+    ids, kinds = batch["input_ids"][0], batch["modality_ids"][0]
+    tokenizer = collator.processor.tokenizer
+    assert tokenizer.decode(ids[kinds == 2]).strip() == CONTEXT
+    assert set(ids[kinds == 1].tolist()) == {tokenizer.convert_tokens_to_ids("<image>")}
+    assert QUESTION in tokenizer.decode(ids[kinds == 0])
+
+
+def test_collator_pads_and_mixes_missing_modalities(collator):
+    samples = [
+        Sample("a", image(0), CONTEXT, QUESTION, ("teal",)),
+        Sample("b", None, "a much longer passage about a red triangle in the picture.", QUESTION, ("red",)),
+        Sample("c", image(1), None, QUESTION, ("blue",)),
+        Sample("d", image(2), "", "", ("blue",)),
+        Sample("e", image(2), "日本語 🔑 " * 30, "é?" * 50, ("blue",)),
+    ]
+    batch = collator(samples)
+    assert len(batch["pixel_values"]) == 4
+    assert (batch["modality_ids"] == 2).any(1).tolist() == [True, True, False, False, True]
+    assert (batch["modality_ids"] == 1).any(1).tolist() == [True, False, True, True, True]
+    assert batch["attention_mask"][:, -1].all()  # padded on the left
+    single = collator(samples[:1])
+    length = single["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][0, -length:], single["input_ids"][0])
+
+
+def test_collator_labels_the_answer_alone(collator):
+    sample = Sample("a", image(), CONTEXT, QUESTION, ("teal",))
+    batch = PromptCollator(collator.processor, with_labels=True)([sample, sample.replace(context="teal")])
+    tokenizer = collator.processor.tokenizer
+    for ids, labels, kinds in zip(batch["input_ids"], batch["labels"], batch["modality_ids"], strict=True):
+        marked = labels != -100
+        assert tokenizer.decode(labels[marked]) == " teal</s>"
+        assert torch.equal(ids[marked], labels[marked])
+        assert (kinds[marked] == 0).all()
+    with pytest.raises(ValueError, match="'x'"):
+        PromptCollator(collator.processor, with_labels=True)([Sample("x", None, CONTEXT, QUESTION)])

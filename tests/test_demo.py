@@ -1,0 +1,143 @@
+"""The demo, its figures of merit and the command line, on the shipped checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+from modeling_dms.training import demo
+from modeling_dms.training.cli import app
+from modeling_dms.training.data import Sample, load_easy_vqa
+from modeling_dms.training.evaluation import answer_tokens, bootstrap_interval, oracle_gap_closed, predict
+
+
+VANILLA = {"llava": LlavaForConditionalGeneration, "blip2": Blip2ForConditionalGeneration}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return demo.one_per_image(load_easy_vqa("test"), 60)
+
+
+@pytest.fixture(scope="module", params=list(VANILLA))
+def calibrated(request):
+    model, collator = demo.load_demo_model(request.param)
+    return request.param, model, collator, demo.calibrate_demo(model, collator, 100, show_progress=False)
+
+
+def test_gap_closed_is_pooled():
+    static, oracle = np.array([[0.0, 1, 1, 0], [1, 1, 1, 1]]), np.array([[1.0, 1, 1, 1], [1, 1, 1, 1]])
+    assert oracle_gap_closed(static, oracle, oracle) == 1
+    assert oracle_gap_closed(static, static, oracle) == 0
+    half = np.array([[1.0, 1, 1, 0], [1, 1, 1, 1]])
+    assert oracle_gap_closed(static, half, oracle) == 0.5
+    worse = np.array([[1.0, 1, 1, 1], [0, 1, 1, 1]])
+    assert oracle_gap_closed(static, worse, oracle) == 0.5
+    assert np.isnan(oracle_gap_closed(oracle, oracle, oracle))
+
+
+def test_bootstrap_interval_holds_the_mean_and_narrows_with_samples():
+    values = (np.random.default_rng(0).random(100) < 0.7).astype(float)
+    low, high = bootstrap_interval(lambda a: a.mean(), values)
+    assert low < values.mean() < high
+    wide, narrow = bootstrap_interval(lambda a: a.mean(), values[:20]), bootstrap_interval(lambda a: a.mean(), values)
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+def test_conditions_keep_seen_families_apart():
+    used = {"noise", "black", "blur", "occlusion", "random_words", "missing", "drop_words", "shuffle_words"}
+    for condition in demo.CONDITIONS:
+        if condition.group.startswith("unseen"):
+            assert condition.name.split(":")[1] not in used
+    assert len({condition.name for condition in demo.CONDITIONS}) == len(demo.CONDITIONS)
+
+
+@pytest.mark.parametrize("backbone", list(VANILLA))
+def test_shipped_checkpoints_are_small_static_and_recorded(backbone):
+    folder = demo.CHECKPOINTS / f"demo-{backbone}"
+    assert (folder / "model.safetensors").stat().st_size < 12e6
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if "dms" in key]  # noqa: SIM118
+    record = json.loads((folder / "training_log.json").read_text())
+    assert record["seed"] == 0
+    assert "pretrain_demo" in record["command"]
+    assert record["log"][-1]["step"] == record["steps"]
+
+
+def test_static_weights_are_the_vanilla_checkpoint(calibrated, samples):
+    backbone, model, collator, _ = calibrated
+    vanilla = VANILLA[backbone].from_pretrained(demo.CHECKPOINTS / f"demo-{backbone}").eval()
+    inputs = collator(samples[:8])
+    static = predict(model, [inputs], [demo.STATIC])[0]
+    inputs.pop("modality_ids")
+    with torch.no_grad():
+        assert torch.equal(vanilla(**inputs).logits[:, -1].argmax(-1), static.tokens)
+
+
+def test_dms_leaves_clean_samples_alone_and_finds_damage(calibrated, samples):
+    _, model, collator, report = calibrated
+    wanted = answer_tokens(collator, samples)
+    clean = demo.batches_of(collator, samples)
+    static, dms = predict(model, clean, [demo.STATIC, None])
+    assert static.correct(wanted).mean() > 0.8
+    assert abs(dms.correct(wanted).mean() - static.correct(wanted).mean()) <= 0.02
+    assert (dms.weights == 0.5).all(1).float().mean() > 0.9
+    black = demo.corrupted(samples, demo.Condition("image:black", "seen"))
+    typos = demo.corrupted(samples, demo.Condition("text:typos", "unseen text", 5))
+    assert predict(model, demo.batches_of(collator, black), [None])[0].weights[:, 0].mean() < 0.2
+    assert predict(model, demo.batches_of(collator, typos), [None])[0].weights[:, 1].mean() < 0.3
+    assert report.mismatch_auroc > 0.85
+
+
+def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CONDITIONS", demo.CONDITIONS[:3])
+    monkeypatch.setattr(demo, "PICTURE_CONDITIONS", ("clean",))
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "README.md").write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    (tmp_path / "model_cards" / "README.md").write_text("<!-- training:begin -->\n<!-- training:end -->\n")
+    result = demo.run_demo(tmp_path / "out", ["llava"], 50, 60, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    row = result["backbones"][0]["rows"][1]
+    assert f"| {row['static']:.3f} | {row['dms']:.3f} | {row['oracle']:.3f} |" in readme
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["samples"] == 50
+    assert Image.open(tmp_path / "out" / "demo.png").size[0] > 100
+    with pytest.raises(ValueError, match="demo:begin"):
+        demo.write_between_markers(tmp_path / "model_cards" / "README.md", "demo", "x")
+
+
+def test_predict_answers_one_sample(tmp_path, samples):
+    sample = next(s for s in samples if s.answers[0] in demo.COLORS)
+    arguments = ["predict", "--question", sample.question, "--context", sample.context, "--image", str(sample.image)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"answer: {sample.answers[0]}" in result.output
+    assert "damage" in result.output
+
+
+def test_predict_reports_bad_input_in_one_line(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG nothing")
+    for arguments, message in (
+        (["--question", "what?", "--image", str(broken)], "broken.png"),
+        (["--question", "what?"], "neither an image nor a context"),
+        (["--question", " ", "--context", "a red box."], "question is empty"),
+        (["--question", "what?", "--context", "x", "--model", str(tmp_path)], str(tmp_path)),
+    ):
+        result = CliRunner().invoke(app, ["predict", *arguments])
+        assert result.exit_code == 1
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+
+def test_a_sample_whose_answer_is_longer_than_a_token_is_named():
+    _, collator = demo.load_demo_model("llava")
+    with pytest.raises(ValueError, match="'long'"):
+        answer_tokens(collator, [Sample("long", None, "a", "b", ("a rather long answer",))])

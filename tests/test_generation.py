@@ -1,0 +1,242 @@
+"""Generation: the vanilla answer where nothing is weighed, the uncached argmax where something is, weights once."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import tiny
+
+
+NEW = 4
+BANNED = [tiny.EOS, tiny.IMAGE]
+MODES = {
+    "greedy": {},
+    "static": {"cache_implementation": "static"},
+    "sample": {"do_sample": True, "top_k": 0},
+    "beam": {"num_beams": 3},
+    "beam-static": {"num_beams": 3, "cache_implementation": "static"},
+    "beam-sequences": {"num_beams": 3, "num_return_sequences": 2},
+    "no-cache": {"use_cache": False},
+}
+CACHED = tuple(mode for mode in MODES if mode != "no-cache")
+
+
+def generate(model, inputs, mode="greedy", **kwargs):
+    """`NEW` tokens, none of them the end or an image placeholder, from one random state."""
+    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    torch.manual_seed(0)
+    options = {"max_new_tokens": NEW, "suppress_tokens": BANNED, **MODES[mode]}
+    return model.generate(**inputs, **options, **kwargs)
+
+
+@contextlib.contextmanager
+def counted(module):
+    """Counts the calls of a module."""
+    calls = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_static_weights_generate_as_the_vanilla_class(backbone, padding):
+    vanilla = tiny.vanilla(backbone)
+    for kind in ("pairs", "mixed"):
+        inputs = tiny.prompts(backbone, kind, padding)
+        for mode in CACHED if kind == "pairs" else ("greedy", "beam"):
+            expected = generate(vanilla, inputs, mode)
+            for scheduler in ("uniform", "rule"):
+                assert torch.equal(generate(tiny.shared(backbone, scheduler=scheduler), inputs, mode), expected), mode
+    weights = torch.full((3, 2), 0.5)
+    inputs = tiny.prompts(backbone, "pairs", padding)
+    given = generate(tiny.shared(backbone, scheduler="entropy"), inputs, modality_weights=weights)
+    assert torch.equal(given, generate(vanilla, inputs))
+
+
+@torch.no_grad()
+def uncached(model, inputs, weights, choose):
+    """Tokens chosen one by one, each from a forward pass over the whole sequence."""
+    start = model(**inputs, modality_weights=weights)
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    pixels = inputs["pixel_values"]
+    if "decoder_input_ids" in inputs:
+        tokens = torch.full((len(weights), 1), tiny.PAD)
+        for _ in range(NEW):
+            out = model(**prompt, pixel_values=pixels, modality_weights=weights, decoder_input_ids=tokens)
+            tokens = torch.cat([tokens, choose(out.logits[:, -1])], 1)
+        return tokens
+    ids = start.modality_ids
+    for _ in range(NEW):
+        out = model(**prompt, pixel_values=pixels, modality_weights=weights, modality_ids=ids)
+        prompt["input_ids"] = torch.cat([prompt["input_ids"], choose(out.logits[:, -1])], 1)
+        prompt["attention_mask"] = F.pad(prompt["attention_mask"], (0, 1), value=1)
+        ids = F.pad(ids, (0, 1))
+    return prompt["input_ids"]
+
+
+def allowed(logits):
+    return logits.index_fill(1, torch.tensor(BANNED), -torch.inf)
+
+
+def argmax(logits):
+    return allowed(logits).argmax(1, keepdim=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_weighed_tokens_are_those_of_an_uncached_loop(backbone, attention):
+    model = tiny.shared(backbone, attention, scheduler="learned", stirred=True)
+    inputs = tiny.prompts(backbone, "mixed", "left")
+    weights = tiny.uneven(len(inputs["input_ids"]))
+    expected = uncached(model, inputs, weights, argmax)
+    for mode in ("greedy", "static"):
+        tokens = generate(model, inputs, mode, modality_weights=weights)
+        assert torch.equal(tokens, expected), mode
+    swapped = generate(model, inputs, modality_weights=weights.flip(1))
+    assert not torch.equal(swapped, expected), "the weights must matter for this test to say anything"
+
+    torch.manual_seed(0)
+    sampled = uncached(model, inputs, weights, lambda logits: allowed(logits).softmax(1).multinomial(1))
+    assert torch.equal(generate(model, inputs, "sample", modality_weights=weights), sampled)
+
+    own = model(**inputs).modality_weights
+    assert own[(own > 0).all(1)].sub(0.5).abs().min() > 1e-3
+    expected = uncached(model, inputs, own, argmax)
+    assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_generation_without_a_cache(backbone):
+    inputs = tiny.prompts(backbone, "pairs", "left")
+    expected = generate(tiny.vanilla(backbone), inputs, "no-cache")
+    assert torch.equal(generate(tiny.shared(backbone, scheduler="uniform"), inputs, "no-cache"), expected)
+    assert torch.equal(generate(tiny.shared(backbone, scheduler="rule"), inputs, "no-cache"), expected)
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    tokens = generate(model, inputs, "no-cache", modality_weights=tiny.uneven(3))
+    assert torch.equal(tokens, uncached(model, inputs, tiny.uneven(3), argmax))
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_weighed_beams_score_as_an_uncached_pass(backbone):
+    model = tiny.shared(backbone, scheduler="entropy")
+    inputs = tiny.prompts(backbone, "mixed", "left")
+    weights = tiny.uneven(len(inputs["input_ids"]))
+    asked = {"return_dict_in_generate": True, "output_scores": True, "length_penalty": 0.0}
+    for mode in ("beam", "beam-static"):
+        out = generate(model, inputs, mode, modality_weights=weights, **asked)
+        sequences = out.sequences
+        given = {**inputs, "modality_weights": weights}
+        if backbone == "blip2-t5":
+            given["decoder_input_ids"] = sequences[:, :-1]
+        else:
+            given["input_ids"] = sequences[:, :-1]
+            given["attention_mask"] = F.pad(inputs["attention_mask"], (0, NEW - 1), value=1)
+            prompt_ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
+            given["modality_ids"] = F.pad(prompt_ids, (0, NEW - 1))
+        with torch.no_grad():
+            expected = model(**given)
+        assert torch.equal(out.modality_weights, expected.modality_weights)
+        logits = expected.logits
+        log_p = logits[:, -NEW:].log_softmax(-1)
+        scores = log_p.gather(2, sequences[:, -NEW:, None]).sum((1, 2))
+        torch.testing.assert_close(out.sequences_scores, scores, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_weights_are_computed_once_and_returned(backbone, mode):
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    inputs = tiny.prompts(backbone, "pairs", "left")
+    with torch.no_grad():
+        expected = model(**inputs)
+    with counted(model.dms) as calls:
+        out = generate(model, inputs, mode, return_dict_in_generate=True)
+    assert len(calls) == 1
+    assert out.modality_weights.shape == (3, 2)
+    assert torch.equal(out.modality_weights, expected.modality_weights)
+    assert torch.equal(out.modality_signals.confidence, expected.modality_signals.confidence)
+    assert torch.equal(out.sequences, generate(model, inputs, mode))
+    if mode == "beam-sequences":
+        assert len(out.sequences) == 6
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+def test_generate_takes_the_arguments_of_forward(backbone):
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    inputs = tiny.prompts(backbone, "pairs", "left")
+    inputs.pop("decoder_input_ids", None)
+    mask = torch.tensor([[False, True], [True, True], [True, False]])
+    out = generate(model, inputs, modality_mask=mask, return_dict_in_generate=True)
+    assert torch.equal(out.modality_weights > 0, mask)
+    with torch.no_grad():
+        ids = model(**tiny.prompts(backbone, "pairs", "left")).modality_ids
+    ids[:, -3:] = 0
+    with torch.no_grad():
+        expected = model(**tiny.prompts(backbone, "pairs", "left"), modality_ids=ids).modality_weights
+    out = generate(model, inputs, modality_ids=ids, return_dict_in_generate=True)
+    assert torch.equal(out.modality_weights, expected)
+
+
+@pytest.mark.parametrize("backbone", ["blip2-opt", "blip2-t5"])
+def test_captions_without_a_prompt(backbone):
+    pixels = {"pixel_values": tiny.prompts(backbone)["pixel_values"]}
+    expected = generate(tiny.vanilla(backbone), pixels)
+    assert torch.equal(generate(tiny.shared(backbone), pixels), expected)
+    out = generate(tiny.shared(backbone, scheduler="entropy"), pixels, return_dict_in_generate=True)
+    assert torch.equal(out.modality_weights, torch.tensor([[1.0, 0.0]] * 3))
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+def test_prompts_without_any_image(backbone):
+    inputs = tiny.batch([(6,), (4,)], "left")
+    assert "pixel_values" not in inputs
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    out = generate(model, inputs, return_dict_in_generate=True)
+    assert torch.equal(out.modality_weights, torch.tensor([[0.0, 1.0]] * 2))
+    text = tiny.vanilla(backbone) if backbone.startswith("llava") else tiny.vanilla(backbone).language_model
+    assert torch.equal(out.sequences, generate(text, inputs))
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+def test_embedding_fusion_generates_by_its_weights(backbone):
+    model = tiny.shared(backbone, fusion="embedding", scheduler="entropy")
+    inputs, weights = tiny.prompts(backbone, "pairs", "left"), tiny.uneven(3)
+    expected = uncached(model, inputs, weights, argmax)
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    out = generate(model, inputs, modality_weights=weights, **asked)
+    assert torch.equal(out.sequences, expected)
+    uniform = generate(model, inputs, modality_weights=torch.full((3, 2), 0.5), **asked)
+    assert (uniform.logits[0] - out.logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-t5"])
+def test_threads_on_one_model_get_their_own_weights(backbone):
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    batches = [tiny.prompts(backbone, "pairs", "left", seed=seed) for seed in (1, 2, 3)]
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    alone = [generate(model, inputs, **asked) for inputs in batches]
+    assert not torch.equal(alone[0].modality_weights, alone[1].modality_weights)
+    results: list[list] = [[] for _ in batches]
+    barrier = threading.Barrier(len(batches))
+
+    def run(index):
+        barrier.wait()
+        for _ in range(3):
+            results[index].append(generate(model, batches[index], **asked))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, outputs in zip(alone, results, strict=True):
+        assert len(outputs) == 3, "a thread failed"
+        for out in outputs:
+            assert torch.equal(out.modality_weights, expected.modality_weights)
+            torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
