@@ -59,7 +59,8 @@ class DMSConfig(PreTrainedConfig):
             the projector / Q-Former and of the text-only layers (the reference).
         mc_seed (`int`, defaults to 0): seed of the dropout masks. The same masks serve every sample and call.
         consistency (`str`, defaults to `"sharpen"`): `"sharpen"` takes weaker evidence of damage where the modalities
-            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it cancels).
+            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
+            cancels).
         vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
             (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language

@@ -28,7 +28,7 @@ class KeyBiased:
         if key_bias is not None:
             inputs = input_ids if input_ids is not None else inputs_embeds
             inputs = torch.empty(*inputs.shape[:2], 0, dtype=self.dtype, device=inputs.device)
-            if position_ids is None:
+            if position_ids is None and self.config.model_type == "opt":
                 # OPT derives its positions from a 2D mask, which the biased 4D mask no longer shows
                 position_ids = _positions(inputs, attention_mask, past_key_values)
             steered = biased_attention(self.config, key_bias, inputs, attention_mask, past_key_values, None)

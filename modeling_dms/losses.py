@@ -68,6 +68,10 @@ def schedule_loss(weights: Tensor, target: Tensor, modality_mask: Tensor) -> Ten
         target: (B, M), rows sum to 1, from `leave_one_out_target` or from the known severity of an injected
             corruption.
     """
+    if target.shape != weights.shape:
+        raise ValueError(
+            f"schedule_target must be (batch, modality) {tuple(weights.shape)}, got {tuple(target.shape)}"
+        )
     per_sample = -(target * weights.clamp_min(torch.finfo(weights.dtype).tiny).log() * modality_mask).sum(-1)
     counted = modality_mask.sum(-1) >= 2
     return (per_sample * counted).sum() / counted.sum().clamp_min(1)

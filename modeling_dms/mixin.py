@@ -1,6 +1,6 @@
 """What every DMS backbone shares: from inputs to modality weights, and loading and saving."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class DMSMixin(CalibrationMixin):
 
     dms: DynamicModalityScheduling
     config: Any
+    # `dtype=torch.bfloat16` at loading must not round the calibration either
+    _keep_in_fp32_modules_strict: ClassVar = ["dms.calibration"]
     # the Auto class that loads an exported checkpoint
     _auto_map_name = "AutoModelForImageTextToText"
 
@@ -110,6 +112,8 @@ class DMSMixin(CalibrationMixin):
         return [i for entry in special if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
+        if self.config.image_token_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.config.image_token_id
 
     def _schedule(
@@ -129,6 +133,12 @@ class DMSMixin(CalibrationMixin):
             ValueError: for inputs that do not fit together, or a sample without any modality.
         """
         if modality_ids is None:
+            if input_ids is None and self._is_static:
+                # as the vanilla class finds them; which of the others are text makes no difference here
+                token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+                input_ids = torch.where(
+                    (inputs_embeds == self.get_input_embeddings()(token)).all(-1), token, token + 1
+                )
             if input_ids is None:
                 raise ValueError(
                     "with `inputs_embeds` alone, `modality_ids` are needed: nothing else tells modalities apart"
@@ -141,7 +151,11 @@ class DMSMixin(CalibrationMixin):
                 f"modality_ids must have the shape of the prompt {tuple(embeddings.shape[:2])}, "
                 f"got {tuple(modality_ids.shape)}"
             )
+        if not torch.compiler.is_compiling() and bool(((modality_ids < 0) | (modality_ids > len(MODALITIES))).any()):
+            raise ValueError(f"modality_ids must lie in [0, {len(MODALITIES)}], got {modality_ids.unique().tolist()}")
         placeholders = self._placeholders(input_ids) if input_ids is not None else modality_ids == VISION
+        if images is None and input_ids is not None and inputs_embeds is None:
+            self._check_count(placeholders, embeddings.new_zeros(0, 1, 1))
         if images is not None:
             self._check_count(placeholders, images.tokens)
             tokens = images.tokens.to(embeddings.device, embeddings.dtype)
@@ -150,6 +164,10 @@ class DMSMixin(CalibrationMixin):
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if images is None and inputs_embeds is None:
             present = present & (torch.arange(len(MODALITIES), device=present.device) != MODALITIES.index("vision"))
+        if modality_mask is not None and modality_mask.shape != present.shape:
+            raise ValueError(
+                f"modality_mask must be (batch, modality) {tuple(present.shape)}, got {tuple(modality_mask.shape)}"
+            )
         modality_mask = present if modality_mask is None else modality_mask.bool().to(present.device) & present
         weights = uniform_weights(modality_mask)
         if modality_weights is not None:
@@ -304,6 +322,11 @@ class DMSMixin(CalibrationMixin):
         total = weights.sum(1, keepdim=True)
         return torch.where(total > 0, weights / total.clamp_min(1e-12), uniform_weights(modality_mask))
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """As the parent's; never reentrant, which fails with a mask that has a gradient."""
+        options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
     # --- loading and saving
 
     @classmethod
@@ -332,6 +355,9 @@ class DMSMixin(CalibrationMixin):
         """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the
         result where this package is not installed."""
         self.config.auto_map = auto_map(type(self), type(self.config), self._auto_map_name)
+        # today's names: the original ones are found again by the class's registered conversion alone, and the vanilla
+        # class, which sees another model type, would load with a random lm_head
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             export_code(type(self), type(self.config), save_directory)

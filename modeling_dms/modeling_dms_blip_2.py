@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 from transformers.generation import GenerationMixin
-from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+from transformers.models.blip_2.modeling_blip_2 import (
+    BaseModelOutputWithVisionQformerOutputs,
+    Blip2ImageTextMatchingModelOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
@@ -15,7 +18,7 @@ from modeling_dms.fusion import check_attention, fold_key_bias, relative_weights
 from modeling_dms.key_biased import key_biased
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.outputs import DMSBlip2Output, DMSBlip2RetrievalOutput, with_weights
-from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule
+from modeling_dms.prompt import CACHED_WITHOUT_WEIGHTS, TEXT, VISION, EncodedImages, Schedule
 
 
 class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, GenerationMixin):
@@ -113,6 +116,9 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         """
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("pass either `pixel_values` or `mm_encoder_outputs`, not both")
+        cache = kwargs.get("past_key_values")
+        if self.config.use_decoder_only_language_model and cache is not None and cache.get_seq_length() > 0:
+            return self._decode(input_ids, inputs_embeds, attention_mask, modality_ids, modality_weights, **kwargs)
         images = None
         if pixel_values is not None:
             images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
@@ -136,6 +142,29 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
             **kwargs,
         )
         return self._with_dms(DMSBlip2Output, outputs, schedule, labels, schedule_target)
+
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        modality_ids: Tensor | None,
+        modality_weights: Tensor | None,
+        **kwargs: Any,
+    ) -> DMSBlip2Output:
+        """A step with a cache by hand: the prompt's weights and ids hold on."""
+        if modality_weights is not None and modality_ids is not None:
+            bias = self._key_bias(modality_weights, modality_ids)
+            if bias is not None:
+                kwargs["key_bias"] = bias
+        elif not self._is_static:
+            raise ValueError(CACHED_WITHOUT_WEIGHTS)
+        embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is None:
+            length = kwargs["past_key_values"].get_seq_length() + embeddings.shape[1]
+            attention_mask = torch.ones(len(embeddings), length, dtype=torch.long, device=embeddings.device)
+        outputs = self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+        return DMSBlip2Output(logits=outputs.logits, language_model_outputs=outputs)
 
     @torch.no_grad()
     def generate(
@@ -234,6 +263,29 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
     def _special_ids(self) -> list[int]:
         return []  # the text encoder's [CLS] and [SEP] belong to the text: without it they must go as well
 
+    def _match(self, images: EncodedImages, text_ids: Tensor, mask: Tensor) -> Blip2ImageTextMatchingModelOutput:
+        """The parent's matching branch with an additive mask (B, 1, 1, K): the parent takes one only if the prompt
+        holds image placeholders."""
+        features = images.outputs.last_hidden_state
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        joint = self.qformer(
+            query_embeds=self.embeddings(input_ids=text_ids, query_embeds=queries),
+            query_length=queries.shape[1],
+            attention_mask=mask,
+            encoder_hidden_states=features,
+            return_dict=True,
+        )
+        states = joint.last_hidden_state.to(self.itm_head.weight.dtype)
+        logits = self.itm_head(states[:, : queries.shape[1]]).mean(dim=1)
+        return Blip2ImageTextMatchingModelOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            text_embeds=states,
+            image_embeds=features,
+            text_model_output=joint,
+            vision_model_output=images.outputs,
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -288,22 +340,22 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             modality_mask,
             modality_weights,
         )
-        steered: torch.Tensor = attention_mask
-        if use_image_text_matching_head:
-            bias = self._key_bias(schedule.weights, schedule.modality_ids)
-            if bias is not None:
-                keep = F.pad(text_mask.bool(), (queries, 0), value=True)[:, None, None]
-                steered = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
-        outputs = super().forward(
-            pixel_values=pixel_values,
-            input_ids=cast(Any, input_ids),
-            attention_mask=cast(Any, steered),
-            use_image_text_matching_head=use_image_text_matching_head,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
+        bias = self._key_bias(schedule.weights, schedule.modality_ids) if use_image_text_matching_head else None
+        if bias is not None:
+            keep = F.pad(text_mask.bool(), (queries, 0), value=True)[:, None, None]
+            mask = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
+            outputs = self._match(images, text_ids, mask)
+        else:
+            outputs = super().forward(
+                pixel_values=pixel_values,
+                input_ids=cast(Any, input_ids),
+                attention_mask=cast(Any, attention_mask),
+                use_image_text_matching_head=use_image_text_matching_head,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                **kwargs,
+            )
         if not use_image_text_matching_head:
             trust = relative_weights(schedule.weights).clamp_max(1).to(outputs.logits_per_image.dtype)
             of_image = trust[:, :1] if len(pixel_values) == pairs else trust[:, :1].amin(0, keepdim=True)

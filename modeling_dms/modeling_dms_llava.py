@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache, LlavaForConditionalGeneration
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -15,8 +16,9 @@ from transformers.utils.generic import can_return_tuple
 
 from modeling_dms.configuration.configuration_dms import DMSLlavaConfig
 from modeling_dms.fusion import biased_attention
-from modeling_dms.mixin import DMSMixin, EncodedImages
+from modeling_dms.mixin import DMSMixin
 from modeling_dms.outputs import DMSLlavaOutput, with_weights
+from modeling_dms.prompt import CACHED_WITHOUT_WEIGHTS, EncodedImages
 
 
 class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, GenerationMixin):
@@ -115,10 +117,7 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
             if modality_weights is not None and modality_ids is not None:
                 bias = self._key_bias(modality_weights, modality_ids)
             elif not self._is_static:
-                raise ValueError(
-                    "decoding with a cache needs the `modality_weights` and `modality_ids` that the prefill returned: "
-                    "without them the new tokens would attend to the prompt unweighted"
-                )
+                raise ValueError(CACHED_WITHOUT_WEIGHTS)
         elif given or input_ids is not None or not self._is_static:
             layers = {
                 "vision_feature_layer": vision_feature_layer,
@@ -168,6 +167,13 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
         if image_hidden_states is not None:
             outputs.image_hidden_states = image_hidden_states
         return self._with_dms(DMSLlavaOutput, outputs, schedule, labels, schedule_target)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        ids = inputs.get("modality_ids")
+        if ids is not None and inputs.get("past_key_values") is None:  # without a cache the prompt grows
+            inputs["modality_ids"] = F.pad(ids, (0, max(0, input_ids.shape[1] - ids.shape[1])))
+        return inputs
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:

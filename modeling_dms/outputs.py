@@ -28,7 +28,7 @@ class ModalitySignals(ModelOutput):
     typicality: z = log(max(1, d / q)), how far outside the clean data; 0 until calibrated.
     damage: calibrated log-odds that the modality is damaged, relative to the threshold: above 0 is flagged; `-inf`
         until calibrated.
-    conflict: calibrated disagreement relative to its threshold, the same number for all modalities: above 0 is flagged.
+    conflict: calibrated disagreement relative to its threshold, one number for all modalities: above 0 is flagged.
     suspicion, disagreement: damage and conflict relative to lower thresholds, which count where both are exceeded: on
         clean samples that is as rare as clear damage.
     """

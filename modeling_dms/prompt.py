@@ -11,6 +11,10 @@ from modeling_dms.outputs import DMSOutput
 
 
 VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
+CACHED_WITHOUT_WEIGHTS = (
+    "decoding with a cache needs the `modality_weights` and `modality_ids` that the prefill returned: without them "
+    "the new tokens would attend to the prompt unweighted"
+)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Signals -> modality weights."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -118,17 +120,17 @@ class ModalityScheduler(nn.Module):
 def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:
     """Scores of the training-free rule: minus the evidence of damage beyond a threshold; 0 for nothing suspicious.
 
-    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients that
-    calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they disagree, one
-    of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where both look clean but disagree,
-    `conflict_prior` decides, if it is set.
+    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
+    that calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they
+    disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where both look
+    clean but disagree, `conflict_prior` decides, if it is set.
 
     Returns:
         (B, M).
     """
-    evidence = signals.damage
+    evidence = cast(Tensor, signals.damage)
     if config.conflict_prior is None and config.consistency == "sharpen":
-        evidence = torch.where(signals.disagreement > 0, signals.suspicion, evidence)
+        evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
     evidence = config.kappa * evidence.clamp_min(0)
     if config.consistency == "additive":
         return signals.consistency - evidence

@@ -89,7 +89,7 @@ def ruled(
     suspicion=None,
     **config,
 ):
-    """Weights (M,) that the rule gives one sample. Lower thresholds equal the upper ones unless `suspicion` is given."""
+    """Weights (M,) that the rule gives a sample. Lower thresholds equal the upper ones unless `suspicion` is given."""
     signals = random_signals(
         seed,
         1,
