@@ -14,7 +14,8 @@ $(BIN)/dms: setup.py constraints.txt
 
 $(VENV)/dev: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--config-settings editable_mode=strict --editable ".[dev]"
 	@touch $@ $(BIN)/dms
 
 demo: $(BIN)/dms
@@ -24,7 +25,7 @@ docs: $(BIN)/dms
 	$(BIN)/dms demo --write-docs .
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

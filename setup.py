@@ -11,7 +11,17 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuratio
 
 EVAL = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10"]
 TRAIN = ["accelerate>=1.10", "peft>=0.20", *EVAL]
-DEV = ["build", "hypothesis>=6", "pyright>=1.1.400", "pytest>=8", "pytest-xdist>=3", "ruff>=0.12", *TRAIN]
+DEV = [
+    "build",
+    "hypothesis>=6",
+    "pyright>=1.1.400",
+    "pytest>=8",
+    "pytest-xdist>=3",
+    "ruff>=0.12",
+    "setuptools>=77",
+    "wheel",
+    *TRAIN,
+]
 
 setup(
     name="modeling-dms",

@@ -65,14 +65,14 @@ class DMSConfig(PreTrainedConfig):
             (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
             model.
-            Default: 1, 2 and 4, at most half its depth.
+            Default: 1 and 2, at most half its depth.
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
         kappa (`float`, defaults to 4.0): how strongly the rule reacts to evidence of damage beyond the threshold.
-        arbitration_rate (`float`, defaults to 0.2): where the modalities disagree, the share of clean samples whose
+        arbitration_rate (`float`, defaults to 0.1): where the modalities disagree, the share of clean samples whose
             evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
             clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
-        weight_floor (`float`, defaults to 0.05): smallest weight of a present modality in the rule and the learned
+        weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49.
         conflict_prior (`str`, *optional*): which modality to believe where both look clean but disagree (`"vision"` or
             `"text"`).
@@ -104,8 +104,8 @@ class DMSConfig(PreTrainedConfig):
     text_layers: list[int] | None = None
     subspace_size: int = 64
     kappa: float | int = 4.0
-    arbitration_rate: float | int = 0.2
-    weight_floor: float | int = 0.05
+    arbitration_rate: float | int = 0.1
+    weight_floor: float | int = 0.01
     conflict_prior: Literal["vision", "text"] | None = None
     false_alarm_rate: float | int = 0.01
     scheduler_hidden_size: int = 64
@@ -155,7 +155,7 @@ class DMSConfig(PreTrainedConfig):
             # middle layers tell most kinds of damage, the embeddings see noise that the first layers already absorb
             default = {0, *(max(1, round(depth * share)) for share in (0.2, 0.4, 0.6, 0.8))}
         else:
-            default = {layer for layer in (1, 2, 4) if layer <= max(1, depth // 2)}
+            default = {layer for layer in (1, 2) if layer <= max(1, depth // 2)}
         layers = getattr(self, f"{modality}_layers")
         layers = sorted(default if layers is None else layers)
         if layers[-1] > depth:

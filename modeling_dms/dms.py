@@ -98,21 +98,43 @@ class DynamicModalityScheduling(nn.Module):
         self.scheduler = ModalityScheduler(config, len(sizes))
         self.calibration = Calibration(config, [(size.layers, size.statistics) for size in sizes])
 
-    def unimodal(self, index: int, features: ModalityFeatures, readout: Readout) -> tuple[Tensor, Tensor, Tensor]:
-        """Unimodal view of modality `index`.
+    def unimodal(
+        self, indices: Sequence[int], features: Sequence[ModalityFeatures], readout: Readout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unimodal views of some modalities.
 
         Returns:
-            h_m (B, d_s), logits (B, K), uncertainty (B,).
+            h_m (B, m, d_s), logits (B, m, K) and the scalar signals (B, m, 3) confidence, uncertainty and energy,
+            which carry no gradient.
         """
-        view = self.views[index]
-        pooled = view.pool(features.tokens, features.mask)
-        representation, read = view(pooled)
-        logits = readout(read)
+        representations, reads, dropped = [], [], []
+        for index, feature in zip(indices, features, strict=True):
+            pooled = self.views[index].pool(feature.tokens, feature.mask)
+            representation, read = self.views[index](pooled)
+            representations.append(representation)
+            reads.append(read)
+            with torch.no_grad():
+                dropped.append(self._dropped(self.views[index], feature, pooled))
+        read, passes = torch.stack(reads, 1), torch.stack(dropped, 2)  # (B, m, D), (T, B, m, D)
+        if read.requires_grad:
+            logits = readout(read)
+            with torch.no_grad():
+                sampled = readout(passes)
+        else:
+            # one call: the output layer's weights are by far the largest thing that is read here
+            both = readout(torch.cat([read[None], passes]))
+            logits, sampled = both[0], both[1:]
         with torch.no_grad():
-            uncertainty = self._uncertainty(view, features, pooled, readout)
-        return representation, logits, uncertainty
+            normalize = self.config.normalize_entropy
+            if self.config.uncertainty == "variance":
+                uncertainty = predictive_variance(sampled)
+            else:
+                uncertainty = mutual_information(sampled, normalize)
+            scalars = torch.stack([confidence(logits, normalize), uncertainty, energy(logits)], -1)
+        return torch.stack(representations, 1), logits, scalars
 
-    def _uncertainty(self, view: nn.Module, features: ModalityFeatures, pooled: Tensor, readout: Readout) -> Tensor:
+    def _dropped(self, view: nn.Module, features: ModalityFeatures, pooled: Tensor) -> Tensor:
+        """What the output layer reads in each Monte Carlo dropout pass: (T, B, D)."""
         config = self.config
         deep = config.mc_depth == "encoder" and features.encode is not None
         size = features.encoder_size if deep else pooled.shape[-1]
@@ -121,16 +143,12 @@ class DynamicModalityScheduling(nn.Module):
             passes = view.pool(features.encode(masks), features.mask.expand(len(masks), -1, -1))
         else:
             passes = pooled * masks[:, None].to(pooled.dtype)
-        logits = readout(view(passes)[1])  # (T, B, K)
-        if config.uncertainty == "variance":
-            return predictive_variance(logits)
-        return mutual_information(logits, config.normalize_entropy)
+        return view(passes)[1]
 
     def record(self, index: int, features: ModalityFeatures, readout: Readout) -> ModalityRecord:
         """What calibration needs of modality `index`, on the CPU."""
-        representation, logits, uncertainty = self.unimodal(index, features, readout)
-        scalars = [confidence(logits, self.config.normalize_entropy), uncertainty, energy(logits)]
-        parts = (features.statistics, torch.stack(scalars, -1), representation)
+        representations, _, scalars = self.unimodal([index], [features], readout)
+        parts = (features.statistics, scalars[:, 0], representations[:, 0])
         return ModalityRecord(*(part.detach().float().cpu() for part in parts))
 
     def forward(
@@ -150,28 +168,20 @@ class DynamicModalityScheduling(nn.Module):
         Raises:
             ValueError: if a sample has no modality.
         """
-        views = [self.unimodal(i, f, readout) for i, f in enumerate(features)]
-        representations = torch.stack([view[0] for view in views], 1)
-        logits = torch.stack([view[1] for view in views], 1)
+        representations, logits, scalars = self.unimodal(range(len(features)), features, readout)
         with torch.no_grad():
-            signals, standardized = self._signals(features, modality_mask, representations, logits, views)
-        entropy = predictive_entropy(logits.detach(), self.config.normalize_entropy)
+            signals, standardized = self._signals(features, modality_mask, representations, scalars)
+            entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
             weights = self.scheduler(signals, modality_mask, standardized, representations, entropy)
         fused = (weights[..., None] * representations).sum(1)
         return DMSOutput(weights, signals, representations, fused, logits)
 
-    def _signals(self, features, modality_mask, representations, logits, views) -> tuple[ModalitySignals, Tensor]:
+    def _signals(
+        self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
+    ) -> tuple[ModalitySignals, Tensor]:
         calibration = self.calibration
-        scalars = torch.stack(
-            [
-                confidence(logits, self.config.normalize_entropy),
-                torch.stack([view[2] for view in views], 1),
-                energy(logits),
-            ],
-            -1,
-        )  # (B, M, 3)
         typicality, damage, suspicion, standardized = [], [], [], []
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())

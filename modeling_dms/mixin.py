@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from modeling_dms.calibration import Statistics
@@ -44,8 +45,12 @@ class DMSMixin(CalibrationMixin):
         raise NotImplementedError
 
     def _readout(self, states: Tensor) -> Tensor:
-        """The backbone's output layer, in its own precision: (..., D) -> (..., K)."""
+        """The backbone's output layer, frozen and in its own precision: (..., D) -> (..., K)."""
         head = self.get_output_embeddings()
+        if type(head) is nn.Linear and not head.weight.is_meta:
+            bias = None if head.bias is None else head.bias.detach()
+            return F.linear(states.to(head.weight.dtype), head.weight.detach(), bias)
+        # quantised, wrapped or offloaded: only the module itself knows how
         return head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
 
     # --- construction

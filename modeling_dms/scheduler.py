@@ -103,7 +103,7 @@ class ModalityScheduler(nn.Module):
         if self.config.scheduler == "entropy":
             return weights_from_scores(-entropy / self.config.temperature, modality_mask)
         if self.config.scheduler == "energy":
-            return weights_from_scores(signals.energy / self.config.temperature, modality_mask)
+            return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
         if self.config.scheduler == "rule":
             return weights_from_scores(
                 rule_scores(signals, modality_mask, self.config), modality_mask, self.config.weight_floor

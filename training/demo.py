@@ -66,15 +66,21 @@ class Condition:
 
 CONDITIONS = (
     Condition("clean", "clean"),
-    Condition("image:invert", "unseen image"),
-    Condition("image:stripes", "unseen image"),
-    Condition("image:color_cast", "unseen image"),
-    Condition("image:solarize", "unseen image"),
-    Condition("image:dark", "unseen image"),
-    Condition("image:low_contrast", "unseen image"),
-    Condition("image:pixelate", "unseen image"),
-    Condition("image:jigsaw", "unseen image"),
-    Condition("image:salt_and_pepper", "unseen image"),
+    *(
+        Condition(f"image:{kind}", "unseen image", 5)
+        for kind in (
+            "clutter",
+            "color_cast",
+            "stripes",
+            "salt_and_pepper",
+            "invert",
+            "solarize",
+            "dark",
+            "low_contrast",
+            "pixelate",
+            "jigsaw",
+        )
+    ),
     Condition("text:typos", "unseen text"),
     Condition("text:scramble", "unseen text"),
     Condition("image:occlusion", "seen"),
@@ -320,7 +326,7 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
 PICTURE_CONDITIONS = (
     "clean",
     "image:occlusion",
-    "image:invert",
+    "image:clutter",
     "image:stripes",
     "image:color_cast",
     "text:typos",

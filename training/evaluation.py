@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def predict(
     """
     rows: list[list] = [[] for _ in weights]
     for batch in batches:
-        inputs = dict(batch)
+        inputs: dict[str, Any] = dict(batch)
         pixel_values = inputs.pop("pixel_values", None)
         if pixel_values is not None:
             encoded = model.get_image_features(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)

@@ -12,7 +12,7 @@ import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def build(backbone: str, samples: list[Sample]) -> tuple[PreTrainedModel, Proces
     """A new model of the vanilla class and its processor."""
     # Blip2Processor adds the image token itself and fails on a tokenizer that already names one
     tokenizer = build_tokenizer(samples, {"image_token": "<image>"} if backbone == "llava" else {})
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    image_token_id = tokenizer.vocab["<image>"]
     image_processor = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,
@@ -138,7 +138,7 @@ class ModalityDropout(Dataset):
     def __getitem__(self, index: int) -> Sample:
         rng = random.Random(self.seed * 1_000_003 + index)
         sample = rng.choice(self.open if rng.random() < self.arguments.open_questions else self.closed)
-        sample = sample.replace(id=f"{sample.id}@{index}", image=augment(sample.load_image(), rng))
+        sample = sample.replace(id=f"{sample.id}@{index}", image=augment(cast(Image.Image, sample.load_image()), rng))
         draw = rng.random()
         if draw < self.arguments.image_corrupted:
             return corrupt(sample, rng.choice(TRAINING_CORRUPTIONS["image"]), rng.randint(1, 5))
@@ -183,7 +183,7 @@ class StaticCollator(PromptCollator):
 
 
 def main() -> None:
-    demo, arguments = HfArgumentParser((DemoArguments, TrainingArguments)).parse_args_into_dataclasses()
+    demo, arguments = HfArgumentParser(cast(Any, (DemoArguments, TrainingArguments))).parse_args_into_dataclasses()
     arguments.remove_unused_columns = False
     set_seed(arguments.seed)
     train = load_easy_vqa("train")
