@@ -22,7 +22,7 @@ demo: $(BIN)/dms
 	$(BIN)/dms demo
 
 docs: $(BIN)/dms
-	$(BIN)/dms demo --write-docs .
+	$(BIN)/dms demo --samples 880 --write-docs .
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, LlavaForConditionalGeneration
+from transformers import Cache, GenerationConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -176,13 +176,16 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
         return inputs
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
         """As `GenerationMixin.generate`; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
 
         The weights are computed once, from the prompt, and hold for every generated token. With
         `return_dict_in_generate=True` the output has `modality_weights` and `modality_signals`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        kwargs["generation_config"] = generation_config
         cache = kwargs.get("past_key_values")
         continued = cache is not None and cache.get_seq_length() > 0
         if continued or (input_ids is None and kwargs.get("modality_ids") is None):

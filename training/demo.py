@@ -167,13 +167,14 @@ def calibrate_demo(model: PreTrainedModel, collator: PromptCollator, count: int,
 
 def evaluate_backbone(
     backbone: str,
+    model: PreTrainedModel,
+    collator: PromptCollator,
     samples: Sequence[Sample],
     calibration_samples: int,
     conditions: Sequence[Condition] | None = None,
 ) -> dict:
-    """The demo's conditions (or others) for one backbone."""
+    """Calibrates a demo model and measures it under the demo's conditions (or others)."""
     conditions = CONDITIONS if conditions is None else conditions
-    model, collator = load_demo_model(backbone)
     report = calibrate_demo(model, collator, calibration_samples)
     wanted = answer_tokens(collator, samples)
     rows, right, conflict = [], {}, {}
@@ -275,12 +276,13 @@ def run_demo(
         "backbones": [],
     }
     texts = []
-    for backbone in backbones:
-        result = evaluate_backbone(backbone, samples, calibration_samples)
+    models = {backbone: load_demo_model(backbone) for backbone in backbones}
+    for backbone, (model, collator) in models.items():
+        result = evaluate_backbone(backbone, model, collator, samples, calibration_samples)
         results["backbones"].append(result)
         texts.append(f"### {TITLES[backbone]} checkpoint, {len(samples)} held-out samples\n\n{table(result)}")
         print(f"\n{texts[-1]}\n", flush=True)
-    picture(out / "demo.png", backbones[0], samples, calibration_samples)
+    picture(out / "demo.png", *models[backbones[0]], samples)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "results.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     if repository is not None:
@@ -335,22 +337,20 @@ PICTURE_CONDITIONS = (
 )
 
 
-def picture(path: Path, backbone: str, samples: Sequence[Sample], calibration_samples: int) -> None:
+def picture(path: Path, model: PreTrainedModel, collator: PromptCollator, samples: Sequence[Sample]) -> None:
     """A sheet of samples, clean and corrupted, with both answers and the weights as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    model, collator = load_demo_model(backbone)
-    calibrate_demo(model, collator, calibration_samples, show_progress=False)
     tokenizer = collator.processor.tokenizer
     pool = [sample for sample in samples if sample.answers[0] in (*COLORS, *SHAPES)][:BATCH]
     by_name = {condition.name: condition for condition in CONDITIONS}
     figure, axes = pyplot.subplots(
         2,
         len(PICTURE_CONDITIONS),
-        figsize=(2.1 * len(PICTURE_CONDITIONS), 5.4),
+        figsize=(2.1 * len(PICTURE_CONDITIONS), 5.0),
         height_ratios=(1, 0.45),
         squeeze=False,
         layout="constrained",
@@ -360,8 +360,8 @@ def picture(path: Path, backbone: str, samples: Sequence[Sample], calibration_sa
         static, dms = predict(model, batches_of(collator, rows), [STATIC, None])
         wanted = answer_tokens(collator, pool)
         # the column's own sample: no two columns show the same picture, and none is picked for its answer
-        row = rows[column * 5 % len(rows)]
         index = column * 5 % len(rows)
+        row = rows[index]
         answers = [tokenizer.decode([int(p.tokens[index])]).strip() for p in (static, dms)]
         image = row.load_image()
         top, bottom = axes[0, column], axes[1, column]
