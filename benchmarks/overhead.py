@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -159,7 +159,7 @@ def build(family: str, size: Size, setting: str) -> Any:
         parts["num_query_tokens"] = size.image_tokens
     if setting == "vanilla":
         return vanilla_class(vanilla_config(**parts)).eval()
-    model = dms_class(dms_config(**parts, dms_config=DMSConfig(scheduler=SETTINGS[setting]))).eval()
+    model = dms_class(dms_config(**parts, dms_config=DMSConfig(scheduler=cast(Any, SETTINGS[setting])))).eval()
     # what calibration would write, with the vision modality just beyond its threshold
     for modality, threshold in zip(model.dms.calibration.modalities, (-0.5, 1.0), strict=True):
         modality.level.fill_(2)
