@@ -205,9 +205,10 @@ def evaluate_backbone(
             np.stack([right[c.name][method] for c in conditions if c.group == group])
             for method in ("static", "dms", "oracle")
         ]
+        has_gap = arrays[2].sum() > arrays[0].sum()
         closed[group] = {
-            "gap_closed": oracle_gap_closed(*arrays),
-            "interval": bootstrap_interval(oracle_gap_closed, *arrays),
+            "gap_closed": oracle_gap_closed(*arrays) if has_gap else None,
+            "interval": bootstrap_interval(oracle_gap_closed, *arrays) if has_gap else None,
             "static": float(arrays[0].mean()),
             "dms": float(arrays[1].mean()),
             "oracle": float(arrays[2].mean()),
@@ -238,11 +239,14 @@ def table(result: dict) -> str:
         )
     lines.append("")
     for group, value in result["unseen"].items():
+        means = f"mean accuracy static {value['static']:.3f}, DMS {value['dms']:.3f}, oracle {value['oracle']:.3f}"
+        if value["gap_closed"] is None:
+            lines.append(f"- {group} corruptions: no gap to close, the oracle is not above static; {means}")
+            continue
         low, high = value["interval"]
         lines.append(
             f"- {group} corruptions: oracle gap closed **{value['gap_closed']:.2f}** "
-            f"(95% interval {low:.2f} to {high:.2f}); "
-            f"mean accuracy static {value['static']:.3f}, DMS {value['dms']:.3f}, oracle {value['oracle']:.3f}"
+            f"(95% interval {low:.2f} to {high:.2f}); {means}"
         )
     for name, area in result["mismatch_auroc"].items():
         lines.append(f"- consistency tells matched pairs from those with another {_OTHER[name]}: AUROC {area:.3f}")
@@ -251,6 +255,11 @@ def table(result: dict) -> str:
 
 _OTHER = {"image:mismatch": "sample's image", "text:mismatch": "sample's context"}
 TITLES = {"llava": "LLaVA-shaped", "blip2": "BLIP-2-shaped"}
+
+
+def section(result: dict, samples: int) -> str:
+    """One backbone's table under its heading."""
+    return f"### {TITLES[result['backbone']]} checkpoint, {samples} held-out samples\n\n{table(result)}"
 
 
 def run_demo(
@@ -275,18 +284,17 @@ def run_demo(
         "calibration_samples": calibration_samples,
         "backbones": [],
     }
-    texts = []
     models = {backbone: load_demo_model(backbone) for backbone in backbones}
     for backbone, (model, collator) in models.items():
         result = evaluate_backbone(backbone, model, collator, samples, calibration_samples)
         results["backbones"].append(result)
-        texts.append(f"### {TITLES[backbone]} checkpoint, {len(samples)} held-out samples\n\n{table(result)}")
-        print(f"\n{texts[-1]}\n", flush=True)
+        print(f"\n{section(result, len(samples))}\n", flush=True)
     picture(out / "demo.png", *models[backbones[0]], samples)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    text = "\n\n".join(section(result, len(samples)) for result in results["backbones"])
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
     if repository is not None:
-        write_between_markers(repository / "README.md", "demo", "\n\n".join(texts))
+        write_between_markers(repository / "README.md", "demo", text)
         write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
         shutil.copy(out / "demo.png", repository / "model_cards" / "demo.png")
     print(f"{out / 'demo.png'} and {out / 'results.json'} written, {time.time() - started:.0f} s in all")
