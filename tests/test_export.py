@@ -128,7 +128,7 @@ def run_elsewhere(root, name, jobs):
     script.write_text(_ELSEWHERE)
     torch.save(jobs, given)
     caches = {"HF_HOME": str(elsewhere / "home"), "HF_MODULES_CACHE": str(elsewhere / "modules")}
-    env = {**os.environ, **caches, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **caches, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     env.pop("PYTHONPATH", None)
     command = [sys.executable, "-I", str(script), str(given), str(results)]
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=False)
