@@ -175,8 +175,7 @@ class DynamicModalityScheduling(nn.Module):
         weights = modality_weights
         if weights is None:
             weights = self.scheduler(signals, modality_mask, standardized, representations, entropy)
-        fused = (weights[..., None] * representations).sum(1)
-        return DMSOutput(weights, signals, representations, fused, logits)
+        return DMSOutput(weights, signals, representations, logits)
 
     def _signals(
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor

@@ -214,10 +214,9 @@ class DMSMixin(CalibrationMixin):
         schedule: Schedule | None,
         labels: Tensor | None,
         schedule_target: Tensor | None,
-        **fields: Any,
     ) -> Any:
         """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses."""
-        values = {**outputs, **fields}
+        values = dict(outputs)
         if schedule is not None:
             values |= {"modality_weights": schedule.weights, "modality_ids": schedule.modality_ids}
             if schedule.output is not None:

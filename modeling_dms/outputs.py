@@ -51,14 +51,12 @@ class DMSOutput:
     weights: (B, M), rows sum to 1, absent modality exactly 0.
     signals: see [`ModalitySignals`].
     representations: h_m, (B, M, d_s).
-    fused: h = sum_m w_m h_m, (B, d_s).
     logits: unimodal logits, (B, M, K).
     """
 
     weights: torch.Tensor
     signals: ModalitySignals
     representations: torch.Tensor
-    fused: torch.Tensor
     logits: torch.Tensor
 
 

@@ -1,4 +1,4 @@
-"""Whole suite: no network, and deterministic kernels on few threads."""
+"""Whole suite: no network."""
 
 import os
 

@@ -296,7 +296,8 @@ def run_demo(
     if repository is not None:
         write_between_markers(repository / "README.md", "demo", text)
         write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
-        shutil.copy(out / "demo.png", repository / "model_cards" / "demo.png")
+        for name in ("demo.png", "results.json"):
+            shutil.copy(out / name, repository / "model_cards" / name)
     print(f"{out / 'demo.png'} and {out / 'results.json'} written, {time.time() - started:.0f} s in all")
     return results
 
