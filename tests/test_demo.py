@@ -107,8 +107,8 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
     assert "old" not in readme
     row = result["backbones"][0]["rows"][1]
     assert f"| {row['static']:.3f} | {row['dms']:.3f} | {row['oracle']:.3f} |" in readme
-    assert json.loads(written)["samples"] == 50
     written = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(written)["samples"] == 50
     assert (tmp_path / "model_cards" / "results.json").read_text() == written
     assert Image.open(tmp_path / "out" / "demo.png").size[0] > 100
     with pytest.raises(ValueError, match="demo:begin"):
