@@ -2,14 +2,14 @@
 
     python -m modeling_dms.training.pretrain_demo --backbone llava --output_dir runs/demo-llava
 
-Modality dropout: in part of the samples the image is noise or black, or the context is random words or missing (never
-    both). No
-other corruption is seen in training.
+Modality dropout: in part of the samples the image is noise, black or missing, or the context is random words or missing
+(never both). No other corruption is seen in training.
 """
 
 import json
 import random
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -36,12 +36,13 @@ from transformers import (
     set_seed,
 )
 
+from modeling_dms.prompt import VISION
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 
 
 IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 64, 8, 16
-TRAINING_CORRUPTIONS = {"image": ("image:noise", "image:black"), "text": ("text:random_words", "text:missing")}
+TRAINING_CORRUPTIONS = {"image": ("image:noise", "image:black", "image:missing"), "text": ("text:random_words", "text:missing")}
 
 
 @dataclass
@@ -49,7 +50,7 @@ class DemoArguments:
     """What to train."""
 
     backbone: Literal["llava", "blip2"] = field(default="llava", metadata={"help": "Which checkpoint to train."})
-    image_corrupted: float = field(default=0.2, metadata={"help": "Share of samples whose image is corrupted."})
+    image_corrupted: float = field(default=0.3, metadata={"help": "Share of samples whose image is corrupted."})
     text_corrupted: float = field(default=0.45, metadata={"help": "Share of samples whose context is corrupted."})
     open_questions: float = field(default=0.6, metadata={"help": "Share of questions that are not yes/no."})
     export_dir: str | None = field(default=None, metadata={"help": "Where the finished checkpoint goes."})
@@ -165,20 +166,24 @@ def accuracy(model: PreTrainedModel, collator: PromptCollator, samples: list[Sam
     model.eval()
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        inputs = collator(batch)
-        inputs.pop("modality_ids")
-        predicted = model(**inputs).logits[:, -1].argmax(-1)
+        predicted = model(**collator(batch)).logits[:, -1].argmax(-1)
         wanted = [tokenizer(f" {s.answers[0]}", add_special_tokens=False)["input_ids"][0] for s in batch]
         right += int((predicted == torch.tensor(wanted)).sum())
     return right / len(samples)
 
 
 class StaticCollator(PromptCollator):
-    """Drops what the vanilla classes do not take."""
+    """Batches for the vanilla classes. Half of the missing images leave no placeholder behind; the others leave their
+    positions, masked out of the attention, as they are when a missing image has a blank stand-in."""
 
     def __call__(self, samples):
-        batch = super().__call__(samples)
-        batch.pop("modality_ids")
+        stand_in = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+        masked = [s.image is None and zlib.crc32(s.id.encode()) % 2 == 0 for s in samples]
+        batch = super().__call__([s.replace(image=stand_in) if m else s for s, m in zip(samples, masked, strict=True)])
+        image = batch.pop("modality_ids") == VISION
+        # positions count the masked image, which OPT would otherwise leave out
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        batch["attention_mask"] = batch["attention_mask"].masked_fill(image & torch.tensor(masked)[:, None], 0)
         return batch
 
 
@@ -201,12 +206,13 @@ def main() -> None:
     )
     resume = any(Path(arguments.output_dir).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resume)
-    checks = {"clean / clean": (), "clean / missing": ("text:missing",), "black / clean": ("image:black",)}
+    checks = {"clean / clean": None, "clean / missing": "text:missing"}
+    checks |= {"black / clean": "image:black", "missing / clean": "image:missing"}
     held_out = held_out[::4]
-    collator = PromptCollator(processor)
+    collator = StaticCollator(processor)
     results = {
-        name: accuracy(model, collator, [corrupt(s, *kinds) if kinds else s for s in held_out])
-        for name, kinds in checks.items()
+        name: accuracy(model, collator, [corrupt(s, kind) if kind else s for s in held_out])
+        for name, kind in checks.items()
     }
     print(json.dumps(results))
     export = Path(demo.export_dir or Path(arguments.output_dir) / "export")
