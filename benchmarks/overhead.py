@@ -48,7 +48,7 @@ from modeling_dms import (
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
-from modeling_dms.dms import ModalityFeatures
+from modeling_dms.dms import ModalityFeatures, read_out
 from modeling_dms.fusion import key_bias
 from modeling_dms.text_only import text_only_states
 
@@ -432,12 +432,13 @@ def dms_flops(model: Any, size: Size) -> dict[str, int]:
         modality.reset()
     readouts = [0]
 
-    def readout(states: Tensor) -> Tensor:
+    def readout(states: Tensor, tokens: Tensor | None = None) -> Tensor:
         out = torch.empty(0, device="meta")
 
         def run() -> None:
             nonlocal out
-            out = model.get_output_embeddings()(states.to("meta"))
+            head = model.get_output_embeddings()
+            out = read_out(states.to("meta"), head.weight, head.bias, None if tokens is None else tokens.to("meta"))
 
         readouts[0] += count_flops(run)
         return torch.zeros(out.shape)

@@ -19,6 +19,7 @@ MODALITIES = ("vision", "text")
 _RANGES: dict[str, tuple[float, float]] = {
     "shared_size": (1, float("inf")),
     "mc_samples": (2, float("inf")),
+    "mc_tokens": (2, float("inf")),
     "mc_dropout": (0.0, 0.9),
     "mc_seed": (0, 2**63 - 1),
     "subspace_size": (1, float("inf")),
@@ -54,6 +55,8 @@ class DMSConfig(PreTrainedConfig):
         uncertainty (`str`, defaults to `"mutual_information"`): what Monte Carlo dropout reports; `"variance"` is the
             paper's.
         mc_samples (`int`, defaults to 20): dropout passes, at least 2.
+        mc_tokens (`int`, defaults to 256): how many of the likeliest tokens the dropout passes are compared on, at
+            least 2; from the size of the vocabulary on, all of them. The output layer is the largest thing they read.
         mc_dropout (`float`, defaults to 0.1): dropout probability, 0 to 0.9.
         mc_depth (`str`, defaults to `"head"`): `"head"` drops pooled features (nearly free), `"encoder"` the inputs of
             the projector / Q-Former and of the text-only layers (the reference).
@@ -64,8 +67,7 @@ class DMSConfig(PreTrainedConfig):
         vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
             (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
-            model.
-            Default: 1 and 2, at most half its depth.
+            model. Default: the embeddings and layer 1.
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
         kappa (`float`, defaults to 4.0): how strongly the rule reacts to evidence of damage beyond the threshold.
@@ -96,6 +98,7 @@ class DMSConfig(PreTrainedConfig):
     normalize_entropy: bool = True
     uncertainty: Literal["mutual_information", "variance"] = "mutual_information"
     mc_samples: int = 20
+    mc_tokens: int = 256
     mc_dropout: float | int = 0.1
     mc_depth: Literal["head", "encoder"] = "head"
     mc_seed: int = 0
@@ -155,7 +158,8 @@ class DMSConfig(PreTrainedConfig):
             # middle layers tell most kinds of damage, the embeddings see noise that the first layers already absorb
             default = {0, *(max(1, round(depth * share)) for share in (0.2, 0.4, 0.6, 0.8))}
         else:
-            default = {layer for layer in (1, 2) if layer <= max(1, depth // 2)}
+            # the embeddings tell unknown words, the first layer already word order
+            default = {0, 1}
         layers = getattr(self, f"{modality}_layers")
         layers = sorted(default if layers is None else layers)
         if layers[-1] > depth:

@@ -4,13 +4,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from modeling_dms.calibration import Statistics
 from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
-from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView
+from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
 from modeling_dms.export import auto_map, export_code
 from modeling_dms.fusion import embedding_scale, key_bias
 from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
@@ -44,14 +43,15 @@ class DMSMixin(CalibrationMixin):
         """Encodes images (I, 3, H, W), keeping the hidden states that typicality looks at."""
         raise NotImplementedError
 
-    def _readout(self, states: Tensor) -> Tensor:
-        """The backbone's output layer, frozen and in its own precision: (..., D) -> (..., K)."""
+    def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The backbone's output layer, frozen and in its own precision, see [`Readout`]."""
         head = self.get_output_embeddings()
         if type(head) is nn.Linear and not head.weight.is_meta:
             bias = None if head.bias is None else head.bias.detach()
-            return F.linear(states.to(head.weight.dtype), head.weight.detach(), bias)
+            return read_out(states, head.weight.detach(), bias, tokens)
         # quantised, wrapped or offloaded: only the module itself knows how
-        return head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
+        logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
+        return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
 
     # --- construction
 

@@ -14,6 +14,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from transformers.utils.generic import can_return_tuple
 
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
+from modeling_dms.dms import read_out
 from modeling_dms.fusion import check_attention, fold_key_bias, relative_weights
 from modeling_dms.key_biased import key_biased
 from modeling_dms.mixin import DMSMixin
@@ -238,9 +239,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         positions = self.embeddings.position_embeddings.weight[: embeddings.shape[1]]
         return self.qformer(query_embeds=embeddings + positions, query_length=0, attention_mask=mask.long())
 
-    def _readout(self, states: Tensor) -> Tensor:
-        weight = self.embeddings.word_embeddings.weight
-        return F.linear(states.to(weight.dtype), weight)
+    def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        return read_out(states, self.embeddings.word_embeddings.weight.detach(), tokens=tokens)
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         self._check_images(pixel_values)

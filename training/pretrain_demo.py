@@ -2,8 +2,8 @@
 
     python -m modeling_dms.training.pretrain_demo --backbone llava --output_dir runs/demo-llava
 
-Modality dropout: in part of the samples the image is noise, black or missing, or the context is random words or missing
-(never both). No other corruption is seen in training.
+Modality dropout: in part of the samples the image is noise, black or missing, or the context is random words or
+missing (never both). No other corruption is seen in training.
 """
 
 import json
@@ -42,7 +42,10 @@ from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 
 
 IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 64, 8, 16
-TRAINING_CORRUPTIONS = {"image": ("image:noise", "image:black", "image:missing"), "text": ("text:random_words", "text:missing")}
+TRAINING_CORRUPTIONS = {
+    "image": ("image:noise", "image:black", "image:missing"),
+    "text": ("text:random_words", "text:missing"),
+}
 
 
 @dataclass
