@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
+from modeling_dms.attention import SDPA_KEY_BIAS
+
 
 def relative_weights(weights: Tensor) -> Tensor:
     """M * w_m, where M counts the modalities whose weight is not 0: (B, M) -> (B, M), 1 everywhere if they are
@@ -92,7 +94,8 @@ def biased_attention(
 
     Returns:
         `attention_mask`: additive (B, 1, Q, K), or a dictionary of these; with flex attention the mask as it was and
-        `position_bias` (B, heads, Q, K).
+        `position_bias` (B, heads, Q, K); with `"sdpa_key_bias"`, where a gradient is needed, the mask as it was and
+        `key_bias` (B, K).
 
     Raises:
         ValueError: for an attention implementation that takes no bias.
@@ -109,6 +112,8 @@ def biased_attention(
         bias = bias.clamp_min(-1e4)
         heads = config.num_attention_heads
         return {"attention_mask": attention_mask, "position_bias": bias.expand(-1, heads, query_length, -1)}
+    if config._attn_implementation == SDPA_KEY_BIAS and bias.requires_grad and past_key_values is None:
+        return {"attention_mask": attention_mask, "key_bias": bias}
     masks = attention_mask
     if not isinstance(masks, dict) and not (masks is not None and masks.ndim == 4):
         masks = create_masks_for_generate(

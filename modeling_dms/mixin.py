@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from modeling_dms.attention import SDPA_KEY_BIAS
 from modeling_dms.calibration import Statistics
 from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
@@ -68,6 +69,9 @@ class DMSMixin(CalibrationMixin):
                 ModalitySize(token_size, len(self._text_layers), 2 * text_size),
             ],
         )
+        language = self.config.get_text_config(decoder=True)
+        if config.scheduler == "learned" and language._attn_implementation == "sdpa":
+            language._attn_implementation = SDPA_KEY_BIAS  # the same, but fast where the bias needs a gradient
         if self._text_layers[-1] > 0:
             watch_layers(stack, self._text_layers[-1])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from modeling_dms.attention import SDPA_KEY_BIAS
 from tests import tiny
 
 
@@ -288,3 +289,25 @@ def test_plain_trainer(backbone, tmp_path):
     assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
     still = [n for n, p in model.named_parameters() if n.startswith("dms.") and torch.equal(p, before[n])]
     assert not still
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("backbone", tiny.DECODER_ONLY)
+def test_a_bias_as_head_dimension_is_a_bias_in_the_mask(backbone, padding):
+    """With a missing image too, whose keys are masked."""
+    inputs = tiny.prompts(backbone, "pairs", padding)
+    inputs["modality_mask"] = torch.tensor([[True, True]] * (len(inputs["input_ids"]) - 1) + [[False, True]])
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][:, :-3] = -100
+    losses, gradients = [], []
+    for attention in ("sdpa", SDPA_KEY_BIAS):
+        model = tiny.build(backbone, scheduler="learned", stirred=True)
+        assert model.config.get_text_config(decoder=True)._attn_implementation == SDPA_KEY_BIAS
+        model.set_attn_implementation(attention)
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    assert gradients[0]["dms.scheduler.output.weight"].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], atol=3e-5, rtol=1e-4)
