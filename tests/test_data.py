@@ -29,14 +29,17 @@ def collator(request):
 
 
 def test_easy_vqa_splits_share_no_image_and_contexts_answer():
-    train, test = load_easy_vqa("train"), load_easy_vqa("test")
-    assert len({s.id for s in train + test}) == len(train) + len(test)
-    assert not {s.image for s in train} & {s.image for s in test}
-    for sample in test:
+    splits = {name: load_easy_vqa(name) for name in ("train", "validation", "test")}
+    every = [sample for samples in splits.values() for sample in samples]
+    assert len({sample.id for sample in every}) == len(every)
+    images = [{sample.image for sample in samples} for samples in splits.values()]
+    assert len(set.union(*images)) == sum(map(len, images))
+    assert [len(i) for i in images] == [3_359, 183, 880]
+    for sample in splits["test"]:
         if sample.answers[0] not in ("yes", "no"):
             assert sample.answers[0] in sample.context.rstrip(".").split()
     with pytest.raises(ValueError, match="validation"):
-        load_easy_vqa("validation")
+        load_easy_vqa("dev")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I", "I;16", "F", "YCbCr", "HSV"])

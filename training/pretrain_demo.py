@@ -194,9 +194,7 @@ def main() -> None:
     demo, arguments = HfArgumentParser(cast(Any, (DemoArguments, TrainingArguments))).parse_args_into_dataclasses()
     arguments.remove_unused_columns = False
     set_seed(arguments.seed)
-    train = load_easy_vqa("train")
-    held_out = [s for s in train if int(s.id.split("-")[3]) % 20 == 0]
-    train = [s for s in train if int(s.id.split("-")[3]) % 20 != 0]
+    train, held_out = load_easy_vqa("train"), load_easy_vqa("validation")
     model, processor = build(demo.backbone, train)
     print(f"{demo.backbone}: {model.num_parameters():,} parameters, {len(train):,} questions")
     length = arguments.max_steps * arguments.train_batch_size

@@ -35,24 +35,29 @@ def load_easy_vqa(split: str) -> list[Sample]:
     """All questions of a split on the images whose color and shape are known, in the package's order.
 
     Args:
-        split: `"train"` (3,542 images) or `"test"` (880 images); the two share no image.
+        split: `"test"` is the package's own; `"validation"` takes every twentieth image number of the package's
+            training split, `"train"` the others. No two share an image.
+
+    Raises:
+        ValueError: for another split.
     """
     import easy_vqa
 
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    questions, answers, image_ids = getattr(easy_vqa, f"get_{split}_questions")()
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
+    source = "test" if split == "test" else "train"
+    questions, answers, image_ids = getattr(easy_vqa, f"get_{source}_questions")()
+    paths = getattr(easy_vqa, f"get_{source}_image_paths")()
     by_image: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image_id in zip(questions, answers, image_ids, strict=True):
         by_image.setdefault(image_id, []).append((question, answer))
     samples = []
     for image_id, asked in by_image.items():
         scene = _scene_of(asked)
-        if len(scene) < 2:
+        if len(scene) < 2 or (source == "train" and (image_id % 20 == 0) != (split == "validation")):
             continue
-        context = CONTEXTS[zlib.crc32(f"{split}-{image_id}".encode()) % len(CONTEXTS)].format(**scene)
+        context = CONTEXTS[zlib.crc32(f"{source}-{image_id}".encode()) % len(CONTEXTS)].format(**scene)
         for number, (question, answer) in enumerate(asked):
-            sample_id = f"easy-vqa-{split}-{image_id}-{number}"
+            sample_id = f"easy-vqa-{source}-{image_id}-{number}"
             samples.append(Sample(sample_id, Path(paths[image_id]), context, question, (answer,)))
     return samples
