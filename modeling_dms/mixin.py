@@ -218,8 +218,14 @@ class DMSMixin(CalibrationMixin):
         schedule: Schedule | None,
         labels: Tensor | None,
         schedule_target: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses."""
+        """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses.
+
+        Args:
+            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: the
+                task loss is its sum over that number, so the others count by this batch's share of it.
+        """
         values = dict(outputs)
         if schedule is not None:
             values |= {"modality_weights": schedule.weights, "modality_ids": schedule.modality_ids}
@@ -228,7 +234,10 @@ class DMSMixin(CalibrationMixin):
             if labels is not None and schedule.output is not None:
                 losses = self.dms.losses(schedule.output, schedule.modality_mask, labels, schedule_target)
                 values["dms_losses"] = {"task": outputs.loss, **losses}
-                values["loss"] = outputs.loss + self.dms.total(losses)
+                share = 1.0
+                if num_items_in_batch is not None:
+                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                values["loss"] = outputs.loss + share * self.dms.total(losses)
         return output_class(**values)
 
     def _vision_features(

@@ -68,6 +68,11 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
 
         return EncodedImages(outputs, cast(Tensor, outputs.pooler_output), states, encode, features.shape[-1])
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `Trainer` may pass `num_items_in_batch`: an encoder-decoder takes the mean whatever it is told."""
+        return self.config.use_decoder_only_language_model
+
     def _steer(self, schedule: Schedule, attention_mask: Tensor | None) -> dict[str, Any]:
         """Keyword arguments that make the language model attend by the weights."""
         if attention_mask is None:
@@ -142,7 +147,9 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
             **self._steer(schedule, attention_mask),
             **kwargs,
         )
-        return self._with_dms(DMSBlip2Output, outputs, schedule, labels, schedule_target)
+        return self._with_dms(
+            DMSBlip2Output, outputs, schedule, labels, schedule_target, kwargs.get("num_items_in_batch")
+        )
 
     def _decode(
         self,

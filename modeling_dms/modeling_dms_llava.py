@@ -166,7 +166,9 @@ class DMSLlavaForConditionalGeneration(DMSMixin, LlavaForConditionalGeneration, 
         )
         if image_hidden_states is not None:
             outputs.image_hidden_states = image_hidden_states
-        return self._with_dms(DMSLlavaOutput, outputs, schedule, labels, schedule_target)
+        return self._with_dms(
+            DMSLlavaOutput, outputs, schedule, labels, schedule_target, kwargs.get("num_items_in_batch")
+        )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
