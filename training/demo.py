@@ -13,13 +13,9 @@ import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from modeling_dms import (
-    DMSBlip2ForConditionalGeneration,
-    DMSLlavaForConditionalGeneration,
-    __version__,
-)
+from modeling_dms import __version__
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
@@ -29,16 +25,10 @@ from modeling_dms.training.evaluation import (
     oracle_gap_closed,
     predict,
 )
+from modeling_dms.training.loading import CHECKPOINTS, load
 from modeling_dms.typicality import auroc
 
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-MODEL_CLASSES = {
-    "llava": DMSLlavaForConditionalGeneration,
-    "dms_llava": DMSLlavaForConditionalGeneration,
-    "blip-2": DMSBlip2ForConditionalGeneration,
-    "dms_blip_2": DMSBlip2ForConditionalGeneration,
-}
 STATIC, ORACLES = (0.5, 0.5), (0.05, 0.01)
 BATCH = 50
 
@@ -49,8 +39,8 @@ class Condition:
 
     Attributes:
         name: of `corrupt`, or `"clean"`.
-        group: `"clean"`; `"unseen image"` and `"unseen text"`, of which neither training nor calibration saw the
-            family; `"seen"` by either; `"conflict"`, where both inputs look clean but disagree.
+        group: `"clean"`; `"unseen image"` and `"unseen text"`, of whose family neither training nor calibration saw
+            any kind; `"seen"` by either; `"conflict"`, where both inputs look clean but disagree.
         severity: 1 to 5.
     """
 
@@ -69,21 +59,24 @@ CONDITIONS = (
     *(
         Condition(f"image:{kind}", "unseen image", 5)
         for kind in (
-            "clutter",
             "color_cast",
-            "stripes",
-            "salt_and_pepper",
+            "glitch",
+            "fog",
+            "low_contrast",
             "invert",
+            "pixelate",
             "solarize",
             "dark",
-            "low_contrast",
-            "pixelate",
+            "jpeg",
             "jigsaw",
         )
     ),
     Condition("text:typos", "unseen text"),
     Condition("text:scramble", "unseen text"),
     Condition("image:occlusion", "seen"),
+    Condition("image:clutter", "seen", 5),
+    Condition("image:stripes", "seen", 5),
+    Condition("image:salt_and_pepper", "seen", 5),
     Condition("image:blur", "seen"),
     Condition("text:random_words", "seen"),
     Condition("text:missing", "seen"),
@@ -109,20 +102,8 @@ class Row:
 
 def load_demo_model(backbone: str) -> tuple[PreTrainedModel, PromptCollator]:
     """A shipped static checkpoint as a DMS model (not calibrated yet), and its collator."""
-    return load_model(CHECKPOINTS / f"demo-{backbone}")
-
-
-def load_model(name: str | Path) -> tuple[PreTrainedModel, PromptCollator]:
-    """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its collator.
-
-    Raises:
-        ValueError: for another model type.
-    """
-    model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type not in MODEL_CLASSES:
-        raise ValueError(f"{name} is a {model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
-    model = MODEL_CLASSES[model_type].from_pretrained(name).eval()
-    return model, PromptCollator(AutoProcessor.from_pretrained(name))
+    model, processor = load(f"demo-{backbone}")
+    return model.eval(), PromptCollator(processor)
 
 
 def one_per_image(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -337,9 +318,9 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
 PICTURE_CONDITIONS = (
     "clean",
     "image:occlusion",
-    "image:clutter",
-    "image:stripes",
     "image:color_cast",
+    "image:glitch",
+    "image:low_contrast",
     "text:typos",
     "text:random_words",
     "text:mismatch",
@@ -426,7 +407,8 @@ def predict_one(question: str, image: Path | None, context: str | None, name: st
         model, collator = load_demo_model("llava")
         calibrate_demo(model, collator, 300)
     else:
-        model, collator = load_model(name)
+        model, processor = load(name)
+        model, collator = model.eval(), PromptCollator(processor)
     if not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
         print("not calibrated: the weights stay uniform (see `model.calibrate`)")
     inputs = collator([sample])

@@ -1,5 +1,7 @@
 """Image corruptions: PIL image, severity 1..5, generator -> PIL image of the same size."""
 
+import io
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -130,6 +132,57 @@ def clutter(image: Image.Image, severity: int, generator: np.random.Generator) -
     return image
 
 
+def overexposed(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """Too much light: values above a limit burn out to white."""
+    return _image(_pixels(image) * _level(severity, 1.3, 1.7, 2.5, 4.0, 7.0))
+
+
+def fog(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """Patches of white haze, smooth and uneven."""
+    haze = Image.fromarray(generator.integers(0, 256, (4, 4), dtype=np.uint8))
+    density = np.asarray(haze.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
+    density = np.clip(density * 0.6 + _level(severity, 0.1, 0.25, 0.4, 0.55, 0.7), 0, 0.97)
+    return _image(_pixels(image) * (1 - density) + 255 * density)
+
+
+def jpeg(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """JPEG compression of quality 25 down to 1."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(_level(severity, 25, 15, 8, 4, 1)))
+    return Image.open(file).convert("RGB")
+
+
+def posterize(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """Few levels a channel."""
+    steps = int(_level(severity, 8, 6, 4, 3, 2)) - 1
+    return _image(np.round(_pixels(image) / 255 * steps) / steps * 255)
+
+
+def glitch(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """Bands of rows displaced sideways, channel by channel, as after a transmission error."""
+    pixels = _pixels(image).copy()
+    share = _level(severity, 0.1, 0.2, 0.3, 0.4, 0.5)
+    edges = np.sort(generator.integers(0, image.height + 1, 6 + 2 * severity))
+    for top, bottom in itertools.pairwise(edges):
+        for channel in range(3):
+            shift = int(generator.uniform(-share, share) * image.width)
+            pixels[top:bottom, :, channel] = np.roll(pixels[top:bottom, :, channel], shift, axis=1)
+    return _image(pixels)
+
+
+def swirl(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
+    """The picture twisted around a random point near its center."""
+    pixels = _pixels(image)
+    rows, columns = np.mgrid[: image.height, : image.width].astype(np.float32)
+    center_y, center_x = generator.uniform(0.35, 0.65, 2) * (image.height, image.width)
+    y, x = rows - center_y, columns - center_x
+    radius = np.hypot(y, x)
+    angle = np.arctan2(y, x) + _level(severity, 1, 2, 4, 6, 9) * np.exp(-radius / (0.25 * max(image.size)))
+    source_y = (center_y + radius * np.sin(angle)).round().astype(int).clip(0, image.height - 1)
+    source_x = (center_x + radius * np.cos(angle)).round().astype(int).clip(0, image.width - 1)
+    return _image(pixels[source_y, source_x])
+
+
 def channel_swap(image: Image.Image, severity: int, generator: np.random.Generator) -> Image.Image:
     """Color channels rotated: looks like a clean image of another color, so it counts as a conflict."""
     red, green, blue = image.split()
@@ -153,6 +206,12 @@ IMAGE_CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], I
         color_cast,
         salt_and_pepper,
         clutter,
+        overexposed,
+        fog,
+        jpeg,
+        posterize,
+        glitch,
+        swirl,
         channel_swap,
     )
 }

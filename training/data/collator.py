@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Blip2Processor, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from modeling_dms.prompt import TEXT, VISION
 from modeling_dms.training.data.samples import Sample
 
 
@@ -16,25 +18,31 @@ class PromptCollator:
     """Builds `context: ... question: ... answer:` prompts, tokenizes, pads and marks what each position holds.
 
     Image placeholders get modality 1, the tokens of the context passage 2, everything else (the question, special
-    tokens, padding, the answer) 0: the scheduler weighs the image against the context and leaves the question alone. A
-        sample without
-    an image gets no placeholder, one without a context no passage, also mixed within a batch.
+    tokens, padding, the answer) 0: the scheduler weighs the image against the context and leaves the question alone.
+    A sample without an image gets no placeholder, one without a context no passage, also mixed within a batch.
 
     Attributes:
         processor: a `LlavaProcessor` or `Blip2Processor`.
         with_labels: append the first answer and the end token as labels and pad on the right (training); otherwise the
             prompt alone, padded on the left (generation).
+        max_length: longest row. A longer one loses the end of its context; image, question and answer are never cut.
+        schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
+            is known to have done over this temperature, and what a `DMSTrainer` reads: `sample_ids`, and `image_keys`
+            that tell undamaged images of files apart (`None` for any other).
     """
 
     processor: ProcessorMixin
     with_labels: bool = False
+    max_length: int | None = None
+    schedule_temperature: float | None = None
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `pixel_values` (images, 3, H, W) where there
         is an image, and `labels` (B, L) if asked for.
 
         Raises:
-            ValueError: naming the sample whose image cannot be read, or which has no answer to train on.
+            ValueError: naming the sample whose image cannot be read, which has no answer to train on, or which is
+                longer than `max_length` even without its context.
         """
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
@@ -42,15 +50,18 @@ class PromptCollator:
         for sample in samples:
             image = sample.load_image()
             ids, modality_ids = self._encode(sample, image)
-            if image is not None:
-                pixels.append(self.processor.image_processor(image, return_tensors="pt")["pixel_values"])
-            labels = [-100] * len(ids)
+            answer: list[int] = []
             if self.with_labels:
                 if not sample.answers:
                     raise ValueError(f"sample {sample.id!r} has no answer to train on")
                 answer = tokenizer(f" {sample.answers[0]}", add_special_tokens=False)["input_ids"]
                 answer = [*answer, tokenizer.eos_token_id]
-                ids, labels, modality_ids = ids + answer, labels + answer, modality_ids + [0] * len(answer)
+            if self.max_length is not None:
+                ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
+            if image is not None:
+                pixels.append(self.processor.image_processor(image, return_tensors="pt")["pixel_values"])
+            labels = [-100] * len(ids) + answer
+            ids, modality_ids = ids + answer, modality_ids + [0] * len(answer)
             rows.append(
                 {"input_ids": ids, "attention_mask": [1] * len(ids), "modality_ids": modality_ids, "labels": labels}
             )
@@ -58,14 +69,36 @@ class PromptCollator:
         fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "modality_ids": 0, "labels": -100}
         names = list(fill) if self.with_labels else list(fill)[:3]
         length = max(len(row["input_ids"]) for row in rows)
-        batch = {}
+        batch: dict[str, Any] = {}
         for name in names:
             padding = [[fill[name]] * (length - len(row[name])) for row in rows]
             padded = [r[name] + p if self.with_labels else p + r[name] for r, p in zip(rows, padding, strict=True)]
             batch[name] = torch.tensor(padded)
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
+        if self.schedule_temperature is not None:
+            damage = torch.tensor([sample.damage for sample in samples])
+            batch["schedule_target"] = (-damage / self.schedule_temperature).softmax(1)
+            batch["sample_ids"] = [sample.id for sample in samples]
+            batch["image_keys"] = [
+                str(s.image) if isinstance(s.image, Path) and not s.damage[0] else None
+                for s in samples
+                if s.image is not None
+            ]
         return batch
+
+    def _shortened(self, name: str, ids: list[int], modality_ids: list[int], length: int) -> tuple[list, list]:
+        """The prompt without the end of its context, so that it has at most `length` tokens."""
+        context = [position for position, modality in enumerate(modality_ids) if modality == TEXT]
+        excess = max(0, len(ids) - length)
+        if excess > len(context):
+            raise ValueError(
+                f"sample {name!r} has {len(ids)} tokens in front of its answer, {len(context)} of them context; "
+                f"max_length={self.max_length} leaves room for {length}, and image and question are not cut"
+            )
+        cut = set(context[len(context) - excess :])
+        keep = [position for position in range(len(ids)) if position not in cut]
+        return [ids[i] for i in keep], [modality_ids[i] for i in keep]
 
     def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int]]:
         before = "context: "
@@ -83,5 +116,5 @@ class PromptCollator:
         modality_ids = []
         for token, (start, end) in zip(ids, offsets, strict=True):
             inside = bool(context) and start < last and end > first and end > start
-            modality_ids.append(1 if token == image_token else 2 if inside else 0)
+            modality_ids.append(VISION if token == image_token else TEXT if inside else 0)
         return ids, modality_ids

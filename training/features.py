@@ -1,0 +1,72 @@
+"""Features of images that no trained part touches, kept from one epoch to the next."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+_Features = tuple[Tensor, Tensor, list[Tensor | None] | None]
+
+
+class FeatureCache:
+    """Keeps what a frozen image encoder said of an image, the longest unused dropped first.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.used, self.hits = size, 0, 0
+        self._kept: OrderedDict[Hashable, _Features] = OrderedDict()
+
+    @torch.no_grad()
+    def encode(self, model: Any, pixel_values: Tensor, keys: Sequence[Hashable | None]) -> Any:
+        """What `model.get_image_features` would return for a batch, as its `mm_encoder_outputs["image"]`.
+
+        Args:
+            model: a DMS model.
+            pixel_values: (I, 3, H, W).
+            keys: one an image; the images of a key are always the same. `None` is encoded each time.
+        """
+        known = {key: self._kept[key] for key in keys if key is not None and key in self._kept}
+        for key in known:
+            self._kept.move_to_end(key)
+        self.hits += sum(key in known for key in keys)
+        new = [index for index, key in enumerate(keys) if key not in known]
+        rows: dict[int, _Features] = {index: known[key] for index, key in enumerate(keys) if key in known}
+        if new:
+            outputs = model._encode_images(pixel_values[new]).outputs
+            self._kind = type(outputs)
+            for position, index in enumerate(new):
+                states = outputs.hidden_states
+                row = (
+                    outputs.last_hidden_state[position],
+                    outputs.pooler_output[position],
+                    None if states is None else [None if s is None else s[position] for s in states],
+                )
+                rows[index] = row
+                if keys[index] is not None:
+                    self._keep(keys[index], row)
+        last, pooled, states = zip(*(rows[index] for index in range(len(keys))), strict=True)
+        hidden = None
+        if states[0] is not None:
+            hidden = tuple(None if layer[0] is None else torch.stack(layer) for layer in zip(*states, strict=True))
+        return self._kind(last_hidden_state=torch.stack(last), pooler_output=torch.stack(pooled), hidden_states=hidden)
+
+    def _keep(self, key: Hashable, row: _Features) -> None:
+        if key in self._kept:  # twice in this batch
+            return
+        # clones: a slice would keep the whole batch alive
+        states = None if row[2] is None else [state if state is None else state.clone() for state in row[2]]
+        row = (row[0].clone(), row[1].clone(), states)
+        self._kept[key] = row
+        self.used += _bytes(row)
+        while self.used > self.size and self._kept:
+            self.used -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def _bytes(row: _Features) -> int:
+    return sum(tensor.nbytes for tensor in (row[0], row[1], *(row[2] or [])) if tensor is not None)

@@ -1,0 +1,43 @@
+"""Checkpoints as DMS models."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from modeling_dms import DMSBlip2ForConditionalGeneration, DMSConfig, DMSLlavaForConditionalGeneration
+
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+MODEL_CLASSES = {
+    "llava": DMSLlavaForConditionalGeneration,
+    "dms_llava": DMSLlavaForConditionalGeneration,
+    "blip-2": DMSBlip2ForConditionalGeneration,
+    "dms_blip_2": DMSBlip2ForConditionalGeneration,
+}
+
+
+def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its processor.
+
+    Args:
+        name: a folder, a Hub id, or a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`).
+        dms: fields of [`DMSConfig`] that replace the checkpoint's.
+        kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: for another model type, or a field that `DMSConfig` does not have.
+    """
+    name = CHECKPOINTS / name if not Path(name).exists() and (CHECKPOINTS / name).exists() else name
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in MODEL_CLASSES:
+        raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
+    if dms:
+        unknown = sorted(set(dms) - set(DMSConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"unknown field(s) {', '.join(unknown)} of DMSConfig")
+        before = config.dms_config.to_dict() if hasattr(config, "dms_config") else {}
+        fields = {key: value for key, value in before.items() if key in DMSConfig.__dataclass_fields__}
+        kwargs["dms_config"] = DMSConfig(**{**fields, **dms})
+    model = MODEL_CLASSES[config.model_type].from_pretrained(name, **kwargs)
+    return model, AutoProcessor.from_pretrained(name)

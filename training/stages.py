@@ -1,0 +1,81 @@
+"""Which parameters a run trains."""
+
+import re
+from typing import Any, Literal, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+Stage = Literal["backbone", "scheduler", "joint"]
+
+# parts between the vision tower and the language model, by model type
+BRIDGES = {"dms_llava": ("multi_modal_projector",), "dms_blip_2": ("query_tokens", "qformer", "language_projection")}
+# attention projections of the language model; a bare list of suffixes would match those of the vision tower too
+LORA_TARGETS = {
+    "dms_llava": r".*language_model.*\.(q_proj|v_proj)",
+    "dms_blip_2": r".*language_model.*\.(q_proj|v_proj|q|v)",
+}
+
+
+def encodes_images(name: str) -> bool:
+    """Whether a parameter lies on the way from pixels to image tokens."""
+    parts = ("vision_tower", "vision_model", *(part for bridge in BRIDGES.values() for part in bridge))
+    return any(part in name.split(".") for part in parts)
+
+
+def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bridge: bool = False) -> Any:
+    """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
+
+    - `"scheduler"`: `dms` alone, on the frozen backbone.
+    - `"backbone"`: LoRA on the language model's attention, `dms` frozen.
+    - `"joint"`: both.
+
+    Args:
+        model: a DMS model.
+        lora_rank: 0 trains the language model's own weights instead.
+        train_bridge: also train the projector (LLaVA) or the Q-Former (BLIP-2).
+
+    Returns:
+        The model, or a `PeftModel` around it whose adapter holds everything that is trained.
+
+    Raises:
+        ValueError: for an unknown stage, or nothing to train.
+    """
+    if stage not in get_args(Stage):
+        raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
+    bridge = BRIDGES[model.config.model_type] if train_bridge else ()
+    if stage == "scheduler" and bridge:
+        raise ValueError("stage='scheduler' trains on the frozen backbone: train_bridge must be off")
+    whole = [*(["dms"] if stage != "backbone" else []), *bridge]
+    if stage != "scheduler" and lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        # `query_tokens` is a bare parameter, which peft cannot copy as a module
+        config = LoraConfig(
+            r=lora_rank,
+            lora_alpha=2 * lora_rank,
+            target_modules=LORA_TARGETS[model.config.model_type],
+            modules_to_save=[name for name in ("dms", *bridge) if name != "query_tokens"],
+            bias="none",
+        )
+        wrapped = get_peft_model(model, config)
+        if stage == "backbone":
+            wrapped.base_model.model.dms.requires_grad_(False)
+        return wrapped
+    language = stage != "scheduler"
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        trained = any(part in parts for part in whole)
+        parameter.requires_grad_(trained or (language and is_language(name)))
+    return model
+
+
+def is_language(name: str) -> bool:
+    """Whether a parameter belongs to the language model."""
+    return bool(re.search(r"(^|\.)(language_model|lm_head)\.", name))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are meant to train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

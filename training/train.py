@@ -1,0 +1,105 @@
+"""`dms train`: loads, calibrates, trains, calibrates again, saves, and draws the curves."""
+
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from modeling_dms.training.arguments import Arguments
+from modeling_dms.training.corruptions import ModalityDropout
+from modeling_dms.training.curves import draw_curves
+from modeling_dms.training.data import PromptCollator, Sample, load_samples
+from modeling_dms.training.loading import load
+from modeling_dms.training.stages import prepare
+from modeling_dms.training.trainer import DMSTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Sample]:
+    """The samples whose image can be read; the others are named, left out and counted.
+
+    Before training rather than during it, so that what a step sees depends on neither workers nor resumption.
+
+    Raises:
+        ValueError: if none is left.
+    """
+
+    def problem(sample: Sample) -> str | None:
+        try:
+            sample.load_image()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = list(
+            tqdm(
+                pool.map(problem, samples),
+                desc="checking images",
+                total=len(samples),
+                unit="",
+                disable=not show_progress,
+            )
+        )
+    good = [sample for sample, error in zip(samples, found, strict=True) if error is None]
+    broken = [error for error in found if error is not None]
+    for error in broken:
+        logger.warning(f"left out: {error}")
+    if broken:
+        logger.warning(f"{len(broken)} of {len(samples)} samples left out: their images cannot be read")
+    if not good:
+        raise ValueError(f"none of the {len(samples)} samples can be read")
+    return good
+
+
+def calibrate(model: Any, collator: PromptCollator, samples: Sequence[Sample], count: int, batch_size: int) -> Any:
+    """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images."""
+    distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
+    clean = PromptCollator(collator.processor, max_length=collator.max_length)
+    batches = (clean(distinct[start : start + batch_size]) for start in range(0, len(distinct), batch_size))
+    return model.calibrate(batches, max_samples=count)
+
+
+def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
+    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`."""
+    choices, data, corruptions, training = arguments
+    if training.output_dir is None:
+        raise ValueError("output_dir is not set: where should the run be written?")
+    set_seed(training.seed)
+    model, processor = load(choices.model, choices.dms, dtype=choices.dtype)
+    samples = load_samples(data.data, "train", data.task, data.max_samples)
+    samples = readable(samples, training.should_log)
+    collator = PromptCollator(
+        processor,
+        with_labels=True,
+        max_length=data.max_length,
+        schedule_temperature=training.schedule_temperature,
+    )
+    if data.calibration_samples and not model.dms.calibration.is_calibrated:
+        calibrate(model, collator, samples, data.calibration_samples, training.per_device_train_batch_size)
+    trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge)
+    trainer = DMSTrainer(
+        model=trained,
+        args=training,
+        data_collator=collator,
+        train_dataset=ModalityDropout(samples, corruptions, seed=training.seed),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    # training moves what the statistics describe
+    if data.calibration_samples and choices.stage != "scheduler":
+        calibrate(trainer.model, collator, samples, data.calibration_samples, training.per_device_train_batch_size)
+    final = Path(training.output_dir) / "final"
+    trainer.save_model(str(final))
+    if training.should_save:
+        log = Path(training.output_dir) / "log.json"
+        log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+        draw_curves(trainer.state.log_history, Path(training.output_dir) / "curves.png")
+    return trainer

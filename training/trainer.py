@@ -1,0 +1,174 @@
+"""`DMSTrainer`: what a DMS model needs in training beyond `Trainer`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.losses import leave_one_out_target
+from modeling_dms.scheduler import uniform_weights
+from modeling_dms.training.features import FeatureCache
+from modeling_dms.training.resume import last_complete_checkpoint, write_manifest
+from modeling_dms.training.stages import encodes_images
+
+
+@dataclass
+class DMSTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what concerns the scheduler."""
+
+    schedule_target: Literal["severity", "leave_one_out", "none"] = field(
+        default="severity",
+        metadata={
+            "help": "Target of the schedule loss: the known severity of the injected corruptions, the task loss "
+            "without each modality (two more forward passes), or none."
+        },
+    )
+    schedule_temperature: float = field(
+        default=0.2, metadata={"help": "Temperature of the target: the lower, the nearer to 0 and 1."}
+    )
+    scheduler_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps at uniform weights, before the scheduler takes part."}
+    )
+    feature_cache_gb: float = field(
+        default=0.0, metadata={"help": "Memory for the features of undamaged images, where no encoder is trained."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.remove_unused_columns = False
+        if self.schedule_temperature <= 0:
+            raise ValueError(f"schedule_temperature must be above 0, got {self.schedule_temperature}")
+        if not 0 <= self.scheduler_warmup_ratio <= 1:
+            raise ValueError(f"scheduler_warmup_ratio must lie in [0, 1], got {self.scheduler_warmup_ratio}")
+        if self.feature_cache_gb < 0:
+            raise ValueError(f"feature_cache_gb must be at least 0, got {self.feature_cache_gb}")
+
+
+class DMSTrainer(Trainer):
+    """`Trainer` with the schedule targets, the scheduler's warm-up, logs of each loss and of the weights, an error
+    that names the samples of a loss that is not finite, and checkpoints that are resumed from only if complete.
+
+    The collator may add `sample_ids` (a list of strings), `image_keys` (a list) and `schedule_target` to a batch, see
+    `PromptCollator`.
+    """
+
+    args: DMSTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        frozen = not any(p.requires_grad for name, p in self.model.named_parameters() if encodes_images(name))
+        size = int(self.args.feature_cache_gb * 2**30)
+        self._features = FeatureCache(size) if size and frozen else None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        inputs = dict(inputs)
+        sample_ids = inputs.pop("sample_ids", None)
+        keys = inputs.pop("image_keys", None)
+        if self._features is not None and keys is not None and inputs.get("pixel_values") is not None:
+            encoder = self.accelerator.unwrap_model(model)
+            encoded = self._features.encode(encoder, inputs.pop("pixel_values"), keys)
+            inputs["mm_encoder_outputs"] = {"image": encoded}
+        if self.args.schedule_target == "none":
+            inputs.pop("schedule_target", None)
+        elif model.training and self.args.schedule_target == "leave_one_out":
+            inputs["schedule_target"] = self._leave_one_out(model, inputs)
+        if model.training and self.state.global_step < self.args.scheduler_warmup_ratio * self.state.max_steps:
+            shape = (len(inputs["input_ids"]), len(MODALITIES))
+            inputs["modality_weights"] = uniform_weights(torch.ones(shape, dtype=torch.bool)).to(self.args.device)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; samples of the batch: {sample_ids}"
+            )
+        if model.training:
+            self._collect(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _leave_one_out(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """softmax(loss without m / tau): (B, M)."""
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "schedule_target"}
+        shift = not model.config.is_encoder_decoder
+        model.eval()
+        losses = []
+        for index in range(len(MODALITIES)):
+            weights = torch.full((len(labels), len(MODALITIES)), 1 / (len(MODALITIES) - 1), device=labels.device)
+            weights[:, index] = 0
+            losses.append(per_sample_loss(model(**rest, modality_weights=weights).logits, labels, shift))
+        model.train()
+        return leave_one_out_target(torch.stack(losses, 1), self.args.schedule_temperature)
+
+    # --- logs
+
+    @torch.no_grad()
+    def _collect(self, outputs: Any) -> None:
+        """Adds up the losses, and the sums and squares of the weights, until the next log."""
+        values = {f"loss_{name}": loss.detach() for name, loss in (outputs["dms_losses"] or {}).items()}
+        weights = outputs["modality_weights"].detach().float()
+        for name, column in zip(MODALITIES, weights.unbind(1), strict=True):
+            values |= {f"weight_{name}": column.mean(), f"_square_{name}": column.pow(2).mean()}
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`, with `loss_*`, and `weight_*` and `weight_*_spread` (standard deviation) per modality."""
+        if self._count and "loss" in logs:
+            names = sorted(self._sums)
+            means = torch.stack([self._sums[name].float() for name in names]) / self._count
+            means = dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            for name in MODALITIES:
+                square = means.pop(f"_square_{name}")
+                means[f"weight_{name}_spread"] = max(0.0, square - means[f"weight_{name}"] ** 2) ** 0.5
+            logs |= means
+            self._sums, self._count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    # --- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # older checkpoints go only after the new one is complete
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial))
+            write_manifest(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint, or starts anew."""
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if found is None else str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def per_sample_loss(logits: Tensor, labels: Tensor, shift: bool = True) -> Tensor:
+    """Mean cross-entropy of each sample's targets: (B, L, K), (B, L) -> (B,); 0 for a sample without a target.
+
+    Args:
+        shift: position i predicts label i + 1, as in decoder-only models.
+    """
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # (B, L), 0 where ignored
+    return losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
