@@ -1,10 +1,20 @@
 """One sample schema for every data set and task."""
 
+import hashlib
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+
+TASKS = ("vqa", "caption", "retrieval")
+SPLITS = ("train", "validation", "test")
+# what captions and retrieval ask, in every data set
+CAPTION_QUESTION = "describe the picture."
+# pixels of the longer side of a rendered drawing: no supported checkpoint takes larger images, so none is enlarged
+SVG_SIZE = 384
 
 
 @dataclass(frozen=True)
@@ -13,7 +23,8 @@ class Sample:
 
     Attributes:
         id: unique and stable; corruptions draw their randomness from it and errors name it.
-        image: a file, a PIL image, or `None` where the image is missing.
+        image: a file (SVG too), an encoded file's bytes, a PIL image, or `None` where the image is missing. Files and
+            bytes are decoded by `load_image` alone, so that a data set loads fast and a broken image names its sample.
         context: a passage that describes the image, or `None` where it is missing.
         question: what is asked of both.
         answers: accepted answers, the first one is the training target.
@@ -21,7 +32,7 @@ class Sample:
     """
 
     id: str
-    image: Path | Image.Image | None
+    image: Path | Image.Image | bytes | None
     context: str | None
     question: str
     answers: tuple[str, ...] = ()
@@ -32,18 +43,44 @@ class Sample:
 
         Raises:
             ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode.
+            ImportError: for an SVG without the `train` extra.
         """
         if self.image is None:
             return None
         try:
-            image = self.image if isinstance(self.image, Image.Image) else Image.open(self.image)
-            return to_rgb(image)
+            return to_rgb(_open(self.image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"sample {self.id!r}: image {self.image} cannot be read: {error}") from error
+            given = f"of {len(self.image)} bytes" if isinstance(self.image, bytes) else self.image
+            raise ValueError(f"sample {self.id!r}: image {given} cannot be read: {error}") from error
 
     def replace(self, **changes) -> "Sample":
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def split_of(sample_id: str) -> str:
+    """`"train"` (80%), `"validation"` (10%) or `"test"` (10%), by a hash: an id is in the same split whatever else is
+    in the data and in whatever order."""
+    share = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def _open(image: Path | Image.Image | bytes) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image))
+    if image.suffix.lower() != ".svg":
+        return Image.open(image)
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError('SVG images need resvg-py: pip install "modeling-dms[train]"') from error
+    # without the system's fonts a drawing is the same on every machine
+    png = resvg_py.svg_to_bytes(
+        svg_string=image.read_text(encoding="utf-8"), width=SVG_SIZE, height=SVG_SIZE, skip_system_fonts=True
+    )
+    return Image.open(io.BytesIO(png))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

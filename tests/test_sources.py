@@ -1,0 +1,393 @@
+"""Data sets: one schema, splits fixed by hash, and errors that say what is wrong with a file."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_dms.training.data import HUB_DATASETS, load_folder, load_hub, load_openmoji, load_samples, split_of
+from modeling_dms.training.data.openmoji import TONE
+from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS
+
+
+datasets = pytest.importorskip("datasets")
+
+
+def png(seed=0):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def hub_rows(name, count=60):
+    """Rows as the published files hold them, columns that are not read included."""
+    rows = []
+    for i in range(count):
+        image = {"bytes": png(i), "path": None}
+        file = f"COCO_val2014_{i // 2:012}.jpg"
+        if name == "lmms-lab/VQAv2":
+            given = ["no", "yes", "maybe", *["yes"] * 5, "no", "no"]
+            answers = [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(given, 1)]
+            row = {"question_id": 1000 + i, "image_id": i // 2, "question": f"wo ist {i}? 🔑", "answers": answers}
+        elif name == "lmms-lab/flickr30k":
+            row = {"img_id": str(i), "caption": [f"a {i}", f"b {i}"], "sentids": ["1", "2"], "filename": f"{i}.jpg"}
+        else:
+            row = {"question_id": file.replace(f"{i // 2:012}", f"{i:012}"), "question": "long", "answer": [f"a {i}"]}
+        rows.append({**row, "image": image})
+    return rows
+
+
+def write_hub(path, rows):
+    """A Parquet file whose metadata marks the image column, as on the Hub."""
+    table = datasets.Dataset.from_list(rows)
+    if "image" in table.column_names:
+        table = table.cast_column("image", datasets.Image())
+    table.to_parquet(path)
+    return str(path)
+
+
+def test_splits_go_by_hash():
+    ids = [f"sample-{i}" for i in range(4_000)]
+    shares = {split: sum(split_of(i) == split for i in ids) / len(ids) for split in SPLITS}
+    assert shares["train"] == pytest.approx(0.8, abs=0.02)
+    assert shares["validation"] == pytest.approx(0.1, abs=0.02)
+    # fixed for ever: a change would mix the test data of old results into the training data of new ones
+    assert [split_of(i) for i in ("a", "é 🔑", "", "sample-11")] == ["train", "train", "validation", "test"]
+
+
+def test_openmoji_has_every_drawing_once():
+    samples = {split: load_openmoji(split) for split in SPLITS}
+    every = [sample for split in samples.values() for sample in split]
+    assert len(every) > 3_500
+    assert len({sample.id for sample in every}) == len({sample.answers for sample in every}) == len(every)
+    assert all(len(split) > 200 for split in samples.values())
+    assert {(s.task, s.context, s.question) for s in every} == {("caption", None, CAPTION_QUESTION)}
+    assert any("Curaçao" in sample.answers[0] for sample in every)
+    retrieval = load_openmoji("test", "retrieval")
+    assert [(s.id, s.answers) for s in retrieval] == [(s.id, s.answers) for s in samples["test"]]
+    assert {sample.task for sample in retrieval} == {"retrieval"}
+
+
+def test_no_openmoji_concept_straddles_splits():
+    split_by_name, splits_by_drawing = {}, defaultdict(set)
+    for split in SPLITS:
+        for sample in load_openmoji(split):
+            split_by_name[sample.answers[0]] = split
+            splits_by_drawing[sample.image.read_bytes()].add(split)
+    assert all(len(splits) == 1 for splits in splits_by_drawing.values())
+    assert sum(bool(TONE.search(name)) for name in split_by_name) > 1_500
+    for name, split in split_by_name.items():
+        plain = TONE.sub("", name)
+        assert split_by_name.get(plain, split) == split, name
+        for gendered in ("man ", "woman "):
+            if plain.startswith(gendered):
+                neutral = plain.removeprefix(gendered)
+                assert split_by_name.get(neutral, split) == split, name
+                assert split_by_name.get(f"person {neutral}", split) == split, name
+    for variants in (
+        ("man", "woman", "person", "boy", "girl", "child"),
+        ("prince", "princess"),
+        ("Santa Claus", "Mrs. Claus", "Mx Claus"),
+        ("old man", "old woman", "older person"),
+        ("mermaid", "merman", "merperson"),
+        ("kiss", "kiss man man", "kiss woman man"),
+        ("person running", "woman running facing right"),
+        ("flag of France", "flag of St. Martin"),
+    ):
+        assert len({split_by_name[name] for name in variants}) == 1, variants
+
+
+def test_openmoji_questions_are_answered_by_the_context():
+    samples = [sample for split in SPLITS for sample in load_openmoji(split, "vqa")]
+    assert len({sample.id for sample in samples}) == len(samples)
+    answers = defaultdict(list)
+    for sample in samples:
+        kind = sample.id.rpartition("-")[2]
+        words = sample.context.removeprefix("keywords: ").rstrip(".").split(", ")
+        answers[kind].append(sample.answers[0])
+        if kind == "group":
+            assert sample.answers[0] in words
+        elif kind == "keyword":
+            assert (sample.question.split()[1] in words) == (sample.answers == ("yes",))
+    assert set(answers) == {"name", "group", "keyword"}
+    assert 0.45 < answers["keyword"].count("yes") / len(answers["keyword"]) < 0.55
+
+
+def test_a_drawing_is_rendered_on_white_when_loaded(tmp_path):
+    apple = next(s for split in SPLITS for s in load_openmoji(split) if s.answers == ("red apple",))
+    picture = apple.load_image()
+    assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (384, 384), (255, 255, 255))
+    red, green, _ = picture.getpixel((192, 240))
+    assert red > 150 > green
+    (tmp_path / "broken.svg").write_text("<svg")
+    for name in ("broken.svg", "missing.svg"):
+        with pytest.raises(ValueError, match=apple.id):
+            apple.replace(image=tmp_path / name).load_image()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_folder_reads_every_kind_of_row(tmp_path, suffix):
+    (tmp_path / "bilder").mkdir()
+    (tmp_path / "bilder" / "größe 🔑.png").write_bytes(png())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [
+        {
+            "id": "a",
+            "image": "bilder/größe 🔑.png",
+            "context": "日本語\u2028x",
+            "question": "was?",
+            "answers": ["ß", "b"],
+        },
+        {"id": "b", "image": None, "context": "only text", "prompt": "what?", "answer": "x"},
+        {"id": "c", "image": "broken.png", "task": "caption", "answers": ["a caption"]},
+        {"image": "missing.png", "question": "what?"},
+    ]
+    columns = sorted({column for row in rows for column in row})
+    table = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        table.write_text("\ufeff", encoding="utf-8")
+        write_jsonl(table, rows)
+    elif suffix == "json":
+        table.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list([{column: row.get(column) for column in columns} for row in rows]).to_parquet(table)
+    a, b, c, d = load_folder(tmp_path)
+    assert load_folder(table) == load_folder(str(table)) == [a, b, c, d]
+    assert (a.context, a.question, a.answers, a.task) == ("日本語\u2028x", "was?", ("ß", "b"), "vqa")
+    assert a.load_image().size == (6, 8)
+    assert (b.image, b.load_image(), b.question, b.answers) == (None, None, "what?", ("x",))
+    assert (c.task, c.question) == ("caption", CAPTION_QUESTION)
+    assert d.id.startswith("rows-")
+    assert d.answers == ()
+    for broken in (c, d):
+        with pytest.raises(ValueError, match=broken.id):
+            broken.load_image()
+
+
+def test_folder_reads_images_within_parquet(tmp_path):
+    (tmp_path / "beside.png").write_bytes(png(1))
+    images = [{"bytes": png(), "path": "x.png"}, {"bytes": None, "path": "beside.png"}, {"bytes": b"", "path": None}]
+    rows = [{"id": str(i), "question": "what?", "image": image} for i, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    within, beside, broken = load_folder(tmp_path)
+    assert within.load_image().size == beside.load_image().size == (6, 8)
+    with pytest.raises(ValueError, match=r"sample '2': image of 0 bytes"):
+        broken.load_image()
+    datasets.Dataset.from_list([{"question": "what?", "image": png()}]).to_parquet(tmp_path / "a.parquet")
+    assert load_folder(tmp_path)[0].load_image().size == (6, 8)
+
+
+def test_folder_splits_do_not_depend_on_order(tmp_path):
+    rows = [{"image": f"{i // 3}.png", "question": f"what {i}?", "answer": "x"} for i in range(300)]
+    rows += [{"context": f"text {i}", "question": "what?"} for i in range(100)]
+    table = write_jsonl(tmp_path / "rows.jsonl", rows)
+    splits = {split: {s.id: s for s in load_folder(table, split)} for split in SPLITS}
+    assert sum(map(len, splits.values())) == len(load_folder(table)) == 400
+    images = [{s.image for s in samples.values() if s.image} for samples in splits.values()]
+    assert len(set.union(*images)) == sum(map(len, images)) == 100
+    random.Random(0).shuffle(rows)
+    write_jsonl(table, rows[:200])
+    for split, samples in splits.items():
+        again = load_folder(table, split)
+        assert 0 < len(again) < len(samples)
+        assert all(samples[s.id] == s for s in again)
+
+
+def test_folder_takes_its_own_split_column(tmp_path):
+    rows = [{"id": i, "question": "what?", "split": "dev" if i % 2 else "train"} for i in range(6)]
+    table = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [s.id for s in load_folder(table, "dev")] == ["1", "3", "5"]
+    assert len(load_folder(table)) == 6
+    with pytest.raises(ValueError, match=r"'test'.*dev.*train"):
+        load_folder(table, "test")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "a.png"}, r"row 2, column 'question'"),
+        ({"question": " ", "image": 3}, r"row 2, column 'image'.*int"),
+        ({"question": "q", "image": {"url": "x"}}, r"row 2, column 'image'.*dict"),
+        ({"question": 3}, r"row 2, column 'question'.*int"),
+        ({"question": "q", "context": ["a"]}, r"row 2, column 'context'.*list"),
+        ({"question": "q", "answers": [1]}, r"row 2, column 'answers'.*\[1\]"),
+        ({"question": "q", "answer": 1}, r"row 2, column 'answer'"),
+        ({"question": "q", "task": "ocr"}, r"row 2, column 'task'.*'ocr'"),
+        ({"question": "q", "id": "first"}, r"row 2, column 'id'.*'first'"),
+        ({"question": "q", "id": 1.5}, r"row 2, column 'id'.*float"),
+        (["question"], r"row 2: expected an object"),
+    ],
+)
+def test_folder_names_file_row_and_column(tmp_path, row, message):
+    table = write_jsonl(tmp_path / "rows.jsonl", [{"id": "first", "question": "q"}, row])
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, {message}"):
+        load_folder(table)
+
+
+def test_folder_refuses_what_is_no_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="found none"):
+        load_folder(tmp_path)
+    contents = {
+        "empty.jsonl": b"\n",
+        "broken.jsonl": b"{",
+        "latin.jsonl": b"\xe9",
+        "map.json": b"{}",
+        "n.parquet": b"x",
+    }
+    contents |= {"rows.csv": b"id"}
+    messages = [
+        "no rows",
+        "row 1: not JSON",
+        "not UTF-8",
+        "list of objects",
+        "not a Parquet",
+        "expected a file of type",
+    ]
+    for (name, content), message in zip(contents.items(), messages, strict=True):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_folder(tmp_path / name)
+    datasets.Dataset.from_list([{"frage": "was?"}]).to_parquet(tmp_path / "columns.parquet")
+    with pytest.raises(ValueError, match=r"columns\.parquet.*question"):
+        load_folder(tmp_path / "columns.parquet")
+    with pytest.raises(ValueError, match="exactly one"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", HUB_DATASETS)
+def test_hub_streams_what_it_loads(tmp_path, name):
+    rows = hub_rows(name)
+    files = [write_hub(tmp_path / "0.parquet", rows[:30]), write_hub(tmp_path / "1.parquet", rows[30:])]
+    splits = {split: load_hub(name, split, data_files=files) for split in SPLITS}
+    for split, samples in splits.items():
+        stream = load_hub(name, split, streaming=True, data_files=files)
+        assert not isinstance(stream, list)
+        assert list(stream) == samples
+        assert load_hub(name, split, limit=1, data_files=files) == samples[:1]
+        assert list(load_hub(name, split, streaming=True, limit=1, data_files=files)) == samples[:1]
+    every = [sample for samples in splits.values() for sample in samples]
+    assert len({sample.id for sample in every}) == len(every) == 60
+    assert {sample.task for sample in every} == {HUB_DATASETS[name].task}
+    assert all(sample.load_image().size == (6, 8) for sample in every)
+    assert all(len(samples) > 1 for samples in splits.values())
+
+    shuffled = write_hub(tmp_path / "shuffled.parquet", random.Random(0).sample(rows, 60))
+    for split, samples in splits.items():
+        again = load_hub(name, split, data_files=shuffled)
+        assert sorted(again, key=lambda s: s.id) == sorted(samples, key=lambda s: s.id)
+
+
+def test_hub_keeps_all_answers_and_keeps_an_image_in_one_split(tmp_path):
+    vqa = write_hub(tmp_path / "vqa.parquet", hub_rows("lmms-lab/VQAv2"))
+    coco = write_hub(tmp_path / "coco.parquet", hub_rows("lmms-lab/COCO-Caption"))
+    numbers = []
+    for split in SPLITS:
+        asked, captions = load_hub("lmms-lab/VQAv2", split, data_files=vqa), load_samples_of(coco, split)
+        assert {s.answers for s in asked} == {("yes",) * 6 + ("no",) * 3 + ("maybe",)}
+        assert all("🔑" in s.question for s in asked)
+        assert {(s.question, len(s.answers)) for s in captions} == {(CAPTION_QUESTION, 1)}
+        numbers.append({(int(s.id.rpartition("-")[2]) - 1000) // 2 for s in asked})
+        shared = {int(s.id[-16:-4]) for s in captions}
+        assert numbers[-1] <= shared
+    assert len(set.union(*numbers)) == sum(map(len, numbers)) == 30
+
+
+def load_samples_of(file, split):
+    return load_hub("lmms-lab/COCO-Caption", split, data_files=file)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_names_what_is_wrong(tmp_path, streaming):
+    name = "lmms-lab/flickr30k"
+    rows = hub_rows(name, 40)
+
+    def load(rows, split="train"):
+        file = write_hub(tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet", rows)
+        return list(load_hub(name, split, streaming=streaming, data_files=file))
+
+    broken = load([{**row, "image": {"bytes": b"no image", "path": None}} for row in rows])[0]
+    with pytest.raises(ValueError, match=rf"{broken.id}.*of 8 bytes"):
+        broken.load_image()
+    missing = load([{**row, "image": None} for row in rows[:1]] + rows[1:])
+    assert all(sample.image is None for sample in missing if sample.id == f"{name}-0")
+    with pytest.raises(ValueError, match="no column caption, image; there are"):
+        load([{"img_id": "1"}])
+    with pytest.raises(ValueError, match=r"img_id.*'none'"):
+        load([{**rows[0], "img_id": "none"}])
+    other = next(row for row in rows if split_of(f"flickr30k-{row['img_id']}") != "test")
+    with pytest.raises(ValueError, match="no samples of split 'test'"):
+        load([other], "test")
+    datasets.Dataset.from_list(rows).select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match=rf"{name}: .*no "):
+        list(load_hub(name, "train", streaming=streaming, data_files=str(tmp_path / "empty.parquet")))
+    with pytest.raises(FileNotFoundError):
+        list(load_hub(name, "train", streaming=streaming, data_files=str(tmp_path / "nowhere.parquet")))
+    for arguments, message in (
+        (("nobody/nothing", "train"), "lmms-lab/VQAv2"),
+        ((name, "val"), "validation"),
+        ((name, "train", streaming, 0), "limit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_hub(*arguments)
+
+
+def test_offline_says_so_and_local_files_still_load(tmp_path):
+    file = write_hub(tmp_path / "0.parquet", hub_rows("lmms-lab/flickr30k"))
+    code = f"""
+from modeling_dms.training.data import load_hub
+print(len(list(load_hub("lmms-lab/flickr30k", "train", streaming=True, data_files={file!r}))))
+for streaming in (False, True):
+    try:
+        load_hub("lmms-lab/flickr30k", "train", streaming=streaming)
+    except ConnectionError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    count, *messages = run.stdout.splitlines()
+    assert int(count) > 30
+    assert len(messages) == 2
+    assert all("lmms-lab/flickr30k is neither in the local cache" in message for message in messages)
+
+
+def test_any_source_by_its_name(tmp_path):
+    assert {s.task for s in load_samples("easy-vqa", "test", limit=5)} == {"vqa"}
+    assert load_samples("openmoji", "test") == load_openmoji("test")
+    assert load_samples("openmoji", "test", "vqa", limit=7) == load_openmoji("test", "vqa")[:7]
+    rows = [{"question": f"what {i}?", "image": f"{i}.png"} for i in range(40)]
+    rows += [{"task": "caption", "image": f"{i}.png", "answer": f"caption {i}"} for i in range(40)]
+    table = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert load_samples(table, "train") == load_samples(str(tmp_path), "train") == load_folder(table, "train")
+    retrieval = load_samples(table, "train", "retrieval")
+    assert {s.task for s in retrieval} == {"retrieval"}
+    assert all(s.answers[0].startswith("caption") for s in retrieval)
+    for arguments, message in (
+        (("nowhere", "train"), r"'nowhere', expected easy-vqa, openmoji, .*lmms-lab/VQAv2.*path"),
+        (("easy-vqa", "train", "caption"), "easy-vqa: no samples for task 'caption'"),
+        (("easy-vqa", "train", "ocr"), "'ocr'"),
+        (("easy-vqa", "train", None, 0), "limit"),
+        (("openmoji", "dev"), "'dev'"),
+        ((table, "dev"), "'dev'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_samples(*arguments)

@@ -1,0 +1,52 @@
+"""One way to name any data set."""
+
+from itertools import islice
+from pathlib import Path
+
+from modeling_dms.training.data.easy_vqa import load_easy_vqa
+from modeling_dms.training.data.folder import load_folder
+from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
+from modeling_dms.training.data.openmoji import load_openmoji
+from modeling_dms.training.data.samples import TASKS, Sample
+
+
+# an image and its texts serve both
+CAPTIONED = {"caption", "retrieval"}
+
+
+def load_samples(source: str, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
+    """The samples of a split of any data set.
+
+    Args:
+        source: `"easy-vqa"`, `"openmoji"`, an id of `HUB_DATASETS`, or the path of a folder or file for `load_folder`.
+        split: `"train"`, `"validation"` or `"test"` (or what a file's own `split` column holds).
+        task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
+            `None`: whatever the source holds, of `openmoji` the captions.
+        limit: take the first samples only.
+
+    Raises:
+        ValueError: for an unknown source, split or task, or where no sample is left.
+        ConnectionError, FileNotFoundError, ImportError: where the source cannot be had.
+    """
+    if task not in (None, *TASKS):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if source == "easy-vqa":
+        samples = load_easy_vqa(split)
+    elif source == "openmoji":
+        samples = load_openmoji(split, task or "caption")
+    elif source in HUB_DATASETS:
+        samples = load_hub(source, split, limit=limit)
+    elif Path(source).exists():
+        samples = load_folder(source, split)
+    else:
+        names = ", ".join(("easy-vqa", "openmoji", *HUB_DATASETS))
+        raise ValueError(f"unknown source {source!r}, expected {names}, or the path of a folder or file")
+    if task is not None:
+        served = CAPTIONED if task in CAPTIONED else {task}
+        samples = [sample.replace(task=task) for sample in samples if sample.task in served]
+    samples = list(islice(samples, limit))
+    if not samples:
+        raise ValueError(f"{source}: no samples for task {task!r} in split {split!r}")
+    return samples
