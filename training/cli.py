@@ -33,6 +33,25 @@ def demo(
     run_demo(out, ["llava", "blip2"] if backbone == "both" else [backbone], samples, calibration_samples, write_docs)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file, or a preset: demo-scheduler, scheduler, lora, paper.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+) -> None:
+    """Trains a scheduler, LoRA, or both. Any field of the file can be given as `--field value` too."""
+    from modeling_dms.training.arguments import read_arguments
+    from modeling_dms.training.train import run_training
+
+    try:
+        run_training(read_arguments(config, context.args), resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
