@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
 EVAL = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10"]
-TRAIN = ["accelerate>=1.10", "peft>=0.20", *EVAL]
+TRAIN = ["accelerate>=1.10", "imagecorruptions-imaug>=1.1.5", "peft>=0.20", *EVAL]
 DEV = [
     "build",
     "hypothesis>=6",
