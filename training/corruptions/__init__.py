@@ -1,5 +1,13 @@
 """Corruptions of images and texts, by name and family, reproducible per (name, severity, sample id)."""
 
+from modeling_dms.training.corruptions.dropout import EpochCallback, ModalityDropout
+from modeling_dms.training.corruptions.families import (
+    CALIBRATION_FAMILIES,
+    FAMILIES,
+    CorruptionConfig,
+    family_of,
+    names_in,
+)
 from modeling_dms.training.corruptions.imagenet_c import IMAGENET_C
 from modeling_dms.training.corruptions.images import IMAGE_CORRUPTIONS
 from modeling_dms.training.corruptions.registry import NAMES, corrupt
@@ -7,9 +15,16 @@ from modeling_dms.training.corruptions.text import TEXT_CORRUPTIONS
 
 
 __all__ = [
+    "CALIBRATION_FAMILIES",
+    "FAMILIES",
     "IMAGENET_C",
     "IMAGE_CORRUPTIONS",
     "NAMES",
     "TEXT_CORRUPTIONS",
+    "CorruptionConfig",
+    "EpochCallback",
+    "ModalityDropout",
     "corrupt",
+    "family_of",
+    "names_in",
 ]
