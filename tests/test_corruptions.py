@@ -1,9 +1,11 @@
 """Corruptions by name and family, their draws, and modality dropout."""
 
 import builtins
+import pickle
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
@@ -157,6 +159,13 @@ def test_the_package_is_loaded_only_when_a_kind_needs_it():
         "assert not {'imagecorruptions', 'cv2', 'numba'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_do_not_disturb_each_other():
+    jobs = [(sample(i, id=str(i)), f"image:{name}") for i in range(3) for name in IMAGENET_C]
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(lambda job: facts(corrupt(*job)), jobs))
+    assert threaded == [facts(corrupt(*job)) for job in jobs]
 
 
 def test_damage_composes():
@@ -353,6 +362,14 @@ def test_epochs_and_seeds_change_the_corruption_too():
     assert np.array_equal(pixels(data[0]), first)
     data.seed = 1
     assert not np.array_equal(pixels(data[0]), first)
+
+
+def test_a_pickled_data_set_draws_the_same():
+    # as workers get it that are spawned, not forked
+    data = dropout([sample(i) for i in range(8)])
+    data.set_epoch(2)
+    copy = pickle.loads(pickle.dumps(data))
+    assert [facts(copy[i]) for i in range(8)] == [facts(data[i]) for i in range(8)]
 
 
 def test_rates_hold_and_something_is_always_left():
