@@ -5,13 +5,13 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from modeling_dms.training.arguments import Arguments
-from modeling_dms.training.corruptions import ModalityDropout
+from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
 from modeling_dms.training.loading import load
@@ -73,7 +73,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     if training.output_dir is None:
         raise ValueError("output_dir is not set: where should the run be written?")
     set_seed(training.seed)
-    model, processor = load(choices.model, choices.dms, dtype=choices.dtype)
+    model, processor = load(choices.model, cast(dict, choices.dms), dtype=choices.dtype)
     samples = load_samples(data.data, "train", data.task, data.max_samples)
     samples = readable(samples, training.should_log)
     collator = PromptCollator(
@@ -99,6 +99,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
             seed=training.seed,
         ),
         processing_class=processor,
+        callbacks=[EpochCallback()],
     )
     trainer.train(resume_from_checkpoint=resume or None)
     # training moves what the statistics describe

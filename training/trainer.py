@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +111,13 @@ class DMSTrainer(Trainer):
 
     @torch.no_grad()
     def _collect(self, outputs: Any) -> None:
-        """Adds up the losses, and the sums and squares of the weights, until the next log."""
+        """Adds up the losses, and the sums and squares of the weights where both modalities are there."""
         values = {f"loss_{name}": loss.detach() for name, loss in (outputs["dms_losses"] or {}).items()}
         weights = outputs["modality_weights"].detach().float()
+        weights = weights[(weights > 0).all(1)]
+        values["_weighed"] = torch.tensor(float(len(weights)), device=weights.device)
         for name, column in zip(MODALITIES, weights.unbind(1), strict=True):
-            values |= {f"weight_{name}": column.mean(), f"_square_{name}": column.pow(2).mean()}
+            values |= {f"weight_{name}": column.sum(), f"_square_{name}": column.pow(2).sum()}
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._count += 1
@@ -126,9 +128,11 @@ class DMSTrainer(Trainer):
             names = sorted(self._sums)
             means = torch.stack([self._sums[name].float() for name in names]) / self._count
             means = dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            weighed = max(means.pop("_weighed"), 1e-9)
             for name in MODALITIES:
-                square = means.pop(f"_square_{name}")
-                means[f"weight_{name}_spread"] = max(0.0, square - means[f"weight_{name}"] ** 2) ** 0.5
+                means[f"weight_{name}"] /= weighed
+                variance = means.pop(f"_square_{name}") / weighed - means[f"weight_{name}"] ** 2
+                means[f"weight_{name}_spread"] = max(0.0, variance) ** 0.5
             logs |= means
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
@@ -157,7 +161,7 @@ class DMSTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint, or starts anew."""
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(self.args.output_dir)
+            found = last_complete_checkpoint(cast(str, self.args.output_dir))
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
