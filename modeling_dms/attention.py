@@ -31,7 +31,7 @@ def sdpa_key_bias_forward(
     if key_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     size = value.shape[-1]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     # exp(-1e3) is 0 in every dtype, and -1e3 / scaling still fits float16
     column = (key_bias.clamp_min(-1e3) / scaling).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
     key = torch.cat([key, column], -1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.typicality import log_distances, whiten
+from modeling_dms.typicality import canonical_coordinates, evidence
 
 
 SCALARS = ("confidence", "uncertainty", "energy")
@@ -69,6 +69,7 @@ class ModalityCalibration(Statistics):
     scalar_scale: Tensor
     coefficients: Tensor
     intercept: Tensor
+    emptiness_scale: Tensor
     threshold: Tensor
     arbitration_threshold: Tensor
     canonical: Tensor
@@ -82,17 +83,20 @@ class ModalityCalibration(Statistics):
                 "basis": (layers, size, components),
                 "variance": (layers, components),
                 "residual": (layers,),
-                "distance_location": (layers, 2),
-                "distance_scale": (layers, 2),
-                "distance_low": (layers, 2),
-                "distance_high": (layers, 2),
+                "distance_location": (2 * layers + 1,),
+                "distance_scale": (2 * layers + 1,),
+                "distance_low": (2 * layers + 1,),
+                "distance_high": (2 * layers + 1,),
                 "scalar_location": (len(SCALARS),),
                 "scalar_scale": (len(SCALARS),),
-                "coefficients": (4 * layers + 2,),
+                "coefficients": (4 * layers + 4,),
                 "intercept": (),
-                "threshold": (),
-                # the lower threshold that counts where the modalities disagree
-                "arbitration_threshold": (),
+                # makes a clean sample as far from being called empty as from being called damaged
+                "emptiness_scale": (),
+                # of the log-odds and of emptiness
+                "threshold": (2,),
+                # the lower thresholds that count where the modalities disagree
+                "arbitration_threshold": (2,),
                 "canonical": (components, components),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
@@ -100,9 +104,9 @@ class ModalityCalibration(Statistics):
         )
 
     @property
-    def gaussian(self) -> dict[str, Tensor]:
+    def fitted(self) -> dict[str, Tensor]:
         """The clean statistics, as `typicality` takes them."""
-        return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual")}
+        return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual", "canonical")}
 
     def standardize(self, scalars: Tensor) -> Tensor:
         """Scalar signals (B, 3) over their clean location and scale."""
@@ -112,43 +116,62 @@ class ModalityCalibration(Statistics):
         """Inputs of the logistic map: how far too far and too close each distance is, then confidence and uncertainty.
 
         Args:
-            distances: (B, L, 2) from `log_distances`.
+            distances: (B, 2 L + 1) from `evidence`.
             scalars: (B, 3).
 
         Returns:
-            (B, 4 L + 2), in clean standard deviations, cut off at 10: one broken feature must not outvote the rest.
+            (B, 4 L + 4), in clean standard deviations, cut off at 10: one broken feature must not outvote the rest.
         """
-        deviation = ((distances - self.distance_location) / self.distance_scale).flatten(1)
+        deviation = (distances - self.distance_location) / self.distance_scale
         sided = torch.cat([deviation.clamp(0, 10), (-deviation).clamp(0, 10)], dim=1)
         return torch.cat([sided, self.standardize(scalars)[:, :2].clamp(-10, 10)], dim=1)
 
     @property
     def deviations(self) -> int:
-        """How many of the detector's inputs, the first ones, are deviations of distances: 4 L."""
+        """How many of the detector's inputs, the first ones, are deviations of distances: 4 L + 2."""
         return 2 * self.distance_location.numel()
 
     def typicality(self, distances: Tensor) -> Tensor:
         """z = log(max(1, d / q)) over layers and distances, or how far below the closest clean ones.
 
         Args:
-            distances: (B, L, 2).
+            distances: (B, 2 L + 1).
 
         Returns:
             (B,).
         """
         far, near = distances - self.distance_high, self.distance_low - distances
-        return torch.maximum(far, near).clamp_min(0).amax((1, 2))
+        return torch.maximum(far, near).clamp_min(0).amax(1)
 
-    def damage(self, distances: Tensor, scalars: Tensor) -> Tensor:
-        """Log-odds of damage (level 2) or the largest standardised deviation (level 1), minus the threshold: (B,).
+    def criteria(self, distances: Tensor, scalars: Tensor) -> Tensor:
+        """The two criteria of damage: (B, 2).
 
-        Above 0 is flagged; `-inf` before calibration.
+        The log-odds of damage (level 2) or the largest deviation (level 1); and emptiness, by how much the modality
+        has too little to say that the other one could agree with. Emptiness stands by itself: few of the self-made
+        corruptions leave a modality empty, so a map fitted on all of them would not heed it.
         """
         inputs = self.detector_inputs(distances, scalars)
         odds = inputs @ self.coefficients + self.intercept
         deviation = inputs[:, : self.deviations].amax(1)
-        value = torch.where(self.level == 2, odds, deviation) - self.threshold
-        return torch.where(self.level > 0, value, -torch.inf)
+        first = torch.where(self.level == 2, odds, deviation)
+        return torch.stack([first, self.emptiness(distances)], 1)
+
+    def emptiness(self, distances: Tensor) -> Tensor:
+        """How much too short the canonical coordinates are; `-inf` where none were fitted: (B, 2 L + 1) -> (B,)."""
+        short = (self.distance_location[-1] - distances[:, -1]) / self.distance_scale[-1]
+        return torch.where(self.canonical.any(), short * self.emptiness_scale, -torch.inf)
+
+    def damage(self, distances: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much the criteria exceed their thresholds, and the lower ones for a disagreement: (B,) each.
+
+        Above 0 is flagged; `-inf` before calibration.
+        """
+        criteria = self.criteria(distances, scalars)
+        damage, suspicion = (
+            torch.where(self.level > 0, (criteria - threshold).amax(1), -torch.inf)
+            for threshold in (self.threshold, self.arbitration_threshold)
+        )
+        return damage, suspicion
 
 
 class Agreement(Statistics):
@@ -197,10 +220,9 @@ class Calibration(nn.Module):
         return all(bool(modality.level > 0) for modality in self.modalities)
 
     def distances(self, index: int, statistics: Tensor) -> Tensor:
-        """`log_distances` of modality `index`: (B, L, F) -> (B, L, 2)."""
-        return log_distances(statistics, self.modalities[index].gaussian)
+        """`evidence` of modality `index`: (B, L, F) -> (B, 2 L + 1)."""
+        return evidence(statistics, self.modalities[index].fitted)
 
     def shared(self, index: int, statistics: Tensor) -> Tensor:
-        """Canonical coordinates of modality `index`, from its deepest layer: (B, L, F) -> (B, K)."""
-        modality = self.modalities[index]
-        return whiten(statistics, modality.gaussian)[0][:, -1] @ modality.canonical
+        """`canonical_coordinates` of modality `index`: (B, L, F) -> (B, K)."""
+        return canonical_coordinates(statistics, self.modalities[index].fitted)

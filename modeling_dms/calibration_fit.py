@@ -5,7 +5,7 @@ map from how far a sample lies outside the clean data to "this modality is damag
 sample is judged by statistics it took part in, so a few hundred samples serve for statistics, map and threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from modeling_dms.calibration import SCALARS, Agreement, Calibration, ModalityCalibration
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
-from modeling_dms.typicality import auroc, fit_canonical, fit_gaussian, fit_logistic, log_distances, whiten
+from modeling_dms.typicality import (
+    auroc,
+    canonical_coordinates,
+    evidence,
+    fit_canonical,
+    fit_gaussian,
+    fit_logistic,
+    whiten,
+)
 
 
 MIN_SAMPLES = 50
@@ -107,8 +115,6 @@ def fit_calibration(
     """
     config = calibration.config
     report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate))
-    folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
-    fitted = []
     for index, name in enumerate(MODALITIES):
         rows = present[:, index]
         if int(rows.sum()) < MIN_SAMPLES:
@@ -118,18 +124,84 @@ def fit_calibration(
         record = clean[index][rows]
         if not (record.statistics.isfinite().all() and record.scalars.isfinite().all()):
             raise ValueError(f"the calibration data give features of {name} that are not finite")
+    folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
+    # what each sample looks like to statistics that it took no part in
+    judged: list[Judged] = [Judged(len(folds), corrupted[m]) for m in range(len(MODALITIES))]
+    for fold in range(FOLDS):
+        held = folds == fold
+        for index, fitted in enumerate(_fit_statistics(clean, present & ~held[:, None], config)):
+            judged[index].add(held, fitted, clean[index], corrupted[index])
+    modalities = []
+    for index, (name, fitted) in enumerate(zip(MODALITIES, _fit_statistics(clean, present, config), strict=True)):
+        rows = present[:, index]
         families = {family: values[rows] for family, values in corrupted[index].items()}
-        fitted.append(_fit_modality(record, families, folds[rows], config, level, report, name))
+        seen = judged[index][rows]
+        modalities.append(
+            _fit_modality(fitted, seen, clean[index][rows], families, folds[rows], config, level, report, name)
+        )
     agreement = Agreement()
     both = present.all(1)
-    if len(fitted) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        _fit_agreement(agreement, fitted, [record[both] for record in clean], folds[both], config, report)
-    for target, source in zip((*calibration.modalities, calibration.agreement), (*fitted, agreement), strict=True):
+    if len(modalities) == 2 and int(both.sum()) >= MIN_SAMPLES:
+        shared = [modality.shared[both] for modality in judged]
+        representations = [record.representations[both] for record in clean]
+        _fit_agreement(agreement, shared, representations, folds[both], config, report)
+    for target, source in zip((*calibration.modalities, calibration.agreement), (*modalities, agreement), strict=True):
         target.load_state_dict(source.state_dict())
     return report
 
 
+def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSConfig) -> list[dict[str, Tensor]]:
+    """Clean statistics of each modality from some of its samples (n, M), and what it shares with the other one."""
+    fitted = [
+        fit_gaussian(record.statistics[chosen], config.subspace_size)
+        for record, chosen in zip(clean, rows.unbind(1), strict=True)
+    ]
+    both = rows.all(1)
+    for gaussian in fitted:
+        gaussian["canonical"] = torch.zeros(config.subspace_size, config.subspace_size)
+    if len(fitted) == 2 and int(both.sum()) >= MIN_SAMPLES * (FOLDS - 1) // FOLDS:
+        views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
+        for gaussian, canonical in zip(fitted, fit_canonical(*views), strict=True):
+            gaussian["canonical"] = canonical
+    return fitted
+
+
+class Judged:
+    """Distances (n, P) of n samples of one modality and of their corruptions, and canonical coordinates (n, K)."""
+
+    def __init__(self, count: int, families: Iterable[str]):
+        self.count = count
+        self.clean, self.shared = torch.zeros(0), torch.zeros(0)
+        self.corrupted: dict[str, Tensor] = dict.fromkeys(families, torch.zeros(0))
+
+    def add(
+        self,
+        held: Tensor,
+        fitted: dict[str, Tensor],
+        clean: ModalityRecord,
+        corrupted: dict[str, ModalityRecord],
+    ) -> None:
+        """Fills in the samples `held` (n,), judged by statistics fitted on others."""
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            old = old if len(old) else new.new_zeros(self.count, new.shape[1])
+            return old.index_put((held.nonzero()[:, 0],), new)
+
+        self.clean = put(self.clean, evidence(clean.statistics[held], fitted))
+        self.shared = put(self.shared, canonical_coordinates(clean.statistics[held], fitted))
+        for family, record in corrupted.items():
+            self.corrupted[family] = put(self.corrupted[family], evidence(record.statistics[held], fitted))
+
+    def __getitem__(self, rows: Tensor) -> "Judged":
+        part = Judged(int(rows.sum()), self.corrupted)
+        part.clean, part.shared = self.clean[rows], self.shared[rows]
+        part.corrupted = {family: values[rows] for family, values in self.corrupted.items()}
+        return part
+
+
 def _fit_modality(
+    fitted: dict[str, Tensor],
+    judged: Judged,
     clean: ModalityRecord,
     families: dict[str, ModalityRecord],
     folds: Tensor,
@@ -140,16 +212,9 @@ def _fit_modality(
 ) -> ModalityCalibration:
     _, layers, size = clean.statistics.shape
     modality = ModalityCalibration(layers, size, config.subspace_size)
-    distances = torch.zeros(len(folds), layers, 2)
-    corrupted = {family: torch.zeros_like(distances) for family in families}
-    for fold in range(FOLDS):
-        held = folds == fold
-        gaussian = fit_gaussian(clean.statistics[~held], config.subspace_size)
-        distances[held] = log_distances(clean.statistics[held], gaussian)
-        for family, record in families.items():
-            corrupted[family][held] = log_distances(record.statistics[held], gaussian)
-    for buffer, value in fit_gaussian(clean.statistics, config.subspace_size).items():
+    for buffer, value in fitted.items():
         getattr(modality, buffer).copy_(value)
+    distances, corrupted = judged.clean, judged.corrupted
     modality.distance_location.copy_(distances.median(0).values)
     modality.distance_scale.copy_(distances.std(0).clamp_min(1e-3))
     modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
@@ -171,26 +236,32 @@ def _fit_modality(
         balance = torch.where(targets == 1, 0.5 / len(positives), 0.5 / int(rows.sum()))
         return fit_logistic(design, targets, balance)
 
-    def odds_of(values: Tensor, coefficients: Tensor | None) -> Tensor:
-        if coefficients is None:
-            return values[:, :sided].amax(1)
-        return values @ coefficients[:-1] + coefficients[-1]
+    def criteria(values: Tensor, distances: Tensor, coefficients: Tensor | None) -> Tensor:
+        odds = values[:, :sided].amax(1) if coefficients is None else values @ coefficients[:-1] + coefficients[-1]
+        return torch.stack([odds, modality.emptiness(distances)], 1)
 
-    odds, bad_odds = torch.zeros(len(folds)), {family: torch.zeros(len(folds)) for family in bad}
+    found, bad_found = torch.zeros(len(folds), 2), {family: torch.zeros(len(folds), 2) for family in bad}
     for fold in range(FOLDS):
         held = folds == fold
         coefficients = fit(~held) if level == 2 else None
-        odds[held] = odds_of(inputs[held], coefficients)
+        found[held] = criteria(inputs[held], distances[held], coefficients)
         for family, values in bad.items():
-            bad_odds[family][held] = odds_of(values[held], coefficients)
+            bad_found[family][held] = criteria(values[held], corrupted[family][held], coefficients)
     if level == 2:
         coefficients = fit(torch.ones_like(folds, dtype=torch.bool))
         modality.coefficients.copy_(coefficients[:-1] * informative)
         modality.intercept.copy_(coefficients[-1])
     modality.level.fill_(float(level))
-    modality.threshold.copy_(_upper(odds, config.false_alarm_rate))
-    modality.arbitration_threshold.copy_(_upper(odds, max(config.arbitration_rate, config.false_alarm_rate)))
-    alarms = [odds[folds == k] > _upper(odds[folds != k], config.false_alarm_rate) for k in range(FOLDS)]
+    if found[:, 1].isfinite().all():
+        margin = _joint(found, config.false_alarm_rate) - found.median(0).values
+        modality.emptiness_scale.copy_(margin[0] / margin[1].clamp_min(1e-3))
+        for values in (found, *bad_found.values()):
+            values[:, 1] *= modality.emptiness_scale
+    modality.threshold.copy_(_joint(found, config.false_alarm_rate))
+    modality.arbitration_threshold.copy_(_joint(found, max(config.arbitration_rate, config.false_alarm_rate)))
+    alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
+    odds = (found - modality.threshold).amax(1)
+    bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}
 
     shares = modality.coefficients.abs()
     typicality = auroc(modality.typicality(distances), modality.typicality(torch.cat(list(corrupted.values()))))
@@ -208,6 +279,15 @@ def _fit_modality(
     return modality
 
 
+def _joint(values: Tensor, rate: float) -> Tensor:
+    """Thresholds (2,) of two criteria (n, 2), equally rare, of which a share `rate` of the samples exceeds any."""
+    for single in torch.linspace(rate, rate / 2, 11).tolist():
+        thresholds = torch.stack([_upper(column, single) for column in values.unbind(1)])
+        if (values > thresholds).any(1).float().mean() <= rate:
+            break
+    return thresholds
+
+
 def _upper(values: Tensor, rate: float) -> Tensor:
     """The threshold that at most a share `rate` of the values exceeds."""
     return values.quantile(1 - rate, interpolation="higher")
@@ -215,30 +295,19 @@ def _upper(values: Tensor, rate: float) -> Tensor:
 
 def _fit_agreement(
     agreement: Agreement,
-    modalities: Sequence[ModalityCalibration],
-    clean: Sequence[ModalityRecord],
+    shared: Sequence[Tensor],
+    representations: Sequence[Tensor],
     folds: Tensor,
     config: DMSConfig,
     report: CalibrationReport,
 ) -> None:
-    def deepest(record: ModalityRecord, gaussian: dict[str, Tensor]) -> Tensor:
-        return whiten(record.statistics, gaussian)[0][:, -1]
-
-    vision, text = (deepest(r, m.gaussian) for r, m in zip(clean, modalities, strict=True))
-    maps = fit_canonical(vision, text)
-    for modality, canonical in zip(modalities, maps, strict=True):
-        modality.canonical.copy_(canonical)
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
     for fold in range(FOLDS):
-        fit, held = folds != fold, (folds == fold).nonzero()[:, 0]
-        gaussians = [fit_gaussian(record.statistics[fit], config.subspace_size) for record in clean]
-        vision, text = (deepest(r[fit], g) for r, g in zip(clean, gaussians, strict=True))
-        maps = fit_canonical(vision, text)
-        vision, text = (deepest(r[held], g) @ m for r, g, m in zip(clean, gaussians, maps, strict=True))
-        views = {"canonical": (vision, text), "representations": tuple(r.representations[held] for r in clean)}
-        for kind, (first, second) in views.items():
+        held = folds == fold
+        for kind, views in (("canonical", shared), ("representations", representations)):
+            first, second = (view[held] for view in views)
             # matched pairs, and each image with another sample's text
-            for pairs, shift in zip(scores[kind], (0, len(held) // 2), strict=True):
+            for pairs, shift in zip(scores[kind], (0, len(first) // 2), strict=True):
                 pairs.append(torch.cosine_similarity(first, second.roll(shift, 0)))
     matched = {kind: torch.cat(pairs) for kind, (pairs, _) in scores.items()}
     areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}

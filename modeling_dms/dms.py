@@ -195,8 +195,8 @@ class DynamicModalityScheduling(nn.Module):
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
             typicality.append(modality.typicality(distances))
-            damage.append(modality.damage(distances, scalars[:, index]))
-            suspicion.append(damage[-1] + modality.threshold - modality.arbitration_threshold)
+            for values, value in zip((damage, suspicion), modality.damage(distances, scalars[:, index]), strict=True):
+                values.append(value)
             standardized.append(modality.standardize(scalars[:, index]))
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:

@@ -73,18 +73,43 @@ def whiten(features: Tensor, gaussian: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return inside / gaussian["variance"].sqrt(), outside
 
 
+def canonical_coordinates(features: Tensor, fitted: dict[str, Tensor]) -> Tensor:
+    """What a modality says of what it shares with the other one, from its deepest layer: (n, L, F) -> (n, K).
+
+    Args:
+        fitted: from `fit_gaussian`, with `canonical` (K, K) from `fit_canonical`.
+    """
+    return whiten(features, fitted)[0][:, -1] @ fitted["canonical"]
+
+
 def log_distances(features: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
     """Logarithms of the Mahalanobis distance within the principal subspace and of the residual beyond it.
 
     Both appear because they fail in different places: a blank image hides in a full-covariance distance and shows in
-        the
-    residual (Lee et al., NeurIPS 2018, for the distance; Wang et al., CVPR 2022, for subspace + residual).
+    the residual (Lee et al., NeurIPS 2018, for the distance; Wang et al., CVPR 2022, for subspace + residual).
 
     Returns:
         (n, L, 2).
     """
     inside, outside = whiten(features, gaussian)
     return torch.stack([inside.pow(2).sum(-1), outside], dim=-1).clamp_min(EPS).log() / 2
+
+
+def evidence(features: Tensor, fitted: dict[str, Tensor]) -> Tensor:
+    """`log_distances` of all layers and, last, the logarithm of the length of the canonical coordinates.
+
+    Of each, too little tells as much as too much: an image in fog looks like a clean one of nothing, but it has
+    nothing to say that a text could agree with.
+
+    Args:
+        features: (n, L, F).
+        fitted: see `canonical_coordinates`.
+
+    Returns:
+        (n, 2 L + 1).
+    """
+    length = canonical_coordinates(features, fitted).pow(2).sum(-1, keepdim=True).clamp_min(EPS).log() / 2
+    return torch.cat([log_distances(features, fitted).flatten(1), length], dim=1)
 
 
 def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:

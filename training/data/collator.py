@@ -50,7 +50,7 @@ class PromptCollator:
         for sample in samples:
             image = sample.load_image()
             ids, modality_ids = self._encode(sample, image)
-            answer: list[int] = []
+            answer: list[Any] = []
             if self.with_labels:
                 if not sample.answers:
                     raise ValueError(f"sample {sample.id!r} has no answer to train on")
