@@ -57,6 +57,10 @@ setup(
         "modeling_dms.training.corruptions",
         "modeling_dms.training.data",
     ],
-    package_data={"modeling_dms": ["py.typed"], "modeling_dms.training": ["checkpoints/*/*"]},
+    package_data={
+        "modeling_dms": ["py.typed"],
+        "modeling_dms.configuration": ["accelerate/*.yaml"],
+        "modeling_dms.training": ["checkpoints/*/*"],
+    },
     entry_points={"console_scripts": ["dms = modeling_dms.training.cli:app"]},
 )
