@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 
 from modeling_dms.attention import SDPA_KEY_BIAS
@@ -47,9 +49,13 @@ class DMSMixin(CalibrationMixin):
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The backbone's output layer, frozen and in its own precision, see [`Readout`]."""
         head = self.get_output_embeddings()
-        if type(head) is nn.Linear and not head.weight.is_meta:
-            bias = None if head.bias is None else head.bias.detach()
-            return read_out(states, head.weight.detach(), bias, tokens)
+        # sharded by itself (FSDP2) it is still a plain layer, whose weight is whole after a gather; its module would
+        # train it, and keep its output besides
+        plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
+        if plain and not head.weight.is_meta:
+            weight, bias = (None if p is None else p.detach() for p in (head.weight, head.bias))
+            weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (weight, bias))
+            return read_out(states, weight, bias, tokens)
         # quantised, wrapped or offloaded: only the module itself knows how
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
