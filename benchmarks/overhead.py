@@ -385,14 +385,14 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = N
     return sdpa_flop_count(query, key, value)
 
 
-def count_flops(run: Callable[[], Any]) -> int:
+def count_flops(run: Callable[[], Any], grad: bool = False) -> int:
     """Floating-point operations of matrix products, convolutions and attention (two a multiply-add)."""
     # operations that torch's table of formulas lacks
     formulas = {
         torch.ops.aten.mv: _mv_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
 
