@@ -7,14 +7,17 @@ pass saves for the backward pass is counted.
 """
 
 import argparse
+import gc
 import platform
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import peft
 import torch
@@ -109,7 +112,10 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
     size = query.shape[-1]
     padded = (F.pad(part, (0, -size % 8)) if size % 8 else part for part in (query, key, value))
     causal, scale = bool(kwargs.get("is_causal")), kwargs.get("scale") or size**-0.5
-    out = torch.ops.aten._scaled_dot_product_flash_attention(*padded, 0.0, causal, scale=scale)[0]
+    aten = torch.ops.aten
+    on_cpu = query.device.type == "cpu"  # a small model with weights, to compare with
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu if on_cpu else aten._scaled_dot_product_flash_attention
+    out = kernel(*padded, 0.0, causal, scale=scale)[0]
     return out[..., :size]
 
 
@@ -144,15 +150,20 @@ def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Tensor:
     return model.language_model(inputs_embeds=embeds, **given).loss
 
 
-def dms_loss(model: Any, size: Size, method: str, batch: int, readouts: list[int]) -> Tensor:
-    """The DMS losses; the `dms` submodule runs on the CPU because it looks at values, the output layer that it reads
-    on the meta device, its operations added to `readouts`."""
-    hidden, dms = size.text["hidden_size"], getattr(model.dms, "original_module", model.dms)
-    dms = dms.to_empty(device="cpu").requires_grad_()
+def real_dms(model: Any) -> Any:
+    """The `dms` submodule on the CPU, with random weights, because it looks at values."""
+    dms = getattr(model.dms, "original_module", model.dms).to_empty(device="cpu").requires_grad_()
     for parameter in dms.parameters():
         nn.init.normal_(parameter)
     for modality in (*dms.calibration.modalities, dms.calibration.agreement):
         modality.reset()
+    return dms
+
+
+def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts: list[int]) -> Tensor:
+    """The DMS losses. The output layer that they read runs on the meta device, without a backward pass there: the
+    operations of that are added to `readouts`."""
+    hidden = size.text["hidden_size"]
     head = model.get_output_embeddings()
 
     def readout(states: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -164,8 +175,8 @@ def dms_loss(model: Any, size: Size, method: str, batch: int, readouts: list[int
             out = read_out(meta[0], head.weight, head.bias, meta[1])
 
         flops = count_flops(run)
-        # the frozen layer's backward pass is one product more; the dropout passes have none
-        readouts[0] += flops * (2 if tokens is None else 1)
+        # one product more, as the layer is frozen; the dropout passes have no gradient
+        readouts[0] += flops if tokens is None else 0
         return states[..., :1].expand(out.shape).contiguous()
 
     features = []
@@ -180,20 +191,28 @@ def dms_loss(model: Any, size: Size, method: str, batch: int, readouts: list[int
     return dms.total(dms.losses(output, present, labels, target))
 
 
+class _Held:
+    """What autograd holds instead of a saved tensor."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes of the storages that `run` saves for the backward pass, without the model's own tensors."""
+    """Bytes of the storages that are held for the backward pass after `run`, without the model's own tensors."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, torch.UntypedStorage] = {}
+    held: WeakSet[_Held] = WeakSet()  # weak: what no gradient needs is let go on the way
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()  # kept, so that its address is not given away again
-        found.setdefault(storage._cdata, storage)
-        return tensor
+    def pack(tensor: Tensor) -> _Held:
+        held.add(kept := _Held(tensor.detach()))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    del kept
-    return sum(storage.nbytes() for address, storage in found.items() if address not in own)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        graph = run()
+    gc.collect()
+    storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
+    del graph
+    return sum(count for address, count in storages.items() if address not in own)
 
 
 def text_only_flops(model: Any, size: Size, batch: int) -> int:
@@ -256,11 +275,10 @@ def count_step(family: str, size: Size, method: str, batch: int = BATCH) -> Step
         saved[checkpointing] = saved_bytes(lambda m=model: backbone_loss(family, m, size, batch), model)
         flops[checkpointing] = count_flops(lambda m=model: backbone_loss(family, m, size, batch).backward(), grad=True)
         flops[checkpointing] += text_only
-        readouts = [0]
-        saved[checkpointing] += saved_bytes(lambda m=model: dms_loss(m, size, method, batch, [0]), model.dms)
-        flops[checkpointing] += count_flops(
-            lambda m=model, r=readouts: dms_loss(m, size, method, batch, r).backward(), grad=True
-        )
+        dms, readouts = real_dms(model), [0]
+        run = partial(dms_loss, dms, model, size, method, batch)
+        saved[checkpointing] += saved_bytes(lambda r=run: r([0]), dms)
+        flops[checkpointing] += count_flops(lambda r=run, n=readouts: r(n).backward(), grad=True) + readouts[0]
     saved[True] += recomputed(family, size, method, batch)
     return Step(total, trainable, buffers, outer + 2 * inner, saved, flops)
 

@@ -46,7 +46,8 @@ def test_every_layer_saves_as_much(scaling, family, checkpointing, method):
 
     assert saved(4, 3) - saved(3, 3) == saved(3, 3) - saved(2, 3) > 0
     assert saved(3, 5) - saved(3, 4) == saved(3, 4) - saved(3, 3)
-    assert (saved(3, 4) > saved(3, 3)) == (method == "full")
+    if not checkpointing:  # a frozen vision tower saves nothing; checkpointing may keep its layers' inputs
+        assert (saved(3, 4) > saved(3, 3)) == (method == "full")
 
 
 @pytest.mark.parametrize("family", ["llava", "blip2"])
@@ -78,8 +79,9 @@ def test_a_whole_real_step_saves_and_computes_as_much(scaling, family, method):
     def run():
         return model(**inputs).loss
 
-    saved = scaling.saved_bytes(run, model)
-    flops = overhead.count_flops(lambda: run().backward(), grad=True)
-    print(family, method, saved / step.activations[False], flops / step.flops[False])
-    assert step.activations[False] == pytest.approx(saved, rel=0.05)
-    assert step.flops[False] == pytest.approx(flops, rel=0.05)
+    with scaling.fused():
+        saved = scaling.saved_bytes(run, model)
+        flops = overhead.count_flops(lambda: run().backward(), grad=True)
+    # not equal: kernels keep small things of their own, and the prompt's ids and masks are not counted
+    assert step.activations[False] == pytest.approx(saved, rel=0.02)
+    assert step.flops[False] == pytest.approx(flops, rel=0.001)
