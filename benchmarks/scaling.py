@@ -124,7 +124,7 @@ def fused() -> Any:
     return patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention)
 
 
-def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Tensor:
+def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Any:
     """The task's loss on the meta device, in the calls that `forward` makes.
 
     Not `forward` itself: it looks at the values of ids and masks, which meta tensors do not have. The key bias has a
@@ -167,12 +167,11 @@ def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts
     head = model.get_output_embeddings()
 
     def readout(states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        meta = [None if t is None else t.to("meta") for t in (states, tokens)]
         out = torch.empty(0)
 
         def run() -> None:
             nonlocal out
-            out = read_out(meta[0], head.weight, head.bias, meta[1])
+            out = read_out(states.to("meta"), head.weight, head.bias, None if tokens is None else tokens.to("meta"))
 
         flops = count_flops(run)
         # one product more, as the layer is frozen; the dropout passes have no gradient

@@ -21,6 +21,12 @@ from modeling_dms.text_only import layers_of, text_only_states, watch_layers
 from modeling_dms.typicality import token_statistics
 
 
+def _whole(parameter: Tensor) -> Tensor:
+    """Its value, gathered if it is sharded."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 class DMSMixin(CalibrationMixin):
     """Adds the `dms` submodule to a `PreTrainedModel`. A backbone says how it encodes images and where its text stack
     is."""
@@ -53,9 +59,8 @@ class DMSMixin(CalibrationMixin):
         # train it, and keep its output besides
         plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
         if plain and not head.weight.is_meta:
-            weight, bias = (None if p is None else p.detach() for p in (head.weight, head.bias))
-            weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (weight, bias))
-            return read_out(states, weight, bias, tokens)
+            bias = None if head.bias is None else _whole(head.bias)
+            return read_out(states, _whole(head.weight), bias, tokens)
         # quantised, wrapped or offloaded: only the module itself knows how
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
