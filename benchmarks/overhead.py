@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import (
     Blip2Config,
@@ -385,14 +385,21 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = N
     return sdpa_flop_count(query, key, value)
 
 
-def count_flops(run: Callable[[], Any]) -> int:
+def _sdpa_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def count_flops(run: Callable[[], Any], grad: bool = False) -> int:
     """Floating-point operations of matrix products, convolutions and attention (two a multiply-add)."""
     # operations that torch's table of formulas lacks
     formulas = {
         torch.ops.aten.mv: _mv_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()
 

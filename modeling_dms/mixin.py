@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 
 from modeling_dms.attention import SDPA_KEY_BIAS
@@ -17,6 +19,12 @@ from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, 
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
 from modeling_dms.text_only import layers_of, text_only_states, watch_layers
 from modeling_dms.typicality import token_statistics
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Its value, gathered if it is sharded."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class DMSMixin(CalibrationMixin):
@@ -47,9 +55,12 @@ class DMSMixin(CalibrationMixin):
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The backbone's output layer, frozen and in its own precision, see [`Readout`]."""
         head = self.get_output_embeddings()
-        if type(head) is nn.Linear and not head.weight.is_meta:
-            bias = None if head.bias is None else head.bias.detach()
-            return read_out(states, head.weight.detach(), bias, tokens)
+        # sharded by itself (FSDP2) it is still a plain layer, whose weight is whole after a gather; its module would
+        # train it, and keep its output besides
+        plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
+        if plain and not head.weight.is_meta:
+            bias = None if head.bias is None else _whole(head.bias)
+            return read_out(states, _whole(head.weight), bias, tokens)
         # quantised, wrapped or offloaded: only the module itself knows how
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))

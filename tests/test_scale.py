@@ -1,0 +1,220 @@
+"""Beyond one process: the accelerate configurations, two real processes, DDP and FSDP2 on two gloo ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests import tiny
+
+
+CONFIGURATIONS = Path(__file__).resolve().parent.parent / "configuration/accelerate"
+# file: type of distribution, processes, precision, on the CPU
+EXPECTED = {
+    "cpu": (DistributedType.NO, 1, "no", True),
+    "cpu_2": (DistributedType.MULTI_GPU, 2, "no", True),
+    "gpu": (DistributedType.NO, 1, "bf16", False),
+    "ddp": (DistributedType.MULTI_GPU, 8, "bf16", False),
+    "fsdp2": (DistributedType.FSDP, 8, "bf16", False),
+    "zero3": (DistributedType.DEEPSPEED, 8, "bf16", False),
+}
+BLIP2_LAYERS = "OPTDecoderLayer,Blip2EncoderLayer,Blip2QFormerLayer"  # as the comment in fsdp2.yaml has it
+
+_WORLD = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+accelerator = Accelerator()
+ranks = torch.tensor([float(accelerator.process_index + 1)])
+total = accelerator.reduce(ranks, "sum").item()
+said = f"world {accelerator.num_processes} {accelerator.state.backend} {accelerator.device.type} {total}"
+# a file each: on a pipe the lines of two processes may mix
+Path(sys.argv[1], str(accelerator.process_index)).write_text(said)
+accelerator.end_training()  # without it a process may abort while it exits
+"""
+
+
+# ---- configurations
+
+
+def test_every_configuration_is_known():
+    assert {path.stem for path in CONFIGURATIONS.iterdir()} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_configuration_loads(name):
+    config = load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml"))
+    found = (config.distributed_type, config.num_processes, config.mixed_precision, config.use_cpu)
+    assert found == EXPECTED[name]
+
+
+def test_two_processes_really_are_two(tmp_path):
+    """By the command in the header of the file: the yaml alone starts two that know nothing of each other."""
+    script = tmp_path / "world.py"
+    script.write_text(_WORLD)
+    path = CONFIGURATIONS / "cpu_2.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path)]
+    assert "ACCELERATE_USE_CPU=true accelerate launch --config_file" in path.read_text()
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["world 2 gloo cpu 3.0"] * 2
+
+
+def _wrapped_by_accelerate(model, layers=None):
+    """Modules that accelerate shards by themselves under fsdp2.yaml, innermost first."""
+    config = load_config_from_file(str(CONFIGURATIONS / "fsdp2.yaml")).fsdp_config
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=config["fsdp_version"],
+        auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower(),
+        transformer_cls_names_to_wrap=(layers or config["fsdp_transformer_layer_cls_to_wrap"]).split(","),
+        state_dict_type=config["fsdp_state_dict_type"],
+        reshard_after_forward=config["fsdp_reshard_after_forward"],
+    )
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    return [module for module in reversed(list(model.modules())) if policy(module)]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "count"), [("llava-llama", None, 2 + 2), ("blip2-opt", BLIP2_LAYERS, 2 + 2 + 2)]
+)
+def test_fsdp2_shards_the_transformer_layers(backbone, layers, count):
+    assert len(_wrapped_by_accelerate(tiny.shared(backbone), layers)) == count
+    assert layers is None or layers in (CONFIGURATIONS / "fsdp2.yaml").read_text()
+
+
+# ---- two ranks
+
+WAYS = ("ddp", "fsdp", "fsdp, checkpointing", "fsdp, head and embeddings by themselves")
+LR = 0.1
+PROMPT = ("input_ids", "attention_mask", "pixel_values")
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
+
+
+def _model(**dms):
+    """Calibrated and "trained". No contrastive loss: its negatives are the rest of the process's own batch."""
+    model = tiny.build("llava-llama", scheduler="learned", stirred=True, lambda_consistency=0, **dms)
+    model.calibrate(tiny.clean_samples(), show_progress=False)
+    return model.train()
+
+
+def _inputs():
+    """Four samples with equally many labels, so that the mean over processes is the mean over the batch."""
+    return tiny.batch([tiny.PAIR] * 4, labels=3) | {"schedule_target": tiny.uneven(4)}
+
+
+def _whole(state):
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in state}
+
+
+def _step(model, inputs):
+    """Loss, gradients, and parameters and buffers after one step of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loss = model(**inputs).loss
+    loss.backward()
+    named = dict(model.named_parameters())
+    gradients = _whole((name, p.grad) for name, p in named.items() if p.grad is not None)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss.detach(), "gradients": gradients, "state": _whole(model.state_dict().items())}
+
+
+def _distributed(way):
+    model = _model()
+    if way == "ddp":
+        # LLaVA never runs its last vision layer
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    if "checkpointing" in way:
+        model.gradient_checkpointing_enable()
+    inner = _wrapped_by_accelerate(model)
+    if "head" in way:
+        inner += [model.get_input_embeddings(), model.get_output_embeddings()]
+    for module in inner:
+        fully_shard(module)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "generate")
+    return model
+
+
+def _rank(rank, directory):
+    """One of two processes: a step in every way, on its half of the batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    inputs = {name: value.chunk(2)[rank] for name, value in _inputs().items()}
+    prompt = {name: inputs[name] for name in PROMPT}
+    results = {}
+    for way in WAYS:
+        model = _distributed(way)
+        result = results[way] = _step(model, inputs)
+        dist.all_reduce(result["loss"])
+        result["loss"] /= 2
+        if way == "ddp":
+            for part in ("gradients", "state"):
+                result[part] = {name.removeprefix("module."): value for name, value in result[part].items()}
+            continue
+        result["sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
+        result["generated"] = model.eval().generate(**prompt, **GREEDY)
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks found."""
+    directory = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (str(directory),), nprocs=2)
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same step on the whole batch in one process."""
+    model = _model()
+    before = _whole(model.state_dict().items())
+    result = _step(model, _inputs())
+    prompt = {name: _inputs()[name] for name in PROMPT}
+    result["generated"] = model.eval().generate(**prompt, **GREEDY)
+    return result | {"before": before}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_step_as_one_process(ranks, alone, way):
+    assert max(float((alone["state"][n] - alone["before"][n]).abs().max()) for n in alone["gradients"]) > 1e-2
+    for found in (rank[way] for rank in ranks):
+        torch.testing.assert_close(found["loss"], alone["loss"], rtol=0, atol=1e-4)
+        assert found["state"].keys() == alone["state"].keys()
+        for part in ("gradients", "state"):
+            for name, expected in alone[part].items():
+                difference = float((found[part][name] - expected).abs().max())
+                assert difference <= 1e-4, (part, name, difference)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_calibration_stays_whole_and_float32(ranks, alone, way):
+    names = [name for name in alone["before"] if name.startswith("dms.calibration.")]
+    assert any(alone["before"][name].abs().max() > 0 for name in names)
+    for found in (rank[way]["state"] for rank in ranks):
+        for name in names:
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], alone["before"][name]), name
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_everything_is_sharded_and_generates(ranks, alone, way):
+    assert all(rank[way]["sharded"] for rank in ranks)
+    assert torch.equal(torch.cat([rank[way]["generated"] for rank in ranks]), alone["generated"])
