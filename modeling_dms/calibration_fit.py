@@ -161,7 +161,7 @@ def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSCo
         gaussian["canonical"] = torch.zeros(config.subspace_size, config.subspace_size)
     if len(fitted) == 2 and int(both.sum()) >= MIN_SAMPLES * (FOLDS - 1) // FOLDS:
         views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
-        for gaussian, canonical in zip(fitted, fit_canonical(*views), strict=True):
+        for gaussian, canonical in zip(fitted, fit_canonical(views[0], views[1]), strict=True):
             gaussian["canonical"] = canonical
     return fitted
 

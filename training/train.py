@@ -81,6 +81,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         with_labels=True,
         max_length=data.max_length,
         schedule_temperature=training.schedule_temperature,
+        with_ids=True,
     )
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, collator, samples, data.calibration_samples, training.per_device_train_batch_size)

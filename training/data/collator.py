@@ -27,14 +27,16 @@ class PromptCollator:
             prompt alone, padded on the left (generation).
         max_length: longest row. A longer one loses the end of its context; image, question and answer are never cut.
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
-            is known to have done over this temperature, and what a `DMSTrainer` reads: `sample_ids`, and `image_keys`
-            that tell undamaged images of files apart (`None` for any other).
+            is known to have done over this temperature.
+        with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
+            tell undamaged images of files apart (`None` for any other).
     """
 
     processor: ProcessorMixin
     with_labels: bool = False
     max_length: int | None = None
     schedule_temperature: float | None = None
+    with_ids: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `pixel_values` (images, 3, H, W) where there
@@ -79,6 +81,7 @@ class PromptCollator:
         if self.schedule_temperature is not None:
             damage = torch.tensor([sample.damage for sample in samples])
             batch["schedule_target"] = (-damage / self.schedule_temperature).softmax(1)
+        if self.with_ids:
             batch["sample_ids"] = [sample.id for sample in samples]
             batch["image_keys"] = [
                 str(s.image) if isinstance(s.image, Path) and not s.damage[0] else None
