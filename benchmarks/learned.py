@@ -118,9 +118,9 @@ def main() -> None:
             gaps.append(f"{oracle_gap_closed(*triple):.2f} [{low:.2f}, {high:.2f}]")
         means = " | ".join(f"{arrays[name].mean():.3f}" for name in titles)
         summary.append(f"| {group} | {means} | {' / '.join(gaps)} |")
-    areas = {
-        name: auroc(-consistency[name, "clean"], -consistency[name, "text:mismatch"]) for name in ("rule", "learned")
-    }
+    rule, learned = (
+        auroc(-consistency[name, "clean"], -consistency[name, "text:mismatch"]) for name in ("rule", "learned")
+    )
     text = "\n".join(
         [
             "# The trained scheduler and the rule",
@@ -130,7 +130,7 @@ def main() -> None:
             "",
             *summary,
             "",
-            f"Consistency tells mismatched contexts: AUROC {areas['rule']:.3f} (rule), {areas['learned']:.3f} (learned).",
+            f"Consistency tells mismatched contexts: AUROC {rule:.3f} (rule), {learned:.3f} (learned).",
             "",
             head,
             "|---" * (len(titles) + 3) + "|",

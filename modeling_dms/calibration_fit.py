@@ -285,7 +285,8 @@ def _joint(values: Tensor, rate: float) -> Tensor:
         thresholds = torch.stack([_upper(column, single) for column in values.unbind(1)])
         if (values > thresholds).any(1).float().mean() <= rate:
             break
-    return thresholds
+    # a criterion that nothing was fitted for is -inf throughout
+    return thresholds.nan_to_num(nan=0.0, neginf=0.0)
 
 
 def _upper(values: Tensor, rate: float) -> Tensor:

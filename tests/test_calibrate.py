@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 
+from modeling_dms import DMSConfig
+from modeling_dms.calibration import Calibration
+from modeling_dms.calibration_fit import ModalityRecord, fit_calibration
 from tests import tiny
 
 
@@ -384,3 +387,56 @@ def test_images_that_do_not_fit_the_prompts():
     batches = tiny.clean_samples()
     batches[0]["pixel_values"] = batches[0]["pixel_values"][:-1]
     refused(tiny.build("llava-llama"), batches, "image tokens")
+
+
+def records(count, seed, shared=1.0):
+    """Two modalities of 3 layers that share one direction, of which `shared` remains in the first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    common, basis = normal(count, 1, 2), torch.randn(2, 2, 12, generator=torch.Generator().manual_seed(1))
+    # what is shared is strong or weak, never absent
+    common = common + 2 * common.sign()
+    views = [
+        scale * common @ axes + 0.3 * normal(count, 3, 12) for scale, axes in zip((shared, 1.0), basis, strict=True)
+    ]
+    return [ModalityRecord(view, normal(count, 3), normal(count, 4)) for view in views]
+
+
+def test_a_modality_with_nothing_to_say_is_damaged():
+    """As near to the center as can be, and so typical by every other measure."""
+    clean = records(400, 0)
+    # self-made corruptions that leave nothing empty
+    noisy = [{"noise": ModalityRecord(r.statistics + 3, r.scalars, r.representations)} for r in clean]
+    calibration = Calibration(DMSConfig(subspace_size=8), [(3, 12), (3, 12)])
+    report = fit_calibration(calibration, clean, noisy, torch.ones(400, 2, dtype=torch.bool))
+    vision = calibration.modalities[0]
+
+    def damage(record):
+        return vision.damage(calibration.distances(0, record.statistics), record.scalars)
+
+    fresh, empty = records(400, 5)[0], records(400, 6, shared=0.0)[0]
+    flagged, suspected = ((values > 0).float().mean() for values in damage(fresh))
+    assert flagged <= 0.04
+    assert flagged <= suspected <= 0.2
+    assert (damage(empty)[0] > 0).float().mean() > 0.9
+    assert report.achieved_false_alarm_rate["vision"] <= 0.03
+    # without the criterion nobody would have noticed
+    criteria = vision.criteria(calibration.distances(0, empty.statistics), empty.scalars)
+    assert (criteria[:, 0] > vision.threshold[0]).float().mean() < 0.2
+
+
+def test_without_pairs_nothing_is_empty():
+    clean = records(120, 0)
+    present = torch.ones(120, 2, dtype=torch.bool)
+    present[:60, 0] = present[60:, 1] = False
+    noisy = [{"noise": ModalityRecord(r.statistics + 3, r.scalars, r.representations)} for r in clean]
+    calibration = Calibration(DMSConfig(subspace_size=8), [(3, 12), (3, 12)])
+    fit_calibration(calibration, clean, noisy, present)
+    for index, modality in enumerate(calibration.modalities):
+        distances = calibration.distances(index, clean[index].statistics)
+        assert modality.emptiness(distances).eq(-torch.inf).all()
+        for values in modality.damage(distances, clean[index].scalars):
+            assert values.isfinite().all()

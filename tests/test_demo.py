@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from modeling_dms.training import demo
 from modeling_dms.training.cli import app
+from modeling_dms.training.corruptions import CALIBRATION_FAMILIES, family_of
 from modeling_dms.training.data import Sample, load_easy_vqa
 from modeling_dms.training.evaluation import answer_tokens, bootstrap_interval, oracle_gap_closed, predict
+from modeling_dms.training.pretrain_demo import TRAINING_CORRUPTIONS
 
 
 VANILLA = {"llava": LlavaForConditionalGeneration, "blip2": Blip2ForConditionalGeneration}
@@ -49,12 +51,17 @@ def test_bootstrap_interval_holds_the_mean_and_narrows_with_samples():
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
 
 
-def test_conditions_keep_seen_families_apart():
-    used = {"noise", "black", "blur", "occlusion", "random_words", "missing", "drop_words", "shuffle_words"}
-    for condition in demo.CONDITIONS:
-        if condition.group.startswith("unseen"):
-            assert condition.name.split(":")[1] not in used
-    assert len({condition.name for condition in demo.CONDITIONS}) == len(demo.CONDITIONS)
+def test_unseen_means_of_a_family_that_neither_training_nor_calibration_saw():
+    seen = {family_of(name) for names in TRAINING_CORRUPTIONS.values() for name in names if name.startswith("image")}
+    seen = {"image": seen | set(CALIBRATION_FAMILIES["image"]), "text": {*CALIBRATION_FAMILIES["text"], "missing"}}
+    unseen = [c for c in demo.CONDITIONS if c.group.startswith("unseen")]
+    assert len(unseen) == 12
+    for condition in unseen:
+        modality = condition.name.partition(":")[0]
+        assert condition.group == f"unseen {modality}"
+        assert family_of(condition.name) not in seen[modality]
+    conflict = {c.name for c in demo.CONDITIONS if c.group == "conflict"}
+    assert all(family_of(name) == "mismatch" for name in conflict)
 
 
 @pytest.mark.parametrize("backbone", list(VANILLA))

@@ -311,3 +311,13 @@ def test_a_bias_as_head_dimension_is_a_bias_in_the_mask(backbone, padding):
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
     assert gradients[0]["dms.scheduler.output.weight"].abs().max() > 1e-3
     torch.testing.assert_close(gradients[1], gradients[0], atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+def test_under_gradient_accumulation_losses_count_by_their_share_of_the_targets(backbone):
+    model = tiny.build(backbone, scheduler="learned", stirred=True)
+    inputs = tiny.prompts(backbone, "pairs", "left", labels=3)
+    targets = int((inputs["labels"][:, 1:] != -100).sum())
+    whole, quarter = (model(**inputs, num_items_in_batch=count) for count in (targets, 4 * targets))
+    torch.testing.assert_close(whole.loss, model(**inputs).loss)
+    torch.testing.assert_close(quarter.loss, whole.loss / 4)
