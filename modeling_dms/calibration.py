@@ -126,6 +126,27 @@ class ModalityCalibration(Statistics):
         sided = torch.cat([deviation.clamp(0, 10), (-deviation).clamp(0, 10)], dim=1)
         return torch.cat([sided, self.standardize(scalars)[:, :2].clamp(-10, 10)], dim=1)
 
+    def scheduler_inputs(self, distances: Tensor, scalars: Tensor) -> Tensor:
+        """What the learned scheduler sees of this modality: `detector_inputs`, and the standardised energy.
+
+        Args:
+            distances: (B, 2 L + 1).
+            scalars: (B, 3).
+
+        Returns:
+            (B, `scheduler_size`).
+        """
+        inputs = self.detector_inputs(distances, scalars)
+        # before calibration nothing is known of how far is far
+        sided = inputs[:, : self.deviations] * (self.level > 0)
+        energy = self.standardize(scalars)[:, 2:].clamp(-10, 10)
+        return torch.cat([sided, inputs[:, self.deviations :], energy], dim=1)
+
+    @property
+    def scheduler_size(self) -> int:
+        """How many numbers `scheduler_inputs` returns: 4 L + 5."""
+        return self.coefficients.numel() + 1
+
     @property
     def deviations(self) -> int:
         """How many of the detector's inputs, the first ones, are deviations of distances: 4 L + 2."""

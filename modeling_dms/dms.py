@@ -111,8 +111,8 @@ class DynamicModalityScheduling(nn.Module):
         super().__init__()
         self.config = config
         self.views = nn.ModuleList(UnimodalView(size.token, config.shared_size) for size in sizes)
-        self.scheduler = ModalityScheduler(config, len(sizes))
         self.calibration = Calibration(config, [(size.layers, size.statistics) for size in sizes])
+        self.scheduler = ModalityScheduler(config, [m.scheduler_size for m in self.calibration.modalities])
 
     def unimodal(
         self, indices: Sequence[int], features: Sequence[ModalityFeatures], readout: Readout
@@ -180,24 +180,24 @@ class DynamicModalityScheduling(nn.Module):
         """
         representations, logits, scalars = self.unimodal(range(len(features)), features, readout)
         with torch.no_grad():
-            signals, standardized = self._signals(features, modality_mask, representations, scalars)
+            signals, calibrated = self._signals(features, modality_mask, representations, scalars)
             entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
-            weights = self.scheduler(signals, modality_mask, standardized, representations, entropy)
+            weights = self.scheduler(signals, modality_mask, calibrated, representations, entropy)
         return DMSOutput(weights, signals, representations, logits)
 
     def _signals(
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
-    ) -> tuple[ModalitySignals, Tensor]:
+    ) -> tuple[ModalitySignals, list[Tensor]]:
         calibration = self.calibration
-        typicality, damage, suspicion, standardized = [], [], [], []
+        typicality, damage, suspicion, calibrated = [], [], [], []
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
             typicality.append(modality.typicality(distances))
             for values, value in zip((damage, suspicion), modality.damage(distances, scalars[:, index]), strict=True):
                 values.append(value)
-            standardized.append(modality.standardize(scalars[:, index]))
+            calibrated.append(modality.scheduler_inputs(distances, scalars[:, index]))
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
             shared = [calibration.shared(i, f.statistics.float()) for i, f in enumerate(features)]
@@ -217,7 +217,7 @@ class DynamicModalityScheduling(nn.Module):
             conflict=conflict,
             disagreement=conflict + calibration.agreement.threshold - calibration.agreement.arbitration_threshold,
         )
-        return signals, torch.stack(standardized, 1)
+        return signals, calibrated
 
     def losses(
         self, output: DMSOutput, modality_mask: Tensor, labels: Tensor, schedule_target: Tensor | None = None

@@ -1,5 +1,6 @@
 """Signals -> modality weights."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -62,17 +63,20 @@ class ModalityScheduler(nn.Module):
 
     Args:
         config: a [`DMSConfig`].
-        modalities: M.
+        calibrated: of each modality, how many calibrated inputs the learned scheduler gets, see
+            `ModalityCalibration.scheduler_inputs`.
     """
 
-    # standardised confidence, uncertainty, energy; consistency; typicality; damage; conflict
-    INPUTS = 7
+    # consistency, typicality, damage, conflict
+    SIGNALS = 4
 
-    def __init__(self, config: DMSConfig, modalities: int = len(MODALITIES)):
+    def __init__(self, config: DMSConfig, calibrated: Sequence[int]):
         super().__init__()
         self.config = config
         if config.scheduler == "learned":
-            size = modalities * (self.INPUTS + (config.shared_size if config.scheduler_embeddings else 0))
+            modalities = len(calibrated)
+            each = self.SIGNALS + (config.shared_size if config.scheduler_embeddings else 0)
+            size = sum(calibrated) + modalities * each
             self.hidden = nn.Linear(size, config.scheduler_hidden_size)
             self.output = ZeroLinear(config.scheduler_hidden_size, modalities)
 
@@ -80,7 +84,7 @@ class ModalityScheduler(nn.Module):
         self,
         signals: ModalitySignals,
         modality_mask: Tensor,
-        standardized: Tensor,
+        calibrated: Sequence[Tensor],
         representations: Tensor,
         entropy: Tensor,
     ) -> Tensor:
@@ -88,7 +92,7 @@ class ModalityScheduler(nn.Module):
         Args:
             signals: (B, M) each.
             modality_mask: (B, M), True where present.
-            standardized: (B, M, 3), confidence, uncertainty and energy over their clean location and scale.
+            calibrated: (B, P_m) each, see `ModalityCalibration.scheduler_inputs`.
             representations: h_m, (B, M, d_s).
             entropy: unimodal predictive entropy, (B, M).
 
@@ -108,12 +112,14 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(
                 rule_scores(signals, modality_mask, self.config), modality_mask, self.config.weight_floor
             )
-        rows = [standardized, signals.consistency[..., None], signals.typicality[..., None]]
+        rows = [signals.consistency[..., None], signals.typicality[..., None]]
         rows += [value.clamp(-10, 10)[..., None] for value in (signals.damage, signals.conflict)]
         if self.config.scheduler_embeddings:
             rows.append(representations)
-        inputs = torch.cat(rows, dim=-1).detach() * modality_mask[..., None]
-        scores = self.output(torch.nn.functional.gelu(self.hidden(inputs.flatten(1).to(self.hidden.weight.dtype))))
+        rows = torch.cat(rows, dim=-1) * modality_mask[..., None]
+        own = [value * modality_mask[:, [index]] for index, value in enumerate(calibrated)]
+        inputs = torch.cat([rows.flatten(1), *own], dim=1).detach()
+        scores = self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
         return weights_from_scores(scores, modality_mask, self.config.weight_floor)
 
 
