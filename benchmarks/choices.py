@@ -1,4 +1,4 @@
-"""What the defaults of `weight_floor` and `arbitration_rate` were chosen by: the demo's models on validation images.
+"""What the defaults of the rule were chosen by: the demo's models on validation images, one choice changed at a time.
 
     python benchmarks/choices.py [--out benchmarks/choices.md]
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from modeling_dms import DMSConfig
 from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.demo import (
     CONDITIONS,
@@ -24,12 +25,21 @@ from modeling_dms.training.demo import (
 from modeling_dms.training.evaluation import answer_tokens, oracle_gap_closed, predict
 
 
-FLOORS, RATES = (0.01, 0.02, 0.05), (0.01, 0.1, 0.2)
+CHOICES = (
+    {},
+    {"weight_floor": 0.02},
+    {"weight_floor": 0.05},
+    {"kappa": 4},
+    {"kappa": 8},
+    {"arbitration_rate": 0.01},
+    {"arbitration_rate": 0.1},
+    {"arbitration_rate": 0.3},
+)
 GROUPS = ("unseen image", "unseen text", "conflict")
 
 
 def measure(backbone: str) -> list[str]:
-    """Rows of the table: clean accuracy and the oracle gap closed, for every pair of choices."""
+    """Rows of the table: clean accuracy and the oracle gap closed, for every choice."""
     held_out = load_easy_vqa("validation")
     # half of the open questions, and as many of the easier yes/no ones
     held_out = [s for i, s in enumerate(held_out) if i % (2 if s.answers[0] not in ("yes", "no") else 5) == 0]
@@ -43,22 +53,22 @@ def measure(backbone: str) -> list[str]:
         lows = [(low, 1 - low) if condition.modality == 0 else (1 - low, low) for low in ORACLES]
         scores = [p.correct(wanted) for p in predict(model, batches[condition.name], [STATIC, *lows])]
         fixed[condition.name] = scores[0], max(scores[1:], key=np.mean)
-    rows = []
-    for rate in tqdm(RATES, desc=f"{backbone}: choices", unit=""):
-        config.arbitration_rate = rate
+    rows, defaults = [], DMSConfig()
+    for choice in tqdm(CHOICES, desc=f"{backbone}: choices", unit=""):
+        for name in ("weight_floor", "kappa", "arbitration_rate"):
+            setattr(config, name, choice.get(name, getattr(defaults, name)))
         model.calibrate(batches_of(collator, clean), show_progress=False)
-        for floor in FLOORS:
-            config.weight_floor = floor
-            dms = {name: predict(model, batch, [None])[0].correct(wanted) for name, batch in batches.items()}
-            values = [f"{dms['clean'].mean():.3f} ({fixed['clean'][0].mean():.3f})"]
-            for group in GROUPS:
-                names = [c.name for c in conditions if c.group == group]
-                static, oracle = (np.stack([fixed[name][i] for name in names]) for i in (0, 1))
-                steered = np.stack([dms[name] for name in names])
-                values.append(
-                    f"{oracle_gap_closed(static, steered, oracle):.2f} ({steered.mean() - static.mean():+.3f})"
-                )
-            rows.append(f"| {backbone} | {rate} | {floor} | {' | '.join(values)} |")
+        dms = {name: predict(model, batch, [None])[0].correct(wanted) for name, batch in batches.items()}
+        values = [f"{dms['clean'].mean():.3f} ({fixed['clean'][0].mean():.3f})"]
+        for group in GROUPS:
+            names = [c.name for c in conditions if c.group == group]
+            static, oracle = (np.stack([fixed[name][i] for name in names]) for i in (0, 1))
+            steered = np.stack([dms[name] for name in names])
+            closed = oracle_gap_closed(static, steered, oracle)
+            gap = "no gap" if np.isnan(closed) else f"{closed:.2f}"
+            values.append(f"{gap} ({steered.mean() - static.mean():+.3f})")
+        changed = ", ".join(f"`{name}={value}`" for name, value in choice.items()) or "the defaults"
+        rows.append(f"| {backbone} | {changed} | {' | '.join(values)} |")
     return rows
 
 

@@ -70,7 +70,7 @@ class DMSConfig(PreTrainedConfig):
             model. Default: the embeddings and layer 1.
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
-        kappa (`float`, defaults to 4.0): how strongly the rule reacts to evidence of damage beyond the threshold.
+        kappa (`float`, defaults to 16.0): how strongly the rule reacts to evidence of damage beyond the threshold.
         arbitration_rate (`float`, defaults to 0.2): where the modalities disagree, the share of clean samples whose
             evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
             clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
@@ -106,7 +106,7 @@ class DMSConfig(PreTrainedConfig):
     vision_layers: list[int] | None = None
     text_layers: list[int] | None = None
     subspace_size: int = 64
-    kappa: float | int = 4.0
+    kappa: float | int = 16.0
     arbitration_rate: float | int = 0.2
     weight_floor: float | int = 0.01
     conflict_prior: Literal["vision", "text"] | None = None
