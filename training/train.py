@@ -112,10 +112,11 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     # training moves what the statistics describe
     if data.calibration_samples and choices.stage != "scheduler":
         calibrate(trainer.model, collator, samples, data.calibration_samples, batch_size, show_progress)
-    final = Path(training.output_dir) / "final"
+    run = Path(cast(str, training.output_dir))
+    final = run / "final"
     trainer.save_model(str(final))
     if training.should_save:
-        log = Path(training.output_dir) / "log.json"
+        log = run / "log.json"
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-        draw_curves(trainer.state.log_history, Path(training.output_dir) / "curves.png")
+        draw_curves(trainer.state.log_history, run / "curves.png")
     return trainer
