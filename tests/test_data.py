@@ -192,7 +192,7 @@ def test_max_length_never_cuts_image_question_or_answer(collator, with_labels):
         PromptCollator(collator.processor, with_labels, max_length=bare - 1)([sample])
     contextless = sample.replace(context=None)
     length = PromptCollator(collator.processor, with_labels)([contextless])["input_ids"].shape[1]
-    with pytest.raises(ValueError, match="'long-one'.* 0 of them context"):
+    with pytest.raises(ValueError, match=r"'long-one'.* 0 of them context"):
         PromptCollator(collator.processor, with_labels, max_length=length - 1)([contextless])
 
 

@@ -484,8 +484,8 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the-models-own-loss", "trls-loss"])
 def test_trl_trains_it_with_lora(tmp_path, whole):
-    """`SFTTrainer` (1.16) computes its loss from the backbone and the output layer, past the model's forward: it trains
-    LoRA, but `dms` takes no part. With `Trainer`'s `compute_loss` instead it does."""
+    """`SFTTrainer` (1.16) computes its loss from the backbone and the output layer, past the model's forward: LoRA is
+    trained, but `dms` takes no part. With `Trainer`'s `compute_loss` instead it does."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from peft import LoraConfig
