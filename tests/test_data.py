@@ -156,3 +156,68 @@ def test_collator_labels_the_answer_alone(collator):
         assert (kinds[marked] == 0).all()
     with pytest.raises(ValueError, match="'x'"):
         PromptCollator(collator.processor, with_labels=True)([Sample("x", None, CONTEXT, QUESTION)])
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_max_length_cuts_the_end_of_the_context_alone(collator, with_labels):
+    sample = Sample("long", image(), " ".join(["the picture shows a teal circle."] * 5), QUESTION, ("teal",))
+    short = Sample("short", image(1), "a circle.", QUESTION, ("teal",))
+    whole = PromptCollator(collator.processor, with_labels)([sample])
+    length = whole["input_ids"].shape[1] - 13
+    cut = PromptCollator(collator.processor, with_labels, max_length=length)([sample, short])
+    assert cut["input_ids"].shape[1] == length
+    ids, modality = whole["input_ids"][0], whole["modality_ids"][0]
+    gone = (modality == 2).nonzero()[-13:, 0]
+    keep = torch.ones_like(ids, dtype=torch.bool).index_fill(0, gone, False)
+    for name in whole:
+        if name != "pixel_values":
+            assert torch.equal(cut[name][0], whole[name][0][keep]), name
+    assert int((modality == 2).sum()) > 14  # some of the context is left
+    # a row that is short enough stays as it was
+    alone = PromptCollator(collator.processor, with_labels)([short])
+    for name in ("input_ids", "modality_ids"):
+        assert torch.equal(cut[name][1][cut["attention_mask"][1].bool()], alone[name][0])
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_max_length_never_cuts_image_question_or_answer(collator, with_labels):
+    sample = Sample("long-one", image(), CONTEXT, QUESTION, ("teal",))
+    whole = PromptCollator(collator.processor, with_labels)([sample])
+    bare = int((whole["modality_ids"] != 2).sum())
+    least = PromptCollator(collator.processor, with_labels, max_length=bare)([sample])
+    assert least["input_ids"].shape[1] == bare
+    assert not (least["modality_ids"] == 2).any()
+    assert int((least["modality_ids"] == 1).sum()) == int((whole["modality_ids"] == 1).sum())
+    with pytest.raises(ValueError, match=rf"'long-one' has .*max_length={bare - 1}"):
+        PromptCollator(collator.processor, with_labels, max_length=bare - 1)([sample])
+    contextless = sample.replace(context=None)
+    length = PromptCollator(collator.processor, with_labels)([contextless])["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=r"'long-one'.* 0 of them context"):
+        PromptCollator(collator.processor, with_labels, max_length=length - 1)([contextless])
+
+
+def test_what_the_trainer_reads(collator, tmp_path):
+    path = tmp_path / "drawn.png"
+    image().save(path)
+    samples = [
+        Sample("file", path, CONTEXT, QUESTION, ("teal",)),
+        Sample("damaged-file", path, CONTEXT, QUESTION, ("teal",), damage=(0.6, 0.0)),
+        Sample("no-image", None, CONTEXT, QUESTION, ("teal",), damage=(1.0, 0.0)),
+        Sample("in-memory", image(), CONTEXT, QUESTION, ("teal",), damage=(0.0, 1.0)),
+        Sample("same-file", path, None, QUESTION, ("teal",), damage=(0.0, 1.0)),
+    ]
+    batch = PromptCollator(collator.processor, True, schedule_temperature=0.5)(samples)
+    assert batch["sample_ids"] == [sample.id for sample in samples]
+    # one a picture, not one a sample
+    assert batch["image_keys"] == [str(path), None, None, str(path)]
+    assert len(batch["pixel_values"]) == 4
+    target = batch["schedule_target"]
+    assert target.dtype == torch.float32
+    torch.testing.assert_close(target.sum(1), torch.ones(5))
+    assert torch.equal(target[0], torch.tensor([0.5, 0.5]))
+    odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5)]
+    torch.testing.assert_close(target[:, 0] / target[:, 1], torch.tensor(odds, dtype=torch.float32))
+    # other trainers get tensors alone
+    plain = PromptCollator(collator.processor, True)(samples)
+    assert set(batch) - set(plain) == {"sample_ids", "image_keys", "schedule_target"}
+    assert all(isinstance(value, torch.Tensor) for value in plain.values())

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 from transformers import HfArgumentParser
 
@@ -27,10 +27,23 @@ class ModelArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains the language model's own weights."})
     train_bridge: bool = field(default=False, metadata={"help": "Also train the projector or Q-Former."})
-    dms: dict[str, Any] | str = field(
+    # with `None` among the types `HfArgumentParser` reads a string; it calls `dict` on it otherwise
+    dms: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Fields of DMSConfig (a JSON object on the command line)."}
     )
     dtype: str = field(default="auto", metadata={"help": "Precision of the loaded weights."})
+
+    def __post_init__(self):
+        if isinstance(self.dms, str):
+            try:
+                self.dms = json.loads(self.dms)
+            except ValueError as error:
+                raise ValueError(f"dms must be a JSON object, got {self.dms!r}: {error}") from error
+        self.dms = {} if self.dms is None else self.dms
+        if not isinstance(self.dms, dict):
+            raise ValueError(f"dms must hold fields of DMSConfig by name, got {self.dms!r}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be at least 0, got {self.lora_rank}")
 
 
 @dataclass
@@ -48,9 +61,20 @@ class DataArguments:
         default=300, metadata={"help": "Clean samples to calibrate on, before and after training; 0 leaves it out."}
     )
 
+    def __post_init__(self):
+        if self.calibration_samples < 0:
+            raise ValueError(f"calibration_samples must be at least 0, got {self.calibration_samples}")
+
 
 Arguments = tuple[ModelArguments, DataArguments, CorruptionConfig, DMSTrainingArguments]
 _TYPES = (ModelArguments, DataArguments, CorruptionConfig, DMSTrainingArguments)
+
+
+class _Parser(HfArgumentParser):
+    """Raises instead of printing its usage, which has hundreds of lines, and leaving Python."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def read_arguments(config: Path | None, overrides: Sequence[str] = ()) -> Arguments:
@@ -63,30 +87,39 @@ def read_arguments(config: Path | None, overrides: Sequence[str] = ()) -> Argume
         ValueError: for a field that no dataclass has, or a value that is refused, naming it.
         FileNotFoundError: naming the presets there are.
     """
-    import yaml
-
-    values: dict[str, Any] = {}
-    if config is not None:
-        path = config if config.exists() else PRESETS / f"{config}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-            raise FileNotFoundError(f"there is no file {config} and no preset of that name; presets: {known}")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = {} if config is None else _read_file(config)
     names = {f.name for kind in _TYPES for f in dataclasses.fields(cast(Any, kind))}
-    unknown = sorted(set(values) - names)
+    unknown = sorted(set(map(str, values)) - names)
     if unknown:
         raise ValueError(f"{config}: unknown field(s) {', '.join(unknown)}")
-    parser = HfArgumentParser(cast(Any, _TYPES), allow_abbrev=False)
-    for action in parser._actions:
-        if action.dest in values:
-            action.required = False
-    parser.set_defaults(**values)
+    parser = _Parser(cast(Any, _TYPES), allow_abbrev=False)
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    # `TrainingArguments` would write to a folder of its own choice
+    actions["output_dir"].required = True
+    # as if typed in front of the others: argparse checks types and choices there, of defaults it does not
+    given: list[str] = []
+    for name, value in values.items():
+        takes_lists = actions[name].nargs == "+"
+        if isinstance(value, list) and value and takes_lists:
+            given += [f"--{name}", *map(str, value)]
+        elif value is None or (isinstance(value, list) and (takes_lists or actions[name].type is str)):
+            parser.set_defaults(**{name: value})
+        else:
+            given.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return cast(Arguments, parser.parse_args_into_dataclasses([*given, *overrides], look_for_args_file=False))
+
+
+def _read_file(config: Path) -> dict[str, Any]:
+    import yaml
+
+    path = config if config.is_file() else PRESETS / f"{config}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise FileNotFoundError(f"there is no file {config} and no preset of that name; presets: {known}")
     try:
-        model, data, corruptions, training = parser.parse_args_into_dataclasses(
-            list(overrides), look_for_args_file=False
-        )
-    except SystemExit as error:
-        raise ValueError("the command line could not be read, see above") from error
-    if isinstance(model.dms, str):
-        model.dms = json.loads(model.dms)
-    return model, data, corruptions, training
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{config} must hold `name: value` pairs, got {values!r}")
+    return values or {}

@@ -17,6 +17,12 @@ def _main() -> None:
     logging.disable_progress_bar()
 
 
+def _failed(error: Exception) -> typer.Exit:
+    """Prints an error in one line."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    return typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for table, numbers and picture.")] = Path("demo"),
@@ -47,9 +53,8 @@ def train(
 
     try:
         run_training(read_arguments(config, context.args), resume)
-    except (ValueError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raise _failed(error) from error
 
 
 @app.command()
@@ -69,8 +74,7 @@ def predict(
     try:
         predict_one(question, image, context, model, max_new_tokens)
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise _failed(error) from error
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def draw_curves(history: Sequence[dict], path: Path) -> None:
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         right.fill_between(steps, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
     right.set(xlabel="step", ylabel="modality weight", ylim=(0, 1), title="Weights: mean and spread over samples")
-    right.legend(fontsize=8, frameon=False)
+    if right.lines:
+        right.legend(fontsize=8, frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

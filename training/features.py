@@ -12,7 +12,7 @@ _Features = tuple[Tensor, Tensor, list[Tensor | None] | None]
 
 
 class FeatureCache:
-    """Keeps what a frozen image encoder said of an image, the longest unused dropped first.
+    """Keeps what a frozen image encoder says of an image without dropout, the longest unused dropped first.
 
     Args:
         size: bytes.
@@ -38,7 +38,7 @@ class FeatureCache:
         new = [index for index, key in enumerate(keys) if key not in known]
         rows: dict[int, _Features] = {index: known[key] for index, key in enumerate(keys) if key in known}
         if new:
-            outputs = model._encode_images(pixel_values[new]).outputs
+            outputs = _without_dropout(model, pixel_values[new])
             self._kind = type(outputs)
             for position, index in enumerate(new):
                 states = outputs.hidden_states
@@ -66,6 +66,18 @@ class FeatureCache:
         self.used += _bytes(row)
         while self.used > self.size and self._kept:
             self.used -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def _without_dropout(model: Any, pixel_values: Tensor) -> Any:
+    """What is kept must be neither one draw of a Q-Former's dropout for all epochs, nor take a random number that a
+    resumed run, whose cache is empty, would take again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return model._encode_images(pixel_values).outputs
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _bytes(row: _Features) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from modeling_dms import DMSBlip2ForConditionalGeneration, DMSConfig, DMSLlavaForConditionalGeneration
@@ -26,7 +27,7 @@ def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> 
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ValueError: for another model type, or a field that `DMSConfig` does not have.
+        ValueError: for another model type, or a field that `DMSConfig` does not have or refuses.
     """
     name = CHECKPOINTS / name if not Path(name).exists() and (CHECKPOINTS / name).exists() else name
     config = AutoConfig.from_pretrained(name)
@@ -38,6 +39,9 @@ def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> 
             raise ValueError(f"unknown field(s) {', '.join(unknown)} of DMSConfig")
         before = config.dms_config.to_dict() if hasattr(config, "dms_config") else {}
         fields = {key: value for key, value in before.items() if key in DMSConfig.__dataclass_fields__}
-        kwargs["dms_config"] = DMSConfig(**{**fields, **dms})
+        try:
+            kwargs["dms_config"] = DMSConfig(**{**fields, **dms})
+        except StrictDataclassError as error:
+            raise ValueError(f"dms: {error}") from error
     model = MODEL_CLASSES[config.model_type].from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name)

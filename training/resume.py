@@ -35,10 +35,10 @@ def write_manifest(checkpoint: Path) -> None:
 def whats_wrong(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; `None` if it can."""
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        listed = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return "it was not saved to its end"
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     for name, wanted in listed.items():
         path = checkpoint / name

@@ -59,23 +59,29 @@ def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Samp
     return good
 
 
-def calibrate(model: Any, collator: PromptCollator, samples: Sequence[Sample], count: int, batch_size: int) -> Any:
+def calibrate(
+    model: Any,
+    collator: PromptCollator,
+    samples: Sequence[Sample],
+    count: int,
+    batch_size: int,
+    show_progress: bool = True,
+) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images."""
     distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + batch_size]) for start in range(0, len(distinct), batch_size))
-    return model.calibrate(batches, max_samples=count)
+    return model.calibrate(batches, max_samples=count, show_progress=show_progress)
 
 
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`."""
     choices, data, corruptions, training = arguments
-    if training.output_dir is None:
-        raise ValueError("output_dir is not set: where should the run be written?")
     set_seed(training.seed)
     model, processor = load(choices.model, cast(dict, choices.dms), dtype=choices.dtype)
     samples = load_samples(data.data, "train", data.task, data.max_samples)
-    samples = readable(samples, training.should_log)
+    show_progress = training.should_log and not training.disable_tqdm
+    samples = readable(samples, show_progress)
     collator = PromptCollator(
         processor,
         with_labels=True,
@@ -83,8 +89,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         schedule_temperature=training.schedule_temperature,
         with_ids=True,
     )
+    batch_size = training.per_device_train_batch_size
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
-        calibrate(model, collator, samples, data.calibration_samples, training.per_device_train_batch_size)
+        calibrate(model, collator, samples, data.calibration_samples, batch_size, show_progress)
     trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge)
     trainer = DMSTrainer(
         model=trained,
@@ -105,11 +112,12 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     trainer.train(resume_from_checkpoint=resume or None)
     # training moves what the statistics describe
     if data.calibration_samples and choices.stage != "scheduler":
-        calibrate(trainer.model, collator, samples, data.calibration_samples, training.per_device_train_batch_size)
-    final = Path(training.output_dir) / "final"
+        calibrate(trainer.model, collator, samples, data.calibration_samples, batch_size, show_progress)
+    run = Path(cast(str, training.output_dir))
+    final = run / "final"
     trainer.save_model(str(final))
     if training.should_save:
-        log = Path(training.output_dir) / "log.json"
+        log = run / "log.json"
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-        draw_curves(trainer.state.log_history, Path(training.output_dir) / "curves.png")
+        draw_curves(trainer.state.log_history, run / "curves.png")
     return trainer

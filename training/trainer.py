@@ -89,7 +89,7 @@ class DMSTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step}; samples of the batch: {sample_ids}"
             )
         if model.training:
-            self._collect(outputs)
+            self._collect(outputs, inputs["labels"], kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ class DMSTrainer(Trainer):
         """softmax(loss without m / tau): (B, M)."""
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "schedule_target"}
-        shift = not model.config.is_encoder_decoder
+        shift = not self.accelerator.unwrap_model(model).config.is_encoder_decoder
         model.eval()
         losses = []
         for index in range(len(MODALITIES)):
@@ -110,9 +110,12 @@ class DMSTrainer(Trainer):
     # --- logs
 
     @torch.no_grad()
-    def _collect(self, outputs: Any) -> None:
+    def _collect(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> None:
         """Adds up the losses, and the sums and squares of the weights where both modalities are there."""
         values = {f"loss_{name}": loss.detach() for name, loss in (outputs["dms_losses"] or {}).items()}
+        if num_items is not None and "loss_task" in values:
+            # a sum over the targets of all accumulated batches' number: as a mean over this batch's own
+            values["loss_task"] = values["loss_task"] * num_items / (labels != -100).sum().clamp_min(1)
         weights = outputs["modality_weights"].detach().float()
         weights = weights[(weights > 0).all(1)]
         values["_weighed"] = torch.tensor(float(len(weights)), device=weights.device)
@@ -164,6 +167,13 @@ class DMSTrainer(Trainer):
             found = last_complete_checkpoint(cast(str, self.args.output_dir))
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks at the number of steps after a step only: a finished run would be trained one more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor, shift: bool = True) -> Tensor:
