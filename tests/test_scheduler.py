@@ -57,12 +57,12 @@ def rows(signals, index):
 def schedule(config, signals, mask, seed=0, scheduler=None):
     """What a scheduler makes of signals, all of its other inputs being random."""
     batch, modality = mask.shape
-    scheduler = scheduler or ModalityScheduler(config, modality)
+    scheduler = scheduler or ModalityScheduler(config, [3] * modality)
     with torch.no_grad():
         return scheduler(
             signals,
             mask,
-            normal(seed + 1, batch, modality, 3),
+            normal(seed + 1, batch, modality, 3).unbind(1),
             normal(seed + 2, batch, modality, config.shared_size),
             normal(seed + 3, batch, modality).abs(),
         )
@@ -70,14 +70,14 @@ def schedule(config, signals, mask, seed=0, scheduler=None):
 
 def trained(config, modality, seed=0):
     """A learned scheduler whose last layer is no longer zero."""
-    scheduler = ModalityScheduler(config, modality)
+    scheduler = ModalityScheduler(config, [3] * modality)
     for i, parameter in enumerate(scheduler.parameters()):
         parameter.data.copy_(0.2 * normal(seed + i, *parameter.shape))
     return scheduler
 
 
 def scheduler_of(config, modality):
-    return trained(config, modality) if config.scheduler == "learned" else ModalityScheduler(config, modality)
+    return trained(config, modality) if config.scheduler == "learned" else ModalityScheduler(config, [3] * modality)
 
 
 def ruled(
@@ -224,21 +224,22 @@ def test_every_scheduler_treats_samples_apart(name, seed, batch, modality):
     config = DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=True, conflict_prior="vision")
     scheduler = scheduler_of(config, modality)
     signals, mask = random_signals(seed, batch, modality), random_mask(seed, batch, modality)
-    others = normal(seed, batch, modality, 3), normal(seed, batch, modality, 4), normal(seed, batch, modality).abs()
+    own, h = normal(seed, batch, modality, 3), normal(seed, batch, modality, 4)
+    entropy = normal(seed, batch, modality).abs()
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        weights = scheduler(signals, mask, *others)
-        permuted = scheduler(rows(signals, order), mask[order], *(value[order] for value in others))
+        weights = scheduler(signals, mask, own.unbind(1), h, entropy)
+        permuted = scheduler(rows(signals, order), mask[order], own[order].unbind(1), h[order], entropy[order])
         torch.testing.assert_close(permuted, weights[order])
         for i in range(batch):
             row = slice(i, i + 1)
-            alone = scheduler(rows(signals, row), mask[row], *(value[row] for value in others))
+            alone = scheduler(rows(signals, row), mask[row], own[row].unbind(1), h[row], entropy[row])
             torch.testing.assert_close(alone, weights[row])
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "learned"])
 def test_only_the_learned_scheduler_has_parameters(name):
-    assert not list(ModalityScheduler(DMSConfig(scheduler=name)).parameters())
+    assert not list(ModalityScheduler(DMSConfig(scheduler=name), [3, 3]).parameters())
 
 
 def test_uniform_ignores_the_signals():
@@ -261,7 +262,7 @@ def test_entropy_and_energy_follow_the_published_formulas(temperature, seed, bat
     for name, score in scores.items():
         config = DMSConfig(scheduler=name, temperature=temperature)
         empty = torch.zeros(batch, modality, 0)
-        weights = ModalityScheduler(config, modality)(signals, mask, empty, empty, entropy)
+        weights = ModalityScheduler(config, [3] * modality)(signals, mask, empty.unbind(1), empty, entropy)
         exponential = (score.double() / temperature).exp() * mask
         expected = exponential / exponential.sum(1, keepdim=True)
         torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
@@ -282,14 +283,14 @@ def test_the_learned_scheduler_starts_exactly_uniform(seed, batch, modality, emb
 @pytest.mark.parametrize("modality", [2, 3])
 def test_the_learned_scheduler_learns_from_its_start(modality):
     config = DMSConfig(scheduler="learned", shared_size=4, weight_floor=0.05)
-    scheduler = ModalityScheduler(config, modality)
+    scheduler = ModalityScheduler(config, [3] * modality)
     optimizer = torch.optim.Adam(scheduler.parameters(), lr=0.01)
     damage = torch.full((8, modality), -2.0)
     damage[torch.arange(8), torch.arange(8) % modality] = 2.0
     signals, mask = random_signals(0, 8, modality, damage=damage), torch.ones(8, modality, dtype=torch.bool)
-    standardized, h = normal(1, 8, modality, 3), normal(2, 8, modality, 4)
+    calibrated, h = normal(1, 8, modality, 3).unbind(1), normal(2, 8, modality, 4)
     for step in range(150):
-        weights = scheduler(signals, mask, standardized, h, torch.zeros(8, modality))
+        weights = scheduler(signals, mask, calibrated, h, torch.zeros(8, modality))
         torch.testing.assert_close(weights.sum(1), torch.ones(8))
         loss = weights[damage > 0].mean()
         optimizer.zero_grad()
@@ -303,14 +304,15 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
     assert weights.min() >= config.weight_floor - 1e-6
 
 
-@pytest.mark.parametrize("name", ["consistency", "typicality", "damage", "conflict", "standardized", "embeddings"])
+@pytest.mark.parametrize("name", ["consistency", "typicality", "damage", "conflict", "calibrated", "embeddings"])
 def test_the_learned_scheduler_sees_every_input(name):
     config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
     scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
-    signals, others = random_signals(0, 1, 2), [normal(1, 1, 2, 3), normal(2, 1, 2, 4), torch.zeros(1, 2)]
+    own = normal(1, 1, 2, 3)
+    signals, others = random_signals(0, 1, 2), [own.unbind(1), normal(2, 1, 2, 4), torch.zeros(1, 2)]
     before = scheduler(signals, mask, *others)
-    if name == "standardized":
-        changes = [(others[0], (0, m, i)) for m in range(2) for i in range(3)]
+    if name == "calibrated":
+        changes = [(own, (0, m, i)) for m in range(2) for i in range(3)]
     elif name == "embeddings":
         changes = [(others[1], (0, m, i)) for m in range(2) for i in range(4)]
     else:
@@ -326,7 +328,9 @@ def test_the_learned_scheduler_sees_embeddings_only_if_asked():
     config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=False)
     scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
     signals, entropy = random_signals(0, 1, 2), torch.zeros(1, 2)
-    first, second = (scheduler(signals, mask, normal(1, 1, 2, 3), normal(s, 1, 2, 4), entropy) for s in (2, 3))
+    first, second = (
+        scheduler(signals, mask, normal(1, 1, 2, 3).unbind(1), normal(s, 1, 2, 4), entropy) for s in (2, 3)
+    )
 
     assert torch.equal(first, second)
 
@@ -334,9 +338,10 @@ def test_the_learned_scheduler_sees_embeddings_only_if_asked():
 def test_the_learned_scheduler_does_not_look_at_an_absent_modality():
     config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
     scheduler, mask = trained(config, 3), torch.tensor([[True, True, False]])
-    signals, others = random_signals(0, 1, 3), [normal(1, 1, 3, 3), normal(2, 1, 3, 4), torch.zeros(1, 3)]
+    own = normal(1, 1, 3, 3)
+    signals, others = random_signals(0, 1, 3), [own.unbind(1), normal(2, 1, 3, 4), torch.zeros(1, 3)]
     before = scheduler(signals, mask, *others)
-    for tensor in [*signals.values(), *others]:
+    for tensor in [*signals.values(), own, *others[1:]]:
         tensor[:, 2] = 1e3
 
     assert torch.equal(scheduler(signals, mask, *others), before)
