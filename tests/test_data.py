@@ -206,7 +206,7 @@ def test_what_the_trainer_reads(collator, tmp_path):
         Sample("in-memory", image(), CONTEXT, QUESTION, ("teal",), damage=(0.0, 1.0)),
         Sample("same-file", path, None, QUESTION, ("teal",), damage=(0.0, 1.0)),
     ]
-    batch = PromptCollator(collator.processor, True, schedule_temperature=0.5)(samples)
+    batch = PromptCollator(collator.processor, True, schedule_temperature=0.5, with_ids=True)(samples)
     assert batch["sample_ids"] == [sample.id for sample in samples]
     # one a picture, not one a sample
     assert batch["image_keys"] == [str(path), None, None, str(path)]
@@ -217,7 +217,8 @@ def test_what_the_trainer_reads(collator, tmp_path):
     assert torch.equal(target[0], torch.tensor([0.5, 0.5]))
     odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5)]
     torch.testing.assert_close(target[:, 0] / target[:, 1], torch.tensor(odds, dtype=torch.float32))
-    # other trainers get tensors alone
-    plain = PromptCollator(collator.processor, True)(samples)
-    assert set(batch) - set(plain) == {"sample_ids", "image_keys", "schedule_target"}
+    # a model takes tensors alone
+    plain = PromptCollator(collator.processor, True, schedule_temperature=0.5)(samples)
+    assert set(batch) - set(plain) == {"sample_ids", "image_keys"}
     assert all(isinstance(value, torch.Tensor) for value in plain.values())
+    assert set(plain) - set(PromptCollator(collator.processor, True)(samples)) == {"schedule_target"}

@@ -41,7 +41,7 @@ def arguments(folder, kind=DMSTrainingArguments, **changes):
 
 
 def trainer_of(folder, model, processor, data, **changes):
-    collator = PromptCollator(processor, with_labels=True, schedule_temperature=0.2)
+    collator = PromptCollator(processor, with_labels=True, schedule_temperature=0.2, with_ids=True)
     callbacks = [EpochCallback()] if isinstance(data, ModalityDropout) else []
     return DMSTrainer(
         model=model,
@@ -148,7 +148,7 @@ def test_accumulating_eight_batches_of_one_is_one_batch_of_eight(tmp_path, kind)
     data = samples(16)
     for batch_size, accumulation in ((8, 1), (1, 8), (2, 4)):
         model, processor = loaded(lambda_consistency=0.0)
-        collator = PromptCollator(processor, True, schedule_temperature=0.2 if kind is DMSTrainer else None)
+        collator = PromptCollator(processor, True, schedule_temperature=0.2, with_ids=kind is DMSTrainer)
         assert {int((row["labels"] != -100).sum()) for row in map(collator, ([s] for s in data))} == {2}
         model = prepare(model, "joint", 0)
         before = state_of(model)
@@ -465,13 +465,12 @@ def test_plain_trainer_trains_on_the_collators_batches(tmp_path):
     model = prepare(model, "joint", 2)
     before = state_of(model)
     args = arguments(tmp_path, TrainingArguments, remove_unused_columns=False)
-    collator = PromptCollator(processor, with_labels=True)
+    collator = PromptCollator(processor, with_labels=True, schedule_temperature=0.2)
     trainer = Trainer(model=model, args=args, train_dataset=damaged(samples(12)), data_collator=collator)
     trainer.train()
     assert np.isfinite(losses_of(trainer)).all()
     after = state_of(model)
     assert len(losses_of(trainer)) == 3
-    # the collator gives no schedule target, so the losses alone move the scheduler
     assert [name for name in trainable(model) if torch.equal(after[name], before[name])] == []
 
 
