@@ -152,6 +152,9 @@ def build(backbone: str, attention: str = "sdpa", *, stirred: bool = False, **dm
     seed_parameters(model)
     if stirred:
         stir(model.dms)
+        if hasattr(model.dms.scheduler, "output"):
+            # weights near 0 and 1 would neither differ nor have a gradient
+            model.dms.scheduler.output.weight.data *= 0.1
     return model.eval()
 
 
