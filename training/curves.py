@@ -19,12 +19,12 @@ def draw_curves(history: Sequence[dict], path: Path) -> None:
     rows = [row for row in history if "loss" in row]
     steps = [row["step"] for row in rows]
     names = sorted({name for row in rows for name in row if name.startswith("loss_")})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     left.plot(steps, [row["loss"] for row in rows], color="black", label="total", linewidth=1.8)
     for name in names:
         left.plot(steps, [row.get(name) for row in rows], label=name.removeprefix("loss_"), linewidth=1.2)
     left.set(xlabel="step", ylabel="loss", yscale="log", title="Losses (unweighted parts)")
-    left.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for name in MODALITIES:
         if not rows or f"weight_{name}" not in rows[0]:
             continue
