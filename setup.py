@@ -29,6 +29,7 @@ DEV = [
     "pytest-xdist>=3",
     "ruff>=0.12",
     "setuptools>=77",
+    "trl>=1",
     "wheel",
     *TRAIN,
 ]
