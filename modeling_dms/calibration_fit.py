@@ -253,8 +253,9 @@ def _fit_modality(
         modality.intercept.copy_(coefficients[-1])
     modality.level.fill_(float(level))
     if found[:, 1].isfinite().all():
-        margin = _joint(found, config.false_alarm_rate) - found.median(0).values
-        modality.emptiness_scale.copy_(margin[0] / margin[1].clamp_min(1e-3))
+        margin = (_joint(found, config.false_alarm_rate) - found.median(0).values).clamp_min(1e-3)
+        if margin[0] > 1e-3:  # else the map found nothing to scale by
+            modality.emptiness_scale.copy_(margin[0] / margin[1])
         for values in (found, *bad_found.values()):
             values[:, 1] *= modality.emptiness_scale
     modality.threshold.copy_(_joint(found, config.false_alarm_rate))

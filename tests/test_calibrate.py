@@ -428,6 +428,18 @@ def test_a_modality_with_nothing_to_say_is_damaged():
     assert (criteria[:, 0] > vision.threshold[0]).float().mean() < 0.2
 
 
+def test_an_empty_modality_is_found_though_the_map_found_nothing():
+    clean = records(400, 0)
+    same = [{"nothing": record} for record in clean]
+    calibration = Calibration(DMSConfig(subspace_size=8), [(3, 12), (3, 12)])
+    fit_calibration(calibration, clean, same, torch.ones(400, 2, dtype=torch.bool))
+    vision = calibration.modalities[0]
+    assert not vision.coefficients.any()
+    for record, low, high in ((records(400, 5)[0], 0, 0.04), (records(400, 6, shared=0.0)[0], 0.9, 1)):
+        damage, _ = vision.damage(calibration.distances(0, record.statistics), record.scalars)
+        assert low <= (damage > 0).float().mean() <= high
+
+
 def test_without_pairs_nothing_is_empty():
     clean = records(120, 0)
     present = torch.ones(120, 2, dtype=torch.bool)

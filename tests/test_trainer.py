@@ -15,7 +15,7 @@ from modeling_dms.training.curves import COLORS, draw_curves
 from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.features import FeatureCache
 from modeling_dms.training.loading import load
-from modeling_dms.training.stages import LORA_TARGETS, prepare, trainable
+from modeling_dms.training.stages import LORA_TARGETS, prepare
 from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
 from tests import tiny
 
@@ -23,6 +23,10 @@ from tests import tiny
 BACKBONES = ("demo-llava", "demo-blip2")
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
 LOSSES = ("task", "mwc", "unimodal", "consistency", "schedule")
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def samples(count=8, step=5):

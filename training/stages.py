@@ -3,7 +3,6 @@
 import re
 from typing import Any, Literal, get_args
 
-from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -40,7 +39,7 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
         The model, or a `PeftModel` around it whose adapter holds everything that is trained.
 
     Raises:
-        ValueError: for an unknown stage, or nothing to train.
+        ValueError: for an unknown stage, or a bridge to train where the backbone stays frozen.
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
@@ -74,8 +73,3 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
 def is_language(name: str) -> bool:
     """Whether a parameter belongs to the language model."""
     return bool(re.search(r"(^|\.)(language_model|lm_head)\.", name))
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are meant to train, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -21,6 +21,8 @@ from modeling_dms.training.trainer import DMSTrainer
 
 logger = logging.getLogger(__name__)
 
+BATCH = 32  # of calibration
+
 
 def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Sample]:
     """The samples whose image can be read; the others are named, left out and counted.
@@ -64,13 +66,16 @@ def calibrate(
     collator: PromptCollator,
     samples: Sequence[Sample],
     count: int,
-    batch_size: int,
     show_progress: bool = True,
 ) -> Any:
-    """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images."""
+    """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images.
+
+    In batches of a fixed size: the self-made corruptions are drawn batch by batch, and the same data must give the
+    same statistics whatever the batch and the number of processes of a training step.
+    """
     distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
-    batches = (clean(distinct[start : start + batch_size]) for start in range(0, len(distinct), batch_size))
+    batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
     return model.calibrate(batches, max_samples=count, show_progress=show_progress)
 
 
@@ -89,9 +94,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         schedule_temperature=training.schedule_temperature,
         with_ids=True,
     )
-    batch_size = training.per_device_train_batch_size
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
-        calibrate(model, collator, samples, data.calibration_samples, batch_size, show_progress)
+        calibrate(model, collator, samples, data.calibration_samples, show_progress)
     trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge)
     trainer = DMSTrainer(
         model=trained,
@@ -112,7 +116,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     trainer.train(resume_from_checkpoint=resume or None)
     # training moves what the statistics describe
     if data.calibration_samples and choices.stage != "scheduler":
-        calibrate(trainer.model, collator, samples, data.calibration_samples, batch_size, show_progress)
+        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress)
     run = Path(cast(str, training.output_dir))
     final = run / "final"
     trainer.save_model(str(final))
