@@ -220,13 +220,21 @@ class DynamicModalityScheduling(nn.Module):
         return signals, calibrated
 
     def losses(
-        self, output: DMSOutput, modality_mask: Tensor, labels: Tensor, schedule_target: Tensor | None = None
+        self,
+        output: DMSOutput,
+        modality_mask: Tensor,
+        labels: Tensor,
+        schedule_target: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """The unweighted losses whose lambda is not 0, by name.
+        """The unweighted losses whose lambda is not 0, by name: scalars, in which each sample counts by its number of
+        targets, as it does in the task loss.
 
         Args:
             labels: (B, L), -100 where there is no target.
             schedule_target: (B, M), target weights; without it there is no `schedule` loss.
+            num_items_in_batch: targets of all the batches whose gradients are summed up (by accumulation or over
+                processes), as `Trainer` passes it; this batch's own by default.
         """
         config, losses = self.config, {}
         if config.lambda_mwc:
@@ -239,7 +247,11 @@ class DynamicModalityScheduling(nn.Module):
             )
         if config.lambda_schedule and schedule_target is not None:
             losses["schedule"] = schedule_loss(output.weights, schedule_target, modality_mask)
-        return losses
+        targets = (labels != -100).sum(1)
+        if num_items_in_batch is None:
+            num_items_in_batch = targets.sum().clamp_min(1)
+        share = (targets / num_items_in_batch).to(output.weights.device)
+        return {name: (share * loss).sum() for name, loss in losses.items()}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """sum of lambda * loss over what `losses` returned."""

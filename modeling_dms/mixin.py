@@ -234,8 +234,8 @@ class DMSMixin(CalibrationMixin):
         """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses.
 
         Args:
-            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: the
-                task loss is its sum over that number, so the others count by this batch's share of it.
+            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: all
+                losses are sums over that number.
         """
         values = dict(outputs)
         if schedule is not None:
@@ -243,12 +243,11 @@ class DMSMixin(CalibrationMixin):
             if schedule.output is not None:
                 values["modality_signals"] = schedule.output.signals
             if labels is not None and schedule.output is not None:
-                losses = self.dms.losses(schedule.output, schedule.modality_mask, labels, schedule_target)
+                losses = self.dms.losses(
+                    schedule.output, schedule.modality_mask, labels, schedule_target, num_items_in_batch
+                )
                 values["dms_losses"] = {"task": outputs.loss, **losses}
-                share = 1.0
-                if num_items_in_batch is not None:
-                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-                values["loss"] = outputs.loss + share * self.dms.total(losses)
+                values["loss"] = outputs.loss + self.dms.total(losses)
         return output_class(**values)
 
     def _vision_features(

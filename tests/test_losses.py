@@ -35,14 +35,16 @@ def random_weights(seed, batch, modality):
 
 
 def assert_same_value_and_gradient(loss, reference, tensor):
-    """`loss` and its gradient equal those of `reference`, both functions of `tensor`."""
+    """`loss` of each sample and its gradient equal those of `reference`, both functions of `tensor`."""
     single, double = tensor.clone().requires_grad_(), tensor.double().requires_grad_()
-    value, expected = loss(single), reference(double)
-    assert value.shape == ()
-    torch.testing.assert_close(value.double(), torch.as_tensor(expected).double(), atol=1e-5, rtol=1e-4)
-    value.backward()
-    if isinstance(expected, torch.Tensor) and expected.requires_grad:
-        expected.backward()
+    value, expected = loss(single), torch.stack([torch.as_tensor(x).double() for x in reference(double)])
+    assert value.shape == tensor.shape[:1]
+    torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=1e-4)
+    # samples count differently, as they do by their number of targets
+    share = torch.arange(1.0, len(value) + 1)
+    (share * value).sum().backward()
+    if expected.requires_grad:
+        (share * expected).sum().backward()
         torch.testing.assert_close(single.grad.double(), double.grad, atol=1e-5, rtol=1e-3)
     else:
         assert not single.grad.any()
@@ -53,12 +55,13 @@ def assert_same_value_and_gradient(loss, reference, tensor):
 
 def naive_mwc(h, weights):
     batch, modality, size = h.shape
-    total = 0.0
+    losses = [0.0] * batch
     for b in range(batch):
         fused = [sum(weights[b, m] * h[b, m, d] for m in range(modality)) for d in range(size)]
         for m in range(modality):
-            total = total + weights[b, m] * sum((fused[d] - h[b, m, d]) ** 2 for d in range(size)) / size
-    return total / batch
+            distance = sum((fused[d] - h[b, m, d]) ** 2 for d in range(size)) / size
+            losses[b] = losses[b] + weights[b, m] * distance
+    return losses
 
 
 @bounded
@@ -78,9 +81,9 @@ def test_mwc_vanishes_where_modalities_agree_or_one_has_all_weight():
     h = normal(0, 3, 2, 5)
     same = h[:, :1].expand(-1, 2, -1)
 
-    assert modality_weight_consistency_loss(same, torch.full((3, 2), 0.5)) == 0
-    assert modality_weight_consistency_loss(h, torch.tensor([[1.0, 0.0]] * 3)) == 0
-    assert modality_weight_consistency_loss(h, torch.full((3, 2), 0.5)) > 0
+    assert (modality_weight_consistency_loss(same, torch.full((3, 2), 0.5)) == 0).all()
+    assert (modality_weight_consistency_loss(h, torch.tensor([[1.0, 0.0]] * 3)) == 0).all()
+    assert (modality_weight_consistency_loss(h, torch.full((3, 2), 0.5)) > 0).all()
 
 
 # ---- unimodal
@@ -90,11 +93,13 @@ def naive_unimodal(logits, labels, mask, ignore_index):
     losses = []
     for b in range(len(logits)):
         targets = [t for t in labels[b].tolist() if t != ignore_index]
+        own = []
         for m in range(logits.shape[1]):
             if targets and mask[b, m]:
                 log_p = logits[b, m] - logits[b, m].logsumexp(0)
-                losses.append(-sum(log_p[t] for t in targets) / len(targets))
-    return sum(losses) / len(losses) if losses else 0.0
+                own.append(-sum(log_p[t] for t in targets) / len(targets))
+        losses.append(sum(own) / len(own) if own else 0.0)
+    return losses
 
 
 @bounded
@@ -133,15 +138,15 @@ def test_unimodal_ignores_an_index_beyond_the_vocabulary(ignore):
 def test_unimodal_of_a_uniform_prediction_is_log_k():
     loss = unimodal_loss(torch.zeros(2, 2, 7), torch.tensor([[1, 2], [3, -100]]), torch.ones(2, 2, dtype=torch.bool))
 
-    assert loss.item() == pytest.approx(math.log(7))
+    assert loss.tolist() == pytest.approx([math.log(7)] * 2)
 
 
 def test_a_batch_without_targets_has_unimodal_loss_0():
     logits = normal(0, 2, 2, 5).requires_grad_()
     loss = unimodal_loss(logits, torch.full((2, 3), -100), torch.ones(2, 2, dtype=torch.bool))
-    loss.backward()
+    loss.sum().backward()
 
-    assert loss.item() == 0
+    assert loss.tolist() == [0, 0]
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
@@ -149,7 +154,7 @@ def test_a_batch_without_targets_has_unimodal_loss_0():
 
 
 def naive_contrastive(h, mask, temperature):
-    losses = []
+    losses, pairs = [0.0] * len(h), math.comb(h.shape[1], 2)
     for first in range(h.shape[1]):
         for second in range(first + 1, h.shape[1]):
             rows = [b for b in range(len(h)) if mask[b, first] and mask[b, second]]
@@ -160,13 +165,11 @@ def naive_contrastive(h, mask, temperature):
                 for i in rows
                 for j in rows
             }
-            loss = 0.0
             for i in rows:
                 forward = torch.stack([similar[i, j] for j in rows]).logsumexp(0)
                 backward = torch.stack([similar[j, i] for j in rows]).logsumexp(0)
-                loss = loss + (forward + backward) / 2 - similar[i, i]
-            losses.append(loss / len(rows))
-    return sum(losses) / len(losses) if losses else 0.0
+                losses[i] = losses[i] + ((forward + backward) / 2 - similar[i, i]) / pairs
+    return losses
 
 
 @bounded
@@ -186,9 +189,9 @@ def test_contrastive_is_the_symmetric_infonce_over_complete_pairs(seed, batch, m
 def test_fewer_than_two_pairs_have_contrastive_loss_0(mask):
     h = normal(0, len(mask), 2, 4).requires_grad_()
     loss = contrastive_loss(h, torch.tensor(mask))
-    loss.backward()
+    loss.sum().backward()
 
-    assert loss.item() == 0
+    assert not loss.any()
     assert torch.equal(h.grad, torch.zeros_like(h))
 
 
@@ -197,7 +200,7 @@ def test_contrastive_loss_stays_finite_beside_an_empty_modality():
     h[2, 1] = 0
     h.requires_grad_()
     mask = torch.tensor([[True, True], [True, True], [True, False]])
-    contrastive_loss(h, mask).backward()
+    contrastive_loss(h, mask).sum().backward()
 
     assert h.grad.isfinite().all()
     assert not h.grad[2].any()
@@ -209,7 +212,7 @@ def test_matched_pairs_have_a_lower_contrastive_loss_than_swapped_ones():
     swapped = torch.stack([h[:, 0], h[:, 1].roll(1, 0)], 1)
     mask = torch.ones(4, 2, dtype=torch.bool)
 
-    assert contrastive_loss(h, mask) < 0.1 < contrastive_loss(swapped, mask)
+    assert contrastive_loss(h, mask).max() < 0.1 < contrastive_loss(swapped, mask).min()
     torch.testing.assert_close(contrastive_loss(5 * h, mask), contrastive_loss(h, mask))
 
 
@@ -217,11 +220,11 @@ def test_matched_pairs_have_a_lower_contrastive_loss_than_swapped_ones():
 
 
 def naive_schedule(weights, target, mask):
-    losses = []
+    losses = [0.0] * len(weights)
     for b in range(len(weights)):
         if mask[b].sum() >= 2:
-            losses.append(-sum(target[b, m] * weights[b, m].log() for m in range(len(mask[b])) if mask[b, m]))
-    return sum(losses) / len(losses) if losses else 0.0
+            losses[b] = -sum(target[b, m] * weights[b, m].log() for m in range(len(mask[b])) if mask[b, m])
+    return losses
 
 
 @bounded
@@ -241,18 +244,18 @@ def test_schedule_loss_is_smallest_at_the_target(seed, batch, modality):
     target, mask = random_weights(seed, batch, modality), torch.ones(batch, modality, dtype=torch.bool)
     logits = target.log().requires_grad_()
     at_target = schedule_loss(logits.softmax(1), target, mask)
-    at_target.backward()
+    at_target.sum().backward()
 
     torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-6, rtol=0)
-    assert at_target < schedule_loss(random_weights(seed + 1, batch, modality), target, mask)
+    assert (at_target < schedule_loss(random_weights(seed + 1, batch, modality), target, mask)).all()
 
 
 def test_schedule_loss_of_samples_with_one_modality_is_0():
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     loss = schedule_loss(weights, torch.full((2, 2), 0.5), torch.tensor([[True, False], [False, True]]))
-    loss.backward()
+    loss.sum().backward()
 
-    assert loss.item() == 0
+    assert loss.tolist() == [0, 0]
     assert torch.equal(weights.grad, torch.zeros(2, 2))
 
 
@@ -296,9 +299,9 @@ def test_a_few_steps_of_descent_lower_the_loss(name):
     h = normal(0, 6, 2, 8).requires_grad_()
     mask, labels = torch.ones(6, 2, dtype=torch.bool), torch.arange(6)[:, None]
     loss = {
-        "mwc": lambda: modality_weight_consistency_loss(h, torch.full((6, 2), 0.5)),
-        "unimodal": lambda: unimodal_loss(h, labels, mask),
-        "contrastive": lambda: contrastive_loss(h, mask),
+        "mwc": lambda: modality_weight_consistency_loss(h, torch.full((6, 2), 0.5)).mean(),
+        "unimodal": lambda: unimodal_loss(h, labels, mask).mean(),
+        "contrastive": lambda: contrastive_loss(h, mask).mean(),
     }[name]
     optimizer = torch.optim.Adam([h], lr=0.1)
     before = loss().item()

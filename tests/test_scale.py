@@ -1,5 +1,6 @@
 """Beyond one process: the accelerate configurations, two real processes, DDP and FSDP2 on two gloo ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -218,3 +220,48 @@ def test_calibration_stays_whole_and_float32(ranks, alone, way):
 def test_everything_is_sharded_and_generates(ranks, alone, way):
     assert all(rank[way]["sharded"] for rank in ranks)
     assert torch.equal(torch.cat([rank[way]["generated"] for rank in ranks]), alone["generated"])
+
+
+# ---- dms train
+
+_TRAIN = """
+--config demo-scheduler --stage joint --lora_rank 2 --max_samples 800 --calibration_samples 60 --max_steps 4
+--logging_steps 1 --save_strategy no --learning_rate 1e-3 --warmup_steps 0
+"""
+# no contrastive loss: its negatives are the rest of the process's own batch
+_LOSSES = '{"scheduler": "learned", "lambda_consistency": 0, "lambda_schedule": 1}'
+
+
+def test_dms_train_on_two_processes_equals_one(tmp_path):
+    """By the launcher, with its own calibration: the same samples, corruptions, losses and weights."""
+    launch = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(CONFIGURATIONS / "cpu_2.yaml"),
+    ]
+    logs, states = [], []
+    for processes, batch in ((1, 4), (2, 2)):
+        run = tmp_path / str(processes)
+        command = [*(launch if processes == 2 else []), "-m", "modeling_dms.training.cli", "train", *_TRAIN.split()]
+        command += ["--dms", _LOSSES, "--per_device_train_batch_size", str(batch), "--output_dir", str(run)]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *command], env=env, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append([row for row in json.loads((run / "log.json").read_text()) if "loss" in row])
+        states.append(load_file(run / "final/adapter_model.safetensors"))
+    assert len(logs[0]) == len(logs[1]) == 4
+    for one, two in zip(*logs, strict=True):
+        assert one.keys() == two.keys()
+        # the spread is a difference of squares
+        assert all(abs(one[name] - two[name]) < 1e-4 for name in one if "spread" not in name)
+    assert states[0].keys() == states[1].keys()
+    assert any("lora" in name for name in states[0])
+    for name, value in states[0].items():
+        # statistics that are fitted to the trained model afterwards magnify its rounding
+        tolerance = 1e-2 if "calibration" in name else 1e-4
+        difference = (states[1][name] - value).abs() / (value.abs().clamp_min(1) if "calibration" in name else 1)
+        assert difference.max() < tolerance, name

@@ -113,9 +113,10 @@ class DMSTrainer(Trainer):
     def _collect(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> None:
         """Adds up the losses, and the sums and squares of the weights where both modalities are there."""
         values = {f"loss_{name}": loss.detach() for name, loss in (outputs["dms_losses"] or {}).items()}
-        if num_items is not None and "loss_task" in values:
-            # a sum over the targets of all accumulated batches' number: as a mean over this batch's own
-            values["loss_task"] = values["loss_task"] * num_items / (labels != -100).sum().clamp_min(1)
+        if num_items is not None:
+            # sums over the number of all accumulated batches' targets: as means over this batch's own
+            scale = num_items / (labels != -100).sum().clamp_min(1)
+            values = {name: loss * scale for name, loss in values.items()}
         weights = outputs["modality_weights"].detach().float()
         weights = weights[(weights > 0).all(1)]
         values["_weighed"] = torch.tensor(float(len(weights)), device=weights.device)
