@@ -44,9 +44,10 @@ class DMSConfig(PreTrainedConfig):
     Args:
         scheduler (`str`, defaults to `"rule"`): how signals become weights. `"uniform"`: all equal, the static
             backbone. `"rule"`: training-free; exactly uniform until `calibrate` has run and wherever nothing is
-            suspicious. `"learned"`: an MLP over all signals, uniform at initialisation. `"entropy"`: softmax of
-            negative unimodal entropy (as in MLA). `"energy"`: softmax of the log-sum-exp of unimodal logits (as in
-            QMF).
+            suspicious. `"learned"`: the rule's scores, corrected by an MLP over all signals that is 0 at
+            initialisation; it decides where the rule is silent or undecided but cannot overrule clear evidence. With
+            `kappa=0` the MLP is alone. `"entropy"`: softmax of negative unimodal entropy (as in MLA). `"energy"`:
+            softmax of the log-sum-exp of unimodal logits (as in QMF).
         fusion (`str`, defaults to `"attention"`): `"attention"` adds log(M * w_m) to the attention scores of modality
             m's keys. `"embedding"` multiplies its input embeddings by M * w_m (an ablation: pre-norm language models
             divide it out).
@@ -76,9 +77,8 @@ class DMSConfig(PreTrainedConfig):
             clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49.
-        conflict_prior (`str`, *optional*): which modality to believe where both look clean but disagree (`"vision"` or
-            `"text"`).
-            Default: neither, weights stay uniform.
+        conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
+            (`"vision"` or `"text"`). Default: neither, weights stay uniform.
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to
             0.5.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.

@@ -76,8 +76,7 @@ class UnimodalView(nn.Module):
     """Attention pooling of one modality's tokens -> h_m, and a predictive distribution p_m over the vocabulary.
 
     At initialisation the pooling is a plain mean and p_m is the logit lens: the backbone's own output layer, read on
-        the pooled
-    tokens.
+    the pooled tokens.
     """
 
     def __init__(self, token_size: int, shared_size: int):

@@ -10,6 +10,17 @@ from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.outputs import ModalitySignals
 
 
+# A modality whose evidence of damage reaches the first limit gets no weight beside a clean one; where both reach it
+# nothing tells them apart. The learned correction of a score stays within the second: two of opposite signs decide
+# where the rule is silent or undecided, but cannot overrule clear evidence.
+EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
+
+
+def saturate(scores: Tensor, limit: float) -> Tensor:
+    """As they are near 0, never beyond +-`limit`."""
+    return limit * torch.tanh(scores / limit)
+
+
 class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero; a class of its own so that `_init_weights` can tell it apart."""
 
@@ -108,10 +119,16 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(-entropy / self.config.temperature, modality_mask)
         if self.config.scheduler == "energy":
             return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
-        if self.config.scheduler == "rule":
-            return weights_from_scores(
-                rule_scores(signals, modality_mask, self.config), modality_mask, self.config.weight_floor
-            )
+        scores = rule_scores(signals, modality_mask, self.config)
+        if self.config.scheduler == "learned":
+            correction = self._correction(signals, modality_mask, calibrated, representations)
+            scores = scores + saturate(correction, CORRECTION_LIMIT)
+        return weights_from_scores(scores, modality_mask, self.config.weight_floor)
+
+    def _correction(
+        self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor], representations: Tensor
+    ) -> Tensor:
+        """What the MLP makes of all signals: (B, M), 0 at initialisation."""
         rows = [signals.consistency[..., None], signals.typicality[..., None]]
         rows += [value.clamp(-10, 10)[..., None] for value in (signals.damage, signals.conflict)]
         if self.config.scheduler_embeddings:
@@ -119,8 +136,7 @@ class ModalityScheduler(nn.Module):
         rows = torch.cat(rows, dim=-1) * modality_mask[..., None]
         own = [value * modality_mask[:, [index]] for index, value in enumerate(calibrated)]
         inputs = torch.cat([rows.flatten(1), *own], dim=1).detach()
-        scores = self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
-        return weights_from_scores(scores, modality_mask, self.config.weight_floor)
+        return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
 
 
 def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:
@@ -128,16 +144,16 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
 
     The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
     that calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they
-    disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where both look
-    clean but disagree, `conflict_prior` decides, if it is set.
+    disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where even that
+    finds nothing, `conflict_prior` decides, if it is set. Where both are clearly damaged the scores are equal.
 
     Returns:
         (B, M).
     """
     evidence = cast(Tensor, signals.damage)
-    if config.conflict_prior is None and config.consistency == "sharpen":
+    if config.consistency == "sharpen":
         evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
-    evidence = config.kappa * evidence.clamp_min(0)
+    evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
     if config.consistency == "additive":
         return signals.consistency - evidence
     if config.conflict_prior is None:
@@ -145,5 +161,6 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     believed = MODALITIES.index(config.conflict_prior)
     clean = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
     favour = torch.zeros_like(evidence)
-    favour[:, believed] = torch.where(clean, config.kappa * signals.conflict[:, believed].clamp_min(0), 0)
+    conflict = saturate(config.kappa * signals.conflict[:, believed].clamp_min(0), EVIDENCE_LIMIT)
+    favour[:, believed] = torch.where(clean, conflict, 0)
     return favour - evidence

@@ -273,11 +273,40 @@ def test_entropy_and_energy_follow_the_published_formulas(temperature, seed, bat
 
 @bounded
 @given(seed=seeds, batch=batches, modality=modalities, embeddings=st.booleans())
-def test_the_learned_scheduler_starts_exactly_uniform(seed, batch, modality, embeddings):
-    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=embeddings)
-    mask = random_mask(seed, batch, modality)
+def test_the_learned_scheduler_starts_exactly_as_the_rule(seed, batch, modality, embeddings):
+    configs = [
+        DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=embeddings) for name in ("learned", "rule")
+    ]
+    mask, signals = random_mask(seed, batch, modality), random_signals(seed, batch, modality)
+    learned, rule = (schedule(config, signals, mask, seed) for config in configs)
+
+    assert torch.equal(learned, rule)
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_without_kappa_the_learned_scheduler_starts_exactly_uniform(seed, batch, modality):
+    config, mask = DMSConfig(scheduler="learned", shared_size=4, kappa=0), random_mask(seed, batch, modality)
 
     assert torch.equal(schedule(config, random_signals(seed, batch, modality), mask, seed), uniform_weights(mask))
+
+
+@bounded
+@given(seed=seeds, damaged=st.sampled_from([VISION, TEXT]), size=st.sampled_from([1.0, 1e3]))
+def test_the_learned_scheduler_cannot_overrule_clear_evidence_but_decides_without(seed, damaged, size):
+    """Whatever its parameters are."""
+    config, mask = DMSConfig(scheduler="learned", shared_size=4), torch.ones(1, 2, dtype=torch.bool)
+    scheduler = ModalityScheduler(config, [3, 3])
+    scheduler.output.bias.data[damaged], scheduler.output.bias.data[1 - damaged] = size, -size
+
+    def weight(first, second):
+        pair = torch.tensor([[first, second] if damaged == VISION else [second, first]])
+        signals = random_signals(seed, 1, 2, damage=pair, suspicion=pair)
+        return schedule(config, signals, mask, seed, scheduler)[0, damaged].item()
+
+    assert weight(5.0, -1.0) < 0.02
+    assert weight(-1.0, -1.0) > 0.85
+    assert weight(5.0, 9.0) > 0.85
 
 
 @pytest.mark.parametrize("modality", [2, 3])
@@ -285,14 +314,18 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
     config = DMSConfig(scheduler="learned", shared_size=4, weight_floor=0.05)
     scheduler = ModalityScheduler(config, [3] * modality)
     optimizer = torch.optim.Adam(scheduler.parameters(), lr=0.01)
-    damage = torch.full((8, modality), -2.0)
-    damage[torch.arange(8), torch.arange(8) % modality] = 2.0
-    signals, mask = random_signals(0, 8, modality, damage=damage), torch.ones(8, modality, dtype=torch.bool)
+    # too little for the rule
+    damage = torch.full((8, modality), -4.0)
+    damage[torch.arange(8), torch.arange(8) % modality] = -0.5
+    signals, mask = (
+        random_signals(0, 8, modality, damage=damage, suspicion=damage),
+        torch.ones(8, modality, dtype=torch.bool),
+    )
     calibrated, h = normal(1, 8, modality, 3).unbind(1), normal(2, 8, modality, 4)
     for step in range(150):
         weights = scheduler(signals, mask, calibrated, h, torch.zeros(8, modality))
         torch.testing.assert_close(weights.sum(1), torch.ones(8))
-        loss = weights[damage > 0].mean()
+        loss = weights[damage > -1].mean()
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -300,7 +333,7 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
             assert scheduler.output.weight.grad.abs().max() > 0
         optimizer.step()
 
-    assert weights[damage > 0].max() < 0.1
+    assert weights[damage > -1].max() < 0.1
     assert weights.min() >= config.weight_floor - 1e-6
 
 
@@ -447,11 +480,17 @@ def test_the_rule_reaches_the_floor_and_not_below(floor, damaged):
     assert weights.sum().item() == pytest.approx(1)
 
 
-def test_of_two_damaged_modalities_the_worse_loses():
+def test_of_two_slightly_damaged_modalities_the_worse_loses():
     weights = ruled((0.2, 0.5))
 
     assert weights[VISION] > 0.5 > weights[TEXT]
     assert torch.equal(ruled((3.0, 3.0), 2.0), torch.tensor([0.5, 0.5]))
+
+
+@bounded
+@given(first=st.floats(5, 50), second=st.floats(5, 50))
+def test_of_two_clearly_damaged_modalities_neither_is_preferred(first, second):
+    torch.testing.assert_close(ruled((first, second)), torch.tensor([0.5, 0.5]), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)])
@@ -468,9 +507,9 @@ def test_weak_evidence_counts_only_where_the_modalities_disagree():
     assert torch.equal(ruled(conflict=NOTHING, **weak), torch.tensor([0.5, 0.5]))
     assert torch.equal(ruled(conflict=-0.1, **weak), torch.tensor([0.5, 0.5]))
     assert ruled(conflict=0.1, **weak)[VISION] < 0.5
-    # a stated prior takes the place of weak evidence, and clear evidence that of the prior
-    assert ruled(conflict=0.1, conflict_prior="vision", **weak)[VISION] > 0.5
-    assert ruled((0.5, -3.0), conflict=0.1, conflict_prior="vision")[VISION] < 0.5
+    # a stated prior counts only where there is not even weak evidence
+    assert ruled(conflict=0.1, conflict_prior="vision", **weak)[VISION] < 0.5
+    assert ruled((-0.5, -3.0), conflict=0.1, suspicion=(-0.1, -2.0), conflict_prior="vision")[VISION] > 0.5
 
 
 @bounded
