@@ -60,10 +60,18 @@ class DataArguments:
     calibration_samples: int = field(
         default=300, metadata={"help": "Clean samples to calibrate on, before and after training; 0 leaves it out."}
     )
+    calibration_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Where the language model is trained, also calibrate every so many steps; it is done at the end of "
+            "the scheduler's warm-up anyway."
+        },
+    )
 
     def __post_init__(self):
-        if self.calibration_samples < 0:
-            raise ValueError(f"calibration_samples must be at least 0, got {self.calibration_samples}")
+        for name in ("calibration_samples", "calibration_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 Arguments = tuple[ModelArguments, DataArguments, CorruptionConfig, DMSTrainingArguments]

@@ -2,13 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
@@ -79,6 +80,25 @@ def calibrate(
     return model.calibrate(batches, max_samples=count, show_progress=show_progress)
 
 
+class CalibrationCallback(TrainerCallback):
+    """Calls `calibrate` every so many steps, and where the scheduler's warm-up ends: training a language model moves
+    what the statistics describe, and from then on the scheduler learns from them.
+
+    Args:
+        calibrate: without arguments.
+        steps: 0 for the end of the warm-up alone.
+    """
+
+    def __init__(self, calibrate: Callable[[], Any], steps: int):
+        self.calibrate, self.steps = calibrate, steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the step, before a checkpoint of it is saved."""
+        warm = math.ceil(args.scheduler_warmup_ratio * state.max_steps)
+        if state.global_step == warm or (self.steps and state.global_step % self.steps == 0):
+            self.calibrate()
+
+
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`."""
     choices, data, corruptions, training = arguments
@@ -113,10 +133,16 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         processing_class=processor,
         callbacks=[EpochCallback()],
     )
+    moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
+
+    def calibrate_again() -> None:
+        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress=False)
+
+    if moves:
+        trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
     trainer.train(resume_from_checkpoint=resume or None)
-    # training moves what the statistics describe
-    if data.calibration_samples and choices.stage != "scheduler":
-        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress)
+    if moves:
+        calibrate_again()
     run = Path(cast(str, training.output_dir))
     final = run / "final"
     trainer.save_model(str(final))
