@@ -63,8 +63,8 @@ class DataArguments:
     calibration_steps: int = field(
         default=0,
         metadata={
-            "help": "Where the language model is trained, also calibrate every so many steps; it is done at the end of "
-            "the scheduler's warm-up anyway."
+            "help": "Where the language model is trained, also calibrate every so many steps; at the end of the "
+            "scheduler's warm-up it is done anyway."
         },
     )
 
