@@ -437,15 +437,34 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
         train.readable([data[2], data[4]], show_progress=False)
 
 
-@pytest.mark.parametrize(("stage", "calls"), [("scheduler", 1), ("joint", 2)])
-def test_a_run_calibrates_before_and_where_the_backbone_moves_after(tmp_path, monkeypatch, stage, calls):
-    data = samples(75, 10)
-    monkeypatch.setattr(train, "load_samples", lambda *args: data)
-    reports, calibrate = [], train.calibrate
-    monkeypatch.setattr(train, "calibrate", lambda *args: reports.append(calibrate(*args)) or reports[-1])
-    changes = {"calibration_samples": 60, "stage": stage, "lora_rank": 2, "per_device_train_batch_size": 20}
-    trainer = train.run_training(overrides(tmp_path, **changes))
-    assert len(reports) == calls
+@pytest.mark.parametrize(
+    ("stage", "warmup", "steps", "when"),
+    [
+        ("scheduler", 0.5, 1, [0]),
+        ("joint", 0, 0, [0, 4]),
+        ("joint", 0.5, 0, [0, 2, 4]),
+        ("joint", 0.2, 3, [0, 1, 3, 4]),
+    ],
+)
+def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monkeypatch, stage, warmup, steps, when):
+    monkeypatch.setattr(train, "load_samples", lambda *args: samples(75, 10))
+    trainers, called, calibrate, init = [], [], train.calibrate, DMSTrainer.__init__
+
+    def watched(self, *args, **kwargs):
+        trainers.append(self)
+        init(self, *args, **kwargs)
+
+    def counted(*args, **kwargs):
+        called.append(trainers[0].state.global_step if trainers else 0)
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(DMSTrainer, "__init__", watched)
+    monkeypatch.setattr(train, "calibrate", counted)
+    changes = {"calibration_samples": 60, "calibration_steps": steps, "scheduler_warmup_ratio": warmup, "max_steps": 4}
+    trainer = train.run_training(
+        overrides(tmp_path, stage=stage, lora_rank=2, per_device_train_batch_size=4, **changes)
+    )
+    assert called == when
     assert trainer.model.dms.calibration.is_calibrated
     assert list((tmp_path / "final").glob("*model*.safetensors"))
 
