@@ -85,7 +85,7 @@ BRIDGE = {"demo-llava": ("multi_modal_projector",), "demo-blip2": ("qformer", "l
 
 def meant_to_train(name, backbone, choice):
     if choice == "scheduler":
-        return name.startswith("dms.")
+        return name.startswith("dms.scheduler.")
     kind, how, *bridge = choice.split("-")
     bridge = BRIDGE[backbone] if bridge else ()
     if how == "lora":
@@ -125,6 +125,9 @@ def test_nothing_to_train_is_refused():
         prepare(model, "all")
     with pytest.raises(ValueError, match="train_bridge must be off"):
         prepare(model, "scheduler", train_bridge=True)
+    model, _ = loaded(scheduler="rule")
+    with pytest.raises(ValueError, match="needs DMSConfig.*'learned'.*'rule'"):
+        prepare(model, "scheduler")
 
 
 # ---- the same again
@@ -263,12 +266,12 @@ def test_warm_up_holds_the_weights_uniform(tmp_path):
     model.register_forward_hook(lambda module, args, output: seen.append(output.modality_weights.detach()))
     data = [*samples(7), samples(1)[0].replace(id="imageless", image=None)]
     trainer = trainer_of(
-        tmp_path, prepare(model, "scheduler"), processor, data, scheduler_warmup_ratio=0.5, max_steps=4
+        tmp_path, prepare(model, "joint", 0), processor, data, scheduler_warmup_ratio=0.5, max_steps=4
     )
     trainer.train()
     assert len(seen) == 4
     for weights in seen:  # an absent image has no weight in the warm-up either
-        assert torch.equal(weights.sum(1), torch.ones(4))
+        torch.testing.assert_close(weights.sum(1), torch.ones(4))
     warm = torch.cat(seen[:2])
     assert sorted(map(tuple, warm.tolist())) == [(0.0, 1.0), *[(0.5, 0.5)] * 7]
     assert all((weights - 0.5).abs().max(1).values.min() > 1e-4 for weights in seen[2:])
@@ -414,7 +417,8 @@ def test_the_cache_keeps_its_size_and_drops_the_longest_unused(backbone):
 def overrides(folder, **changes):
     fields = {"model": "demo-llava", "output_dir": folder, "max_steps": 2, "calibration_samples": 0, "max_samples": 12}
     fields |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
-    fields |= {"image_families": "blank", "logging_steps": 1, "save_strategy": "no", **changes}
+    fields |= {"image_families": "blank", "logging_steps": 1, "save_strategy": "no"}
+    fields |= {"dms": '{"scheduler": "learned"}', **changes}
     return read_arguments(None, [f"--{name}={value}" for name, value in fields.items()])
 
 
@@ -440,7 +444,7 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("stage", "warmup", "steps", "when"),
     [
-        ("scheduler", 0.5, 1, [0]),
+        ("scheduler", 0, 1, [0]),
         ("joint", 0, 0, [0, 4]),
         ("joint", 0.5, 0, [0, 2, 4]),
         ("joint", 0.2, 3, [0, 1, 3, 4]),
@@ -467,6 +471,11 @@ def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monke
     assert called == when
     assert trainer.model.dms.calibration.is_calibrated
     assert list((tmp_path / "final").glob("*model*.safetensors"))
+
+
+def test_a_warm_up_with_nothing_else_to_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="scheduler_warmup_ratio must be 0"):
+        train.run_training(overrides(tmp_path, scheduler_warmup_ratio=0.5))
 
 
 def test_curves_are_drawn(tmp_path):

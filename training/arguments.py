@@ -23,7 +23,7 @@ class ModelArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint."})
     stage: Literal["backbone", "scheduler", "joint"] = field(
         default="scheduler",
-        metadata={"help": "`scheduler`: `dms` alone; `backbone`: LoRA with `dms` frozen; `joint`: both."},
+        metadata={"help": "`scheduler`: the scheduler alone; `backbone`: LoRA with `dms` frozen; `joint`: both."},
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains the language model's own weights."})
     train_bridge: bool = field(default=False, metadata={"help": "Also train the projector or Q-Former."})

@@ -26,7 +26,8 @@ def encodes_images(name: str) -> bool:
 def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bridge: bool = False) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
-    - `"scheduler"`: `dms` alone, on the frozen backbone.
+    - `"scheduler"`: the learned scheduler alone. Backbone and unimodal views are frozen, so that the signals it learns
+      from stay as they were calibrated.
     - `"backbone"`: LoRA on the language model's attention, `dms` frozen.
     - `"joint"`: both.
 
@@ -39,15 +40,23 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
         The model, or a `PeftModel` around it whose adapter holds everything that is trained.
 
     Raises:
-        ValueError: for an unknown stage, or a bridge to train where the backbone stays frozen.
+        ValueError: for an unknown stage, a bridge to train where the backbone stays frozen, or a scheduler to train
+            that has no parameters.
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
     bridge = BRIDGES[model.config.model_type] if train_bridge else ()
     if stage == "scheduler" and bridge:
         raise ValueError("stage='scheduler' trains on the frozen backbone: train_bridge must be off")
-    whole = [*(["dms"] if stage != "backbone" else []), *bridge]
-    if stage != "scheduler" and lora_rank:
+    chosen = model.config.dms_config.scheduler
+    if stage == "scheduler" and chosen != "learned":
+        raise ValueError(f"stage='scheduler' needs DMSConfig(scheduler='learned'), the model's is {chosen!r}")
+    if stage == "scheduler":
+        model.requires_grad_(False)
+        model.dms.scheduler.requires_grad_(True)
+        return model
+    whole = [*(["dms"] if stage == "joint" else []), *bridge]
+    if lora_rank:
         from peft import LoraConfig, get_peft_model
 
         # `query_tokens` is a bare parameter, which peft cannot copy as a module
@@ -62,11 +71,9 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
         if stage == "backbone":
             wrapped.base_model.model.dms.requires_grad_(False)
         return wrapped
-    language = stage != "scheduler"
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        trained = any(part in parts for part in whole)
-        parameter.requires_grad_(trained or (language and is_language(name)))
+        parameter.requires_grad_(is_language(name) or any(part in parts for part in whole))
     return model
 
 

@@ -100,8 +100,14 @@ class CalibrationCallback(TrainerCallback):
 
 
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
-    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`."""
+    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`.
+
+    Raises:
+        ValueError: for choices that exclude each other, or data none of which can be read.
+    """
     choices, data, corruptions, training = arguments
+    if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
+        raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
     set_seed(training.seed)
     model, processor = load(choices.model, cast(dict, choices.dms), dtype=choices.dtype)
     samples = load_samples(data.data, "train", data.task, data.max_samples)
