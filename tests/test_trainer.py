@@ -126,7 +126,7 @@ def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="train_bridge must be off"):
         prepare(model, "scheduler", train_bridge=True)
     model, _ = loaded(scheduler="rule")
-    with pytest.raises(ValueError, match="needs DMSConfig.*'learned'.*'rule'"):
+    with pytest.raises(ValueError, match=r"needs DMSConfig.*'learned'.*'rule'"):
         prepare(model, "scheduler")
 
 
