@@ -14,6 +14,7 @@ logger = logging.get_logger(__name__)
 __version__ = "0.1.0"
 
 MODALITIES = ("vision", "text")
+SIGNALS = ("confidence", "uncertainty", "consistency", "typicality", "damage")
 
 # field: (lowest, highest) accepted value, both inclusive
 _RANGES: dict[str, tuple[float, float]] = {
@@ -83,6 +84,9 @@ class DMSConfig(PreTrainedConfig):
             0.5.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
         scheduler_embeddings (`bool`, defaults to `False`): the learned scheduler also sees the h_m.
+        scheduler_signals (`list[str]`, *optional*): what the MLP of the learned scheduler sees of `"confidence"`,
+            `"uncertainty"`, `"consistency"`, `"typicality"` and `"damage"`, which calibration makes of the others.
+            Default: all.
         temperature (`float`, defaults to 1.0): softmax temperature of `"entropy"` and `"energy"`.
         lambda_mwc, lambda_unimodal, lambda_consistency, lambda_schedule (`float`): weights of the losses (see
             `modeling_dms.losses`); 0 leaves a loss out.
@@ -113,6 +117,7 @@ class DMSConfig(PreTrainedConfig):
     false_alarm_rate: float | int = 0.01
     scheduler_hidden_size: int = 64
     scheduler_embeddings: bool = False
+    scheduler_signals: list[str] | None = None
     temperature: float | int = 1.0
     lambda_mwc: float | int = 0.1
     lambda_unimodal: float | int = 0.1
@@ -143,6 +148,10 @@ class DMSConfig(PreTrainedConfig):
             layers = getattr(self, name)
             if layers is not None and (not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
                 raise ValueError(f"DMSConfig.{name} must be distinct layer numbers from 0, got {layers!r}")
+
+        chosen = self.scheduler_signals
+        if chosen is not None and (not chosen or set(chosen) - set(SIGNALS)):
+            raise ValueError(f"DMSConfig.scheduler_signals must be some of {', '.join(SIGNALS)}, got {chosen!r}")
 
     def layers_of(self, modality: str, depth: int) -> list[int]:
         """Layers whose statistics measure typicality, sorted.

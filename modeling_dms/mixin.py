@@ -15,6 +15,7 @@ from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
 from modeling_dms.export import auto_map, export_code
 from modeling_dms.fusion import embedding_scale, key_bias
+from modeling_dms.outputs import ModalitySignals
 from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
 from modeling_dms.text_only import layers_of, text_only_states, watch_layers
@@ -50,6 +51,10 @@ class DMSMixin(CalibrationMixin):
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         """Encodes images (I, 3, H, W), keeping the hidden states that typicality looks at."""
+        raise NotImplementedError
+
+    def _encoded(self, outputs: Any) -> EncodedImages:
+        """What `get_image_features` returned, as the other methods take it."""
         raise NotImplementedError
 
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -135,6 +140,29 @@ class DMSMixin(CalibrationMixin):
         if self.config.image_token_id is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.config.image_token_id
+
+    @torch.no_grad()
+    def get_modality_weights(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        modality_ids: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ModalitySignals | None]:
+        """Weights (B, M) and signals of prompts, without running the language model on them.
+
+        Takes what `forward` takes; `modality_weights=` makes it use the result. There are no signals where the
+        scheduler is uniform.
+        """
+        images = None
+        if pixel_values is not None:
+            images = self._encode_images(pixel_values)
+        elif mm_encoder_outputs is not None:
+            images = self._encoded(mm_encoder_outputs["image"])
+        schedule = self._schedule(input_ids, None, attention_mask, images, modality_ids, modality_mask)
+        return schedule.weights, None if schedule.output is None else schedule.output.signals
 
     def _schedule(
         self,

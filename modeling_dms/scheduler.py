@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
+from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS, DMSConfig
 from modeling_dms.outputs import ModalitySignals
 
 
@@ -129,14 +129,23 @@ class ModalityScheduler(nn.Module):
         self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor], representations: Tensor
     ) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""
-        rows = [signals.consistency[..., None], signals.typicality[..., None]]
-        rows += [value.clamp(-10, 10)[..., None] for value in (signals.damage, signals.conflict)]
+        names = ("consistency", "typicality", "damage", "conflict")
+        rows = torch.stack([signals[name].clamp(-10, 10) for name in names], dim=-1)
+        rows = rows * self._seen([*names[:3], "consistency"], rows.device)
         if self.config.scheduler_embeddings:
-            rows.append(representations)
-        rows = torch.cat(rows, dim=-1) * modality_mask[..., None]
-        own = [value * modality_mask[:, [index]] for index, value in enumerate(calibrated)]
+            rows = torch.cat([rows, representations], dim=-1)
+        rows = rows * modality_mask[..., None]
+        own = []
+        for index, value in enumerate(calibrated):
+            kinds = ["typicality"] * (value.shape[1] - 3) + ["confidence", "uncertainty", "confidence"]
+            own.append(value * self._seen(kinds, value.device) * modality_mask[:, [index]])
         inputs = torch.cat([rows.flatten(1), *own], dim=1).detach()
         return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
+
+    def _seen(self, kinds: Sequence[str], device: torch.device) -> Tensor:
+        """1 for inputs of the signals that the MLP may see, 0 for others."""
+        chosen = SIGNALS if self.config.scheduler_signals is None else self.config.scheduler_signals
+        return torch.tensor([float(kind in chosen) for kind in kinds], device=device)
 
 
 def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:

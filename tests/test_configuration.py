@@ -49,6 +49,7 @@ NUMBERS = {
 }
 FLAGS = ["normalize_entropy", "scheduler_embeddings"]
 LAYERS = ["vision_layers", "text_layers"]
+SIGNALS = ["scheduler_signals"]
 # every field with a value other than its default
 OTHER = {
     "scheduler": "learned",
@@ -72,6 +73,7 @@ OTHER = {
     "false_alarm_rate": 0.2,
     "scheduler_hidden_size": 8,
     "scheduler_embeddings": True,
+    "scheduler_signals": ["typicality"],
     "temperature": 2.0,
     "lambda_mwc": 0.3,
     "lambda_unimodal": 0.4,
@@ -107,7 +109,7 @@ def logged(caplog):
 def test_the_tables_of_this_file_know_every_field():
     names = {field.name for field in own_fields()} - {"modeling_dms_version"}
 
-    assert names == {*LITERALS, *INTEGERS, *NUMBERS, *FLAGS, *LAYERS}
+    assert names == {*LITERALS, *INTEGERS, *NUMBERS, *FLAGS, *LAYERS, *SIGNALS}
     assert names == set(OTHER)
     assert not [name for name, value in values(DMSConfig()).items() if value == OTHER[name]]
 
@@ -190,6 +192,12 @@ def test_wrong_types_are_refused_by_name(names, wrong):
                 DMSConfig(**{name: value})
 
 
+@pytest.mark.parametrize("given", [[], ["entropy"], ["damage", "conflict"]])
+def test_signals_that_there_are_not_are_refused(given):
+    with pytest.raises(StrictDataclassError, match=r"DMSConfig\.scheduler_signals.*confidence.*damage"):
+        DMSConfig(scheduler_signals=given)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layers", [[], [-1], [2, 2], [1, -3]])
 def test_layers_must_be_distinct_numbers_from_0(name, layers):
@@ -231,6 +239,7 @@ def test_a_configuration_survives_its_file_and_its_dictionary(fields, tmp_path, 
             **{name: st.sampled_from(accepted) for name, (accepted, _) in {**INTEGERS, **NUMBERS}.items()},
             **{name: st.booleans() for name in FLAGS},
             **{name: st.none() | st.lists(st.integers(0, 30), min_size=1, unique=True) for name in LAYERS},
+            **{name: st.none() | st.just(["consistency", "damage"]) for name in SIGNALS},
         },
     )
 )

@@ -357,6 +357,32 @@ def test_the_learned_scheduler_sees_every_input(name):
         tensor[place] = old
 
 
+def test_the_learned_scheduler_sees_the_signals_it_may():
+    """Of the calibrated inputs the last three are confidence, uncertainty and energy, the others deviations."""
+    places = {"confidence": [2, 4], "uncertainty": [3], "typicality": [0, 1]}
+    for name in ("confidence", "uncertainty", "consistency", "typicality", "damage"):
+        config = DMSConfig(scheduler="learned", shared_size=4, kappa=0, scheduler_signals=[name])
+        scheduler, mask = ModalityScheduler(config, [5, 5]), torch.ones(1, 2, dtype=torch.bool)
+        for i, parameter in enumerate(scheduler.parameters()):
+            parameter.data.copy_(0.2 * normal(i, *parameter.shape))
+        own, signals = normal(1, 1, 2, 5), random_signals(0, 1, 2)
+        others = [own.unbind(1), normal(2, 1, 2, 4), torch.zeros(1, 2)]
+        before = scheduler(signals, mask, *others)
+        seen = {field for field in SIGNALS if changes(signals[field][:, 0], scheduler, signals, mask, others, before)}
+        assert seen == {"consistency": {"consistency", "conflict"}}.get(name, {name} & {"typicality", "damage"})
+        found = [i for i in range(5) if changes(own[:, 0, i], scheduler, signals, mask, others, before)]
+        assert found == places.get(name, [])
+
+
+def changes(part, scheduler, signals, mask, others, before):
+    """Whether another value of this part of the inputs gives other weights."""
+    old = part.clone()
+    part += 0.5
+    after = scheduler(signals, mask, *others)
+    part.copy_(old)
+    return not torch.equal(after, before)
+
+
 def test_the_learned_scheduler_sees_embeddings_only_if_asked():
     config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=False)
     scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
