@@ -9,7 +9,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
-EVAL = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10"]
+DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10", "scipy>=1.13"]
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4",
@@ -19,7 +19,7 @@ TRAIN = [
     "peft>=0.20",
     "resvg-py>=0.5",
     "pyyaml>=6",
-    *EVAL,
+    *DEMO,
 ]
 DEV = [
     "build",
@@ -54,7 +54,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": EVAL, "eval": EVAL, "train": TRAIN, "dev": DEV},
+    extras_require={"demo": DEMO, "eval": DEMO, "train": TRAIN, "dev": DEV},
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",
@@ -67,6 +67,7 @@ setup(
         "modeling_dms.training",
         "modeling_dms.training.corruptions",
         "modeling_dms.training.data",
+        "modeling_dms.training.metrics",
     ],
     package_data={
         "modeling_dms": ["py.typed"],

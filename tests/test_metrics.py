@@ -1,0 +1,313 @@
+"""Metrics against naive definitions and the official scorers, their identities and symmetries, and bad input."""
+
+import itertools
+import math
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error, risk_coverage
+from modeling_dms.training.metrics.robust import (
+    bootstrap_interval,
+    mcnemar,
+    mean_corruption_error,
+    modality_auroc,
+    multimodal_impact,
+    oracle_gap_closed,
+    paired_difference,
+    relative_drop,
+    relative_robustness,
+)
+
+
+bounded = settings(max_examples=50, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+
+
+def generator(seed):
+    return np.random.default_rng(seed)
+
+
+# ---- drops and errors relative to something
+
+
+def test_relative_drop_and_what_is_left():
+    assert relative_drop(0.8, [0.8, 0.4, 0, 1]).tolist() == pytest.approx([0, 0.5, 1, -0.25])
+    assert relative_robustness(0.8, [0.8, 0.4]).tolist() == pytest.approx([1, 0.5])
+    assert multimodal_impact(0.8, [0.8, 0.4]) == pytest.approx(0.25)
+    assert relative_drop([0.5, 1], [0.25, 0.25]).tolist() == [0.5, 0.75]
+    assert math.isnan(multimodal_impact(0, [0, 0]))
+
+
+def test_corruption_error_is_summed_over_severities_before_the_ratio():
+    errors, reference = [[0.1, 0.3], [0.5, 0.5]], [[0.4, 0.4], [0.5, 0.75]]
+
+    assert mean_corruption_error(errors, reference) == pytest.approx((0.4 / 0.8 + 1 / 1.25) / 2)
+    assert mean_corruption_error(reference, reference) == 1
+    assert mean_corruption_error([0.1, 0.2], [0.2, 0.2]) == pytest.approx(0.75)
+    assert math.isnan(mean_corruption_error([0.1, 0.2], [0.2, 0]))
+
+
+@bounded
+@given(seed=seeds, conditions=st.integers(1, 4), factor=st.floats(0.1, 10))
+def test_ratios_have_no_unit(seed, conditions, factor):
+    own, reference = generator(seed).random((2, conditions)) + 0.01
+    assert mean_corruption_error(factor * own, factor * reference) == pytest.approx(
+        mean_corruption_error(own, reference)
+    )
+    assert relative_drop(factor * reference, factor * own) == pytest.approx(relative_drop(reference, own))
+
+
+# ---- the oracle's gap
+
+
+def test_gap_closed_is_pooled():
+    static, oracle = np.array([[0.0, 1, 1, 0], [1, 1, 1, 1]]), np.array([[1.0, 1, 1, 1], [1, 1, 1, 1]])
+    half = np.array([[1.0, 1, 1, 0], [1, 1, 1, 1]])
+    assert oracle_gap_closed(static, half, oracle) == 0.5
+    worse = np.array([[1.0, 1, 1, 1], [0, 1, 1, 1]])
+    assert oracle_gap_closed(static, worse, oracle) == 0.5
+    assert np.isnan(oracle_gap_closed(oracle, oracle, oracle))
+    assert np.isnan(oracle_gap_closed(oracle, static, static))
+
+
+@bounded
+@given(seed=seeds, conditions=st.integers(1, 3), samples=st.integers(1, 8))
+def test_the_oracle_closes_the_gap_and_static_weights_none_of_it(seed, conditions, samples):
+    static, dms, oracle = generator(seed).integers(0, 2, (3, conditions, samples))
+    oracle = np.maximum(oracle, static)
+    oracle[0, 0], static[0, 0] = 1, 0
+
+    assert oracle_gap_closed(static, oracle, oracle) == 1
+    assert oracle_gap_closed(static, static, oracle) == 0
+    order = generator(seed).permutation(samples)
+    assert oracle_gap_closed(static[:, order], dms[:, order], oracle[:, order]) == oracle_gap_closed(
+        static, dms, oracle
+    )
+
+
+# ---- which modality was corrupted
+
+
+@bounded
+@given(
+    own=st.lists(st.integers(0, 4), min_size=1, max_size=6), other=st.lists(st.integers(0, 4), min_size=1, max_size=6)
+)
+def test_modality_auroc_counts_pairs_with_ties_as_half(own, other):
+    pairs = [(a < b) + 0.5 * (a == b) for a in own for b in other]
+    weights, corrupted = np.array([*own, *other]) / 4, [True] * len(own) + [False] * len(other)
+
+    area = modality_auroc(weights, corrupted)
+
+    assert area == pytest.approx(statistics.mean(pairs))
+    assert modality_auroc(weights**3 + 5, corrupted) == pytest.approx(area)
+    assert modality_auroc(1 - weights, corrupted) == pytest.approx(1 - area)
+
+
+def test_modality_auroc_wants_both_cases():
+    with pytest.raises(ValueError, match="corrupted"):
+        modality_auroc([0.5, 0.6], [True, True])
+
+
+# ---- confidence
+
+
+def naive_risks(confidence, correct):
+    """Mean risks over all orders of equally confident answers."""
+    risks = []
+    for order in itertools.permutations(range(len(confidence))):
+        ranked = sorted(order, key=lambda i: -confidence[i])
+        errors = [1 - correct[i] for i in ranked]
+        risks.append([sum(errors[:k]) / k for k in range(1, len(errors) + 1)])
+    return np.mean(risks, axis=0)
+
+
+@bounded
+@given(answers=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 0.3, 1])), min_size=1, max_size=5))
+def test_risk_is_the_mean_over_orders_of_tied_answers(answers):
+    confidence, correct = zip(*answers, strict=True)
+
+    coverage, risk = risk_coverage(confidence, correct)
+
+    np.testing.assert_allclose(risk, naive_risks(confidence, correct), atol=1e-12)
+    np.testing.assert_allclose(coverage, np.arange(1, len(answers) + 1) / len(answers))
+    assert aurc(confidence, correct) == pytest.approx(risk.mean())
+    assert aurc(np.exp(confidence), correct) == pytest.approx(aurc(confidence, correct))
+
+
+def test_aurc_of_perfect_useless_and_inverted_confidence():
+    correct = [1, 1, 0, 0]
+
+    assert aurc([4, 3, 2, 1], correct) == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
+    assert aurc([1, 1, 1, 1], correct) == pytest.approx(0.5)
+    assert aurc([1, 2, 3, 4], correct) == pytest.approx((1 + 1 + 2 / 3 + 1 / 2) / 4)
+
+
+def naive_ece(confidence, correct, bins):
+    total = 0.0
+    for b in range(bins):
+        members = [i for i, p in enumerate(confidence) if b / bins < p <= (b + 1) / bins or (p == 0 and b == 0)]
+        if members:
+            gap = statistics.mean(correct[i] for i in members) - statistics.mean(confidence[i] for i in members)
+            total += len(members) / len(confidence) * abs(gap)
+    return total
+
+
+@bounded
+@given(
+    answers=st.lists(st.tuples(st.sampled_from([0, 0.25, 0.3, 0.5, 0.9, 1]), st.sampled_from([0, 1])), min_size=1),
+    bins=st.sampled_from([1, 2, 4, 15]),
+)
+def test_calibration_error_is_the_weighted_gap_of_the_bins(answers, bins):
+    confidence, correct = zip(*answers, strict=True)
+
+    error = expected_calibration_error(confidence, correct, bins)
+
+    assert error == pytest.approx(naive_ece(confidence, correct, bins))
+    assert 0 <= error <= 1
+    assert expected_calibration_error(confidence[::-1], correct[::-1], bins) == pytest.approx(error)
+
+
+def test_calibration_error_of_certain_and_calibrated_answers():
+    assert expected_calibration_error([1, 1, 0], [1, 1, 0]) == 0
+    assert expected_calibration_error([1, 1], [0, 0]) == 1
+    assert expected_calibration_error([0.75] * 4, [1, 1, 1, 0]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (([0.5, 1.2], [1, 0]), "confidence is outside"),
+        (([0.5, 0.2], [1, -1]), "correct is outside"),
+        (([0.5], [1], 0), "bins"),
+    ],
+)
+def test_calibration_error_wants_probabilities(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        expected_calibration_error(*arguments)
+
+
+# ---- intervals and significance
+
+
+def test_bootstrap_interval_holds_the_mean_and_narrows_with_samples():
+    values = (generator(0).random(100) < 0.7).astype(float)
+    low, high = bootstrap_interval(np.mean, values)
+    few_low, few_high = bootstrap_interval(np.mean, values[:20])
+
+    assert low < values.mean() < high
+    assert high - low < few_high - few_low
+
+
+def test_bootstrap_interval_agrees_with_scipy():
+    first, second = generator(0).normal(size=(2, 80))
+    low, high = bootstrap_interval(lambda a, b: np.corrcoef(a, b)[0, 1], first, second, resamples=4000)
+    expected = scipy.stats.bootstrap(
+        (first, second),
+        lambda a, b: np.corrcoef(a, b)[0, 1],
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=4000,
+        rng=1,
+    ).confidence_interval
+
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+def test_bootstrap_interval_leaves_out_resamples_without_a_value():
+    static, oracle = np.zeros((1, 20)), np.zeros((1, 20))
+    oracle[0, 0] = 1
+
+    assert bootstrap_interval(oracle_gap_closed, static, oracle, oracle) == (1, 1)
+    assert np.isnan(bootstrap_interval(oracle_gap_closed, static, static, static)).all()
+
+
+def test_paired_difference_sees_what_the_samples_share():
+    difficulty = generator(0).random(200)
+    first, second = difficulty + 0.05, difficulty
+
+    mean, low, high = paired_difference(first, second)
+
+    assert (mean, low, high) == pytest.approx((0.05,) * 3)
+    assert paired_difference(second, first).mean == pytest.approx(-0.05)
+    assert paired_difference(first, first) == (0, 0, 0)
+    # a sample's conditions stay together: copies of one condition add nothing to know
+    one, copies = difficulty.round(), np.stack([difficulty.round()] * 5)
+    assert paired_difference(copies, 0 * copies) == pytest.approx(paired_difference(one, 0 * one))
+
+
+def naive_mcnemar(first, second):
+    wins, losses = sum(a > b for a, b in zip(first, second, strict=True)), sum(np.less(first, second))
+    discordant = wins + losses
+    tail = sum(math.comb(discordant, i) for i in range(min(wins, losses) + 1)) / 2**discordant
+    return min(1, 2 * tail)
+
+
+@bounded
+@given(answers=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
+def test_mcnemar_is_the_two_sided_binomial_tail(answers):
+    first, second = zip(*answers, strict=True)
+
+    p = mcnemar(first, second)
+
+    assert p == pytest.approx(naive_mcnemar(first, second))
+    assert 0 < p <= 1
+    assert mcnemar(second, first) == pytest.approx(p)
+    assert mcnemar(first, first) == 1
+
+
+@pytest.mark.parametrize("scores", [[0, 0.5], [[0, 1]]])
+def test_mcnemar_wants_one_row_of_zeros_and_ones(scores):
+    with pytest.raises(ValueError, match="first and second"):
+        mcnemar(scores, scores)
+
+
+# ---- bad input of all array functions
+
+
+ARRAY_METRICS = {
+    "relative_drop": (relative_drop, ("clean", "corrupted")),
+    "multimodal_impact": (multimodal_impact, ("clean", "corrupted")),
+    "relative_robustness": (relative_robustness, ("clean", "corrupted")),
+    "mean_corruption_error": (mean_corruption_error, ("errors", "reference_errors")),
+    "oracle_gap_closed": (oracle_gap_closed, ("static", "dms", "oracle")),
+    "modality_auroc": (modality_auroc, ("weights", "corrupted")),
+    "risk_coverage": (risk_coverage, ("confidence", "correct")),
+    "aurc": (aurc, ("confidence", "correct")),
+    "expected_calibration_error": (expected_calibration_error, ("confidence", "correct")),
+    "paired_difference": (paired_difference, ("first", "second")),
+    "mcnemar": (mcnemar, ("first", "second")),
+    "bootstrap_interval": (
+        lambda first, second: bootstrap_interval(lambda a, b: (a - b).mean(), first, second),
+        ("first", "second"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARRAY_METRICS)
+@pytest.mark.parametrize("bad", [[], [0, math.nan], [0, math.inf], [0, -math.inf], [0, None], ["x", "y"]])
+def test_empty_and_not_finite_arrays_are_refused_by_name(name, bad):
+    metric, arguments = ARRAY_METRICS[name]
+    for i, argument in enumerate(arguments):
+        given_arrays = [[0.0, 1.0]] * len(arguments)
+        given_arrays[i] = bad
+        with pytest.raises(ValueError, match=rf"arrays\[{i}\]" if name == "bootstrap_interval" else argument):
+            metric(*given_arrays)
+
+
+@pytest.mark.parametrize("name", [name for name in ARRAY_METRICS if ARRAY_METRICS[name][1][0] != "clean"])
+def test_arrays_of_different_sizes_are_refused(name):
+    metric, arguments = ARRAY_METRICS[name]
+    with pytest.raises(ValueError, match=r"differ|samples"):
+        metric(*[[0.0, 1.0]] * (len(arguments) - 1), [0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("metric", [relative_drop, mean_corruption_error])
+def test_negative_scores_are_refused(metric):
+    with pytest.raises(ValueError, match="0 or more"):
+        metric([0.5], [-0.5])

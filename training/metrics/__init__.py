@@ -1,0 +1,1 @@
+"""Metrics: formulas as plain functions on numpy arrays and strings."""
