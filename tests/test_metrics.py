@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error, risk_coverage
+from modeling_dms.training.metrics.retrieval import recall_at_k, retrieval_recall
 from modeling_dms.training.metrics.robust import (
     bootstrap_interval,
     mcnemar,
@@ -30,6 +31,97 @@ seeds = st.integers(0, 2**31)
 
 def generator(seed):
     return np.random.default_rng(seed)
+
+
+# ---- retrieval
+
+
+def naive_recall(scores, own, k):
+    """Mean over all orders of the candidates, sorted stably by score."""
+    orders = list(itertools.permutations(range(len(scores))))
+    hits = [bool({*sorted(order, key=lambda j: -scores[j])[:k]} & {*own}) for order in orders]
+    return sum(hits) / len(hits)
+
+
+@bounded
+@given(
+    scores=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    k=st.integers(1, 6),
+    data=st.data(),
+)
+def test_recall_is_the_mean_over_orders_of_tied_candidates(scores, k, data):
+    own = data.draw(st.lists(st.integers(0, len(scores) - 1), min_size=1, max_size=3))
+
+    recall = recall_at_k([scores], [own], [k])
+
+    assert recall == pytest.approx(naive_recall(scores, own, k))
+
+
+@bounded
+@given(seed=seeds, images=st.integers(1, 6), captions=st.integers(1, 3))
+def test_recall_ignores_monotone_maps_and_the_order_of_images(seed, images, captions):
+    similarity = generator(seed).integers(-3, 3, (images, images * captions)).astype(float)
+    texts = [list(range(i * captions, (i + 1) * captions)) for i in range(images)]
+    recalls = retrieval_recall(similarity, texts)
+
+    assert retrieval_recall(np.exp(similarity) - 7, texts) == recalls
+    order = generator(seed + 1).permutation(images)
+    assert retrieval_recall(similarity[order], [texts[i] for i in order]) == pytest.approx(recalls)
+    for way in ("image_to_text", "text_to_image"):
+        values = [recalls[f"{way}_recall@{k}"] for k in (1, 5, 10)]
+        assert 0 <= values[0] <= values[1] <= values[2] <= 1
+
+
+def test_recall_of_a_constant_matrix_is_chance():
+    recalls = retrieval_recall(np.zeros((20, 40)), [[2 * i, 2 * i + 1] for i in range(20)])
+
+    assert recalls["text_to_image_recall@1"] == pytest.approx(1 / 20)
+    assert recalls["text_to_image_recall@5"] == pytest.approx(5 / 20)
+    assert recalls["image_to_text_recall@1"] == pytest.approx(2 / 40)
+    assert recalls["image_to_text_recall@10"] == pytest.approx(1 - 30 * 29 / (40 * 39))
+
+
+def test_recall_of_the_ground_truth_is_1_and_of_its_opposite_0():
+    matches = np.kron(np.eye(12), np.ones(5))
+    texts = [np.flatnonzero(row).tolist() for row in matches]
+
+    assert set(retrieval_recall(matches, texts).values()) == {1}
+    assert set(retrieval_recall(-matches, texts).values()) == {0}
+
+
+def test_fewer_candidates_than_k_and_distractors():
+    similarity = [[0.1, 0.9, 0.5], [0.2, 0.8, 0.1]]
+
+    # the second image and the texts 1 and 2 match nothing, and only get in the way
+    assert retrieval_recall(similarity, [[0], []], ks=(1, 2, 3)) == {
+        "image_to_text_recall@1": 0,
+        "image_to_text_recall@2": 0,
+        "image_to_text_recall@3": 1,
+        "text_to_image_recall@1": 0,
+        "text_to_image_recall@2": 1,
+        "text_to_image_recall@3": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("similarity", "texts", "ks", "named"),
+    [
+        ([], [], (1,), "similarity is empty"),
+        ([[0.0, math.nan]], [[0]], (1,), "similarity holds NaN"),
+        ([[0.0, math.inf]], [[0]], (1,), "similarity holds NaN"),
+        ([[0.0], [0.0, 1.0]], [[0], [1]], (1,), "similarity is no array"),
+        ([0.0, 1.0], [[0], [1]], (1,), "similarity has the shape"),
+        ([[0.0, 1.0]], [[0], [1]], (1,), "matches the length 2"),
+        ([[0.0, 1.0]], [[2]], (1,), r"matches\[0\]"),
+        ([[0.0, 1.0]], [[-1]], (1,), r"matches\[0\]"),
+        ([[0.0, 1.0]], [[]], (1,), "matches is empty"),
+        ([[0.0, 1.0]], [[0]], (0,), "ks"),
+        ([[0.0, 1.0]], [[0]], (), "ks"),
+    ],
+)
+def test_bad_similarities_are_refused(similarity, texts, ks, named):
+    with pytest.raises(ValueError, match=named):
+        retrieval_recall(similarity, texts, ks)
 
 
 # ---- drops and errors relative to something
