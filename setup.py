@@ -24,6 +24,7 @@ TRAIN = [
 DEV = [
     "build",
     "hypothesis>=6",
+    "pycocoevalcap>=1.2",
     "pyright>=1.1.400",
     "pytest>=8",
     "pytest-xdist>=3",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import statistics
 
 import numpy as np
@@ -10,6 +11,14 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_dms.training.metrics.captions import (
+    bleu,
+    caption_scores,
+    cider_d,
+    longest_common_subsequence,
+    rouge_l,
+    simple_tokenizer,
+)
 from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error, risk_coverage
 from modeling_dms.training.metrics.retrieval import recall_at_k, retrieval_recall
 from modeling_dms.training.metrics.robust import (
@@ -31,6 +40,184 @@ seeds = st.integers(0, 2**31)
 
 def generator(seed):
     return np.random.default_rng(seed)
+
+
+# ---- captions
+
+
+words = st.sampled_from("a b c d e".split())  # noqa: SIM905
+captions = st.lists(words, min_size=1, max_size=9)
+corpora = st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=3)), min_size=1, max_size=5)
+
+
+def official(candidates, references):
+    """The COCO tool's scores on the same tokens: CIDEr-D (n,), BLEU (4,), ROUGE-L (n,)."""
+    pytest.importorskip("pycocoevalcap")
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    result = {i: [" ".join(tokens)] for i, tokens in enumerate(candidates)}
+    wanted = {i: [" ".join(tokens) for tokens in own] for i, own in enumerate(references)}
+    return (
+        Cider().compute_score(wanted, result)[1],
+        Bleu(4).compute_score(wanted, result, verbose=0)[0],
+        Rouge().compute_score(wanted, result)[1],
+    )
+
+
+@pytest.mark.filterwarnings("ignore:CIDEr-D of one sample")
+@bounded
+@given(corpus=corpora)
+def test_caption_scores_equal_those_of_the_coco_tool(corpus):
+    candidates, references = zip(*corpus, strict=True)
+    for own, expected in zip(
+        (cider_d(candidates, references), bleu(candidates, references), rouge_l(candidates, references)),
+        official(candidates, references),
+        strict=True,
+    ):
+        np.testing.assert_allclose(own, expected, atol=1e-9)
+
+
+def test_long_captions_equal_those_of_the_coco_tool():
+    draw = random.Random(0)
+    vocabulary = [f"w{i}" for i in range(60)]
+    references = [[draw.choices(vocabulary, k=draw.randint(5, 15)) for _ in range(5)] for _ in range(40)]
+    # captions near one of their references, with some words replaced, and an empty one
+    candidates = [[draw.choice(vocabulary) if draw.random() < 0.2 else word for word in own[0]] for own in references]
+    candidates[3] = []
+
+    scores = cider_d(candidates, references), bleu(candidates, references), rouge_l(candidates, references)
+
+    assert scores[0].mean() > 1
+    assert scores[1][3] > 0.1
+    for own, expected in zip(scores, official(candidates, references), strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-9)
+
+
+def test_known_caption_scores():
+    cat, dog = "the cat sat on the mat".split(), "dogs run through green fields".split()  # noqa: SIM905
+    candidates, references = [cat, dog], [[cat], [dog]]
+
+    np.testing.assert_allclose(cider_d(candidates, references), [10, 10])
+    np.testing.assert_allclose(bleu(candidates, references), np.ones(4))
+    np.testing.assert_allclose(rouge_l(candidates, references), [1, 1])
+
+    # unigrams 5 of 6, bigrams 3 of 5, trigrams 1 of 4, no 4-gram; longest common subsequence 5 of 6
+    near = "the cat is on the mat".split()  # noqa: SIM905
+    first, second, third, fourth = bleu([near], [[cat]])
+    assert first == pytest.approx(5 / 6)
+    assert second == pytest.approx((5 / 6 * 3 / 5) ** (1 / 2))
+    assert third == pytest.approx((5 / 6 * 3 / 5 * 1 / 4) ** (1 / 3))
+    assert 0 < fourth < 1e-3
+    assert rouge_l([near], [[cat]]) == pytest.approx(5 / 6)
+
+    # half as long: brevity penalty exp(1 - 2); precision 1, recall 1/2
+    assert bleu([cat[:3]], [[cat]])[0] == pytest.approx(math.exp(-1))
+    assert rouge_l([cat[:3]], [[cat]]) == pytest.approx(2.44 * 0.5 / (0.5 + 1.44))
+
+
+def naive_lcs(first, second):
+    subsequences = itertools.chain.from_iterable(itertools.combinations(first, n) for n in range(len(first) + 1))
+
+    def within(part):
+        rest = iter(second)
+        return all(token in rest for token in part)
+
+    return max(len(part) for part in subsequences if within(part))
+
+
+@bounded
+@given(first=st.lists(words, max_size=7), second=st.lists(words, max_size=7))
+def test_longest_common_subsequence(first, second):
+    assert longest_common_subsequence(first, second) == naive_lcs(first, second)
+
+
+def naive_cider(candidates, references):
+    """CIDEr-D from dense vectors over all n-grams of the corpus."""
+
+    def grams(tokens, n):
+        return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+    scores = np.zeros((len(candidates), 4))
+    for n in range(1, 5):
+        known = sorted({g for own in [*references, candidates] for tokens in own for g in grams(tokens, n)})
+        df = np.array([sum(any(g in grams(tokens, n) for tokens in own) for own in references) for g in known])
+        idf = np.log(len(references) / np.maximum(df, 1))
+        for i, (candidate, own) in enumerate(zip(candidates, references, strict=True)):
+            c = np.array([grams(candidate, n).count(g) for g in known]) * idf
+            for reference in own:
+                r = np.array([grams(reference, n).count(g) for g in known]) * idf
+                norm = np.linalg.norm(c) * np.linalg.norm(r)
+                penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / 72)
+                scores[i, n - 1] += 10 * penalty * (np.minimum(c, r) @ r / norm if norm else 0) / len(own)
+    return scores.mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:CIDEr-D of one sample")
+@bounded
+@given(corpus=corpora, data=st.data())
+def test_cider_equals_its_definition_whatever_the_order_of_samples(corpus, data):
+    candidates, references = zip(*corpus, strict=True)
+    scores = cider_d(candidates, references)
+
+    np.testing.assert_allclose(scores, naive_cider(candidates, references), atol=1e-9)
+    assert (scores >= 0).all()
+    assert (scores <= 10 + 1e-9).all()
+    order = data.draw(st.permutations(range(len(corpus))))
+    shuffled = cider_d([candidates[i] for i in order], [references[i] for i in order])
+    np.testing.assert_allclose(shuffled, scores[list(order)])
+
+
+def test_cider_of_one_sample_is_0_with_a_warning():
+    with pytest.warns(UserWarning, match="one sample"):
+        assert caption_scores(["a cat"], [["a cat"]])["cider_d"] == 0
+
+
+def test_empty_captions_score_0():
+    for scores in (cider_d([[], ["a"]], [[["a"]], [["b"]]]), rouge_l([[], ["a"]], [[["a"]], [["b"]]])):
+        assert scores.tolist() == [0, 0]
+    assert bleu([[]], [[["a", "b"]]]).max() < 1e-6
+    assert bleu([[]], [[[]]]).max() < 1e-6
+    assert rouge_l([["a"], []], [[[]], [[]]]).tolist() == [0, 0]
+    assert caption_scores(["", "!"], [["a cat"], ["a dog", "?"]])["rouge_l"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A man's T-shirt, red.", ["a", "man", "s", "t", "shirt", "red"]),
+        ("Ein grüner Käse!", ["ein", "grüner", "käse"]),
+        ("cafe\u0301", ["café"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("一只猫。", ["一只猫"]),
+        ("a 🐈 + b", ["a", "🐈", "+", "b"]),
+        ("...", []),
+    ],
+)
+def test_tokenizer(text, tokens):
+    assert simple_tokenizer(text) == tokens
+
+
+def test_caption_scores_name_their_tokenizer():
+    texts, references = ["a cat", "Two dogs."], [["a cat"], ["two dogs"]]
+
+    scores = caption_scores(texts, references)
+
+    assert scores["tokenizer"] == "non-PTB tokenizer"
+    assert scores["bleu_2"] == pytest.approx(1)
+    assert scores["rouge_l"] == 1
+    given_tokens = caption_scores(texts, references, tokenizer=str.split)
+    assert given_tokens["tokenizer"] != scores["tokenizer"]
+    assert given_tokens["rouge_l"] == 0.5
+
+
+@pytest.mark.parametrize("metric", [cider_d, bleu, rouge_l])
+def test_token_lists_without_partner_are_refused(metric):
+    with pytest.raises(ValueError, match="empty"):
+        metric([], [])
+    with pytest.raises(ValueError, match=r"references\[0\]"):
+        metric([["a"]], [[]])
 
 
 # ---- retrieval
