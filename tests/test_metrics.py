@@ -32,6 +32,7 @@ from modeling_dms.training.metrics.robust import (
     relative_drop,
     relative_robustness,
 )
+from modeling_dms.training.metrics.vqa import answer_type, normalize_answer, vqa_accuracy, vqa_scores
 
 
 bounded = settings(max_examples=50, deadline=None, derandomize=True)
@@ -40,6 +41,185 @@ seeds = st.integers(0, 2**31)
 
 def generator(seed):
     return np.random.default_rng(seed)
+
+
+# ---- VQA accuracy
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("Yes", "yes"),
+        (" yes\n", "yes"),
+        ("yes.", "yes"),
+        ("the dog", "dog"),
+        ("A man and an apple", "man and apple"),
+        ("two", "2"),
+        ("None", "0"),
+        ("eleven", "eleven"),
+        ("two dogs", "2 dogs"),
+        # a mark that touches a space anywhere goes, others become a space
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("black, white", "black white"),
+        ("black,white", "black white"),
+        ("t-shirt", "t shirt"),
+        ("- t-shirt", "tshirt"),
+        ("(left)", "left"),
+        ("yes!", "yes"),
+        ("?", ""),
+        # a comma between digits glues everything
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),
+        # periods stay before digits only
+        ("3.5", "3.5"),
+        (".5", ".5"),
+        ("5.", "5"),
+        ("st. louis", "st louis"),
+        ("u.s.a", "usa"),
+        ("v1.x", "v1x"),
+        ("." * 33, "."),
+        # what is no punctuation to the official tool
+        ("10:30", "10:30"),
+        ("$5", "$5"),
+        ("50%", "50%"),
+        ("rock'n'roll", "rock'n'roll"),
+        # contractions
+        ("dont", "don't"),
+        ("dont know", "don't know"),
+        ("don't", "don't"),
+        ("Isnt", "isn't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("twas", "'twas"),
+        ("somebody'd", "somebodyd"),
+        ("ill", "ill"),
+        ("im", "im"),
+        ("a", ""),
+        ("Ünïcode…", "ünïcode…"),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_by_the_official_tool(answer, normal):
+    assert normalize_answer(answer) == normal
+
+
+def naive_vqa_score(answer, references):
+    subsets = list(itertools.combinations(references, len(references) - 1))
+    return sum(min(1, subset.count(answer) / 3) for subset in subsets) / len(subsets)
+
+
+@pytest.mark.parametrize("matches", range(11))
+def test_ten_annotators_are_left_out_one_by_one(matches):
+    references = ["cat"] * matches + ["dog"] * (10 - matches)
+
+    (score,) = vqa_scores(["cat"], [references])
+
+    assert score == pytest.approx(naive_vqa_score("cat", references))
+    # the usual table: 0, .3, .6, .9 and 1
+    assert score == pytest.approx(min(1, 0.3 * matches))
+
+
+@bounded
+@given(count=st.integers(4, 12), data=st.data())
+def test_vqa_scores_equal_the_naive_mean_whatever_the_order(count, data):
+    answers = st.sampled_from(["cat", "dog", "2"])
+    references = data.draw(st.lists(answers, min_size=count, max_size=count))
+    answer = data.draw(answers)
+
+    (score,) = vqa_scores([answer], [references])
+
+    assert score == pytest.approx(naive_vqa_score(answer, references))
+    assert 0 <= score <= 1
+    assert vqa_scores([answer], [data.draw(st.permutations(references))]) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("references", "score"),
+    [
+        (["cat"], 1),
+        (["dog"], 0),
+        (["cat"] * 2, 1),
+        (["cat", "dog"], 0.5),
+        (["cat"] * 3, 1),
+        (["cat", "dog", "dog"], 1 / 3),
+    ],
+)
+def test_fewer_than_four_annotators(references, score):
+    assert vqa_scores(["Cat."], [references]) == pytest.approx(score)
+
+
+def test_ten_unanimous_annotators_are_compared_as_written_unless_told_otherwise():
+    unanimous, divided = ["yes"] * 10, ["yes"] * 9 + ["no"]
+
+    assert vqa_scores(["Yes.", "yes ", "Yes."], [unanimous, unanimous, divided]).tolist() == [0, 1, 1]
+    assert vqa_scores(["Yes."], [unanimous], normalize_unanimous=True).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("Yes.", "yes/no"),
+        ("no", "yes/no"),
+        ("two", "number"),
+        ("1,000", "number"),
+        ("3.5", "number"),
+        ("none", "number"),
+        ("red", "other"),
+        ("yes it is", "other"),
+        ("2 dogs", "other"),
+        ("²", "other"),
+        ("nan", "other"),
+        ("", "other"),
+    ],
+)
+def test_answer_types(answer, kind):
+    assert answer_type(answer) == kind
+
+
+def test_accuracy_by_given_and_inferred_types():
+    predictions, references = ["yes", "2", "red", "blue"], [["yes"], ["3"], ["red"], ["red"]]
+
+    inferred = vqa_accuracy(predictions, references)
+    given_types = vqa_accuracy(predictions, references, answer_types=["yes/no", "other", "other", "other"])
+
+    assert inferred == {
+        "vqa_accuracy": 0.5,
+        "vqa_accuracy_yes/no": 1,
+        "vqa_accuracy_number": 0,
+        "vqa_accuracy_other": 0.5,
+    }
+    assert given_types == {
+        "vqa_accuracy": 0.5,
+        "vqa_accuracy_yes/no": 1,
+        "vqa_accuracy_other": pytest.approx(1 / 3),
+    }
+
+
+def test_empty_and_huge_answers_have_a_score():
+    assert vqa_scores(["", "", "猫" * 100_000], [["cat"], ["a"], ["猫"]]).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("metric", [vqa_accuracy, caption_scores])
+@pytest.mark.parametrize(
+    ("predictions", "references", "named"),
+    [
+        ([], [], "predictions is empty"),
+        (["a"], [], "1 predictions but 0 references"),
+        (["a", "b"], [["a"], []], r"references\[1\] is empty"),
+        (["a", None], [["a"], ["b"]], r"predictions\[1\] is None"),
+        (["a"], ["abc"], r"references\[0\] is 'abc'"),
+        (["a"], [["a", 1]], r"references\[0\]"),
+    ],
+)
+def test_texts_without_partner_are_refused(metric, predictions, references, named):
+    with pytest.raises(ValueError, match=named):
+        metric(predictions, references)
+
+
+def test_a_type_for_every_answer():
+    with pytest.raises(ValueError, match="answer_types"):
+        vqa_accuracy(["a"], [["a"]], answer_types=[])
 
 
 # ---- captions
