@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10", "scipy>=1.13"]
+EVAL = ["evaluate>=0.4.6", *DEMO]
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4",
@@ -32,6 +33,7 @@ DEV = [
     "setuptools>=77",
     "trl>=1",
     "wheel",
+    *EVAL,
     *TRAIN,
 ]
 
@@ -55,7 +57,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": DEMO, "eval": DEMO, "train": TRAIN, "dev": DEV},
+    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "dev": DEV},
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",
@@ -69,6 +71,10 @@ setup(
         "modeling_dms.training.corruptions",
         "modeling_dms.training.data",
         "modeling_dms.training.metrics",
+        "modeling_dms.training.metrics.cider",
+        "modeling_dms.training.metrics.retrieval_recall",
+        "modeling_dms.training.metrics.robustness",
+        "modeling_dms.training.metrics.vqa_accuracy",
     ],
     package_data={
         "modeling_dms": ["py.typed"],

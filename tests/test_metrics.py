@@ -1,16 +1,20 @@
 """Metrics against naive definitions and the official scorers, their identities and symmetries, and bad input."""
 
 import itertools
+import json
 import math
 import random
 import statistics
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_dms.training import metrics
 from modeling_dms.training.metrics.captions import (
     bleu,
     caption_scores,
@@ -35,6 +39,7 @@ from modeling_dms.training.metrics.robust import (
 from modeling_dms.training.metrics.vqa import answer_type, normalize_answer, vqa_accuracy, vqa_scores
 
 
+FOLDER = Path(metrics.__file__).parent
 bounded = settings(max_examples=50, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 
@@ -770,3 +775,113 @@ def test_arrays_of_different_sizes_are_refused(name):
 def test_negative_scores_are_refused(metric):
     with pytest.raises(ValueError, match="0 or more"):
         metric([0.5], [-0.5])
+
+
+# ---- as modules of `evaluate`
+
+
+SIMILARITY, TEXTS = [[0.9, 0.1, 0.4], [0.2, 0.8, 0.3]], [[0], [1, 2]]
+SCORES = {
+    "predictions": [[1, 1, 1, 0], [1, 0, 1, 1]],
+    "references": [[1, 0, 0, 0], [1, 0, 1, 1]],
+    "clean": [1, 1, 1, 1],
+    "oracle": [[1, 1, 1, 1], [1, 1, 1, 1]],
+    "confidences": [[0.9, 0.8, 0.9, 0.2], [0.7, 0.3, 0.9, 0.6]],
+    "weights": [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 0.6, 0.3]],
+    "corrupted": [True, False],
+}
+MODULES = {
+    "vqa_accuracy": (metrics.VQAAccuracy, {"predictions": ["Yes", "2"], "references": [["yes"], ["two", "3"]]}),
+    "cider": (metrics.CaptionScores, {"predictions": ["a cat", "dogs"], "references": [["a cat"], ["two dogs"]]}),
+    "retrieval_recall": (metrics.RetrievalRecall, {"predictions": SIMILARITY, "references": TEXTS, "ks": (1, 2)}),
+    "robustness": (metrics.Robustness, SCORES),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_load_by_path_and_as_a_class(name, tmp_path):
+    metric, inputs = MODULES[name]
+    options = {key: value for key, value in inputs.items() if key not in ("predictions", "references")}
+
+    loaded, direct = evaluate.load(str(FOLDER / name), cache_dir=tmp_path), metric(cache_dir=tmp_path)
+
+    result = loaded.compute(**inputs)
+    assert direct.compute(**inputs) == result
+    for prediction, reference in zip(inputs["predictions"], inputs["references"], strict=True):
+        direct.add(prediction=prediction, reference=reference)
+    assert direct.compute(**options) == result
+    assert json.loads(json.dumps(result)).keys() == result.keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_refuse_empty_data_and_work_on(name, tmp_path):
+    metric, inputs = MODULES[name]
+    instance = metric(cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="empty"):
+        instance.compute(predictions=[], references=[])
+
+    assert instance.compute(**inputs)
+
+
+def test_modules_return_what_the_functions_do(tmp_path):
+    vqa, cider, retrieval, _ = (metric(cache_dir=tmp_path).compute(**inputs) for metric, inputs in MODULES.values())
+
+    assert vqa == vqa_accuracy(["Yes", "2"], [["yes"], ["two", "3"]])
+    assert cider == caption_scores(["a cat", "dogs"], [["a cat"], ["two dogs"]])
+    assert retrieval == retrieval_recall(SIMILARITY, TEXTS, ks=(1, 2))
+
+
+def test_robustness_gathers_its_figures(tmp_path):
+    scores, others, oracle = (np.array(SCORES[key]) for key in ("predictions", "references", "oracle"))
+
+    result = metrics.Robustness(cache_dir=tmp_path).compute(**SCORES)
+
+    assert result["score"] == 0.75
+    assert result["reference_score"] == 0.5
+    assert result["difference"] == 0.25
+    assert result["difference_interval"] == paired_difference(scores, others)[1:]
+    assert result["mcnemar_p"] == [mcnemar(*pair) for pair in zip(scores, others, strict=True)]
+    assert result["mean_corruption_error"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result["multimodal_impact"] == 0.25
+    assert result["relative_robustness"] == 0.75
+    assert result["oracle_gap_closed"] == 0.5
+    assert result["oracle_gap_closed_interval"] == bootstrap_interval(oracle_gap_closed, others, scores, oracle)
+    assert result["aurc"] == aurc(SCORES["confidences"], scores)
+    assert result["expected_calibration_error"] == expected_calibration_error(SCORES["confidences"], scores)
+    assert result["modality_auroc"] == pytest.approx(14.5 / 16)
+
+
+def test_robustness_without_options_and_with_partial_scores(tmp_path):
+    result = metrics.Robustness(cache_dir=tmp_path).compute(predictions=[[0.3, 1]], references=[[0.6, 1]])
+
+    assert result.keys() == {
+        "score",
+        "reference_score",
+        "difference",
+        "difference_interval",
+        "mean_corruption_error",
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"predictions": [[1, math.nan], [0, 1]]}, "predictions"),
+        ({"predictions": [[1, 2, 0, 0]] * 2}, "predictions"),
+        ({"predictions": [[1, 0], [0, 1]]}, "shapes differ"),
+        ({"clean": [math.nan]}, "clean"),
+        ({"oracle": [[1, 1, 1, 1]]}, "oracle"),
+        ({"confidences": [[0.9, 0.8, 0.9, math.inf], [0.7, 0.3, 0.9, 0.6]]}, "confidence"),
+        ({"corrupted": [True]}, "corrupted"),
+        ({"corrupted": None}, "corrupted"),
+        ({"oracle": [[1, 1, 1, 1], [1]]}, "oracle"),
+    ],
+)
+def test_robustness_names_what_is_wrong(wrong, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        metrics.Robustness(cache_dir=tmp_path).compute(**{**SCORES, **wrong})
+
+
+def test_unknown_names_of_the_package():
+    with pytest.raises(AttributeError, match="Accuracy"):
+        metrics.Accuracy  # noqa: B018
