@@ -72,8 +72,8 @@ class Cell:
         method, condition, seed: which.
         metrics: by name, (n,) each; `score` is the task's main one.
         weights: (n, M), `None` for a method without.
-        seconds: for deciding and answering, of all processes together; the encoding of images is shared by all methods
-            and not counted.
+        seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
+            methods, and counted for each.
     """
 
     method: str
@@ -138,12 +138,14 @@ def run_condition(
             continue
         batch = task.collate(corrupted[start : start + batch_size])
         batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        began = time.perf_counter()
         batch = with_images_encoded(model, batch)
+        encoding = time.perf_counter() - began
         for method in chosen:
             began = time.perf_counter()
             decision = method.decide(model, batch)
             answers = task.answer(method, model, batch, decision)
-            seconds = time.perf_counter() - began
+            seconds = encoding + time.perf_counter() - began
             weights = method.weights(decision)
             own.append((number, method.name, answers, None if weights is None else weights.tolist(), seconds))
     rows = sorted(gather_object(own), key=lambda row: row[0])

@@ -1,5 +1,6 @@
 """Numbers, tables and pictures of an evaluation."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,21 @@ from modeling_dms.training.metrics.robust import (
 
 
 STATIC = "static"
-METHOD_COLORS = ("#3b6fb6", "#d98324", "#4f9d69", "#a24a78", "#7a6fc4", "#5b5b5b", "#c0392b", "#16a0a0")
+# no two alike, static and the first DMS method first
+METHOD_COLORS = (
+    "#3b6fb6",
+    "#d98324",
+    "#4f9d69",
+    "#a24a78",
+    "#7a6fc4",
+    "#5b5b5b",
+    "#c0392b",
+    "#16a0a0",
+    "#b8a12f",
+    "#8c564b",
+    "#e377c2",
+    "#111111",
+)
 
 
 class Results:
@@ -54,11 +69,17 @@ def is_unseen(condition: Condition) -> bool:
     return condition.group.startswith("unseen")
 
 
+def _is_in(group: str, condition: Condition) -> bool:
+    return condition.group == group
+
+
 def summarize(cells: Sequence[Cell]) -> dict[str, Any]:
     """Every number of the report, as plain Python values."""
     results = Results(cells)
-    groups = {group: (lambda c, group=group: c.group == group) for group in results.groups}
-    if sum(map(is_unseen, results.conditions)) and sum(group.startswith("unseen") for group in groups) > 1:
+    groups: dict[str, Callable[[Condition], bool]] = {
+        group: functools.partial(_is_in, group) for group in results.groups
+    }
+    if sum(group.startswith("unseen") for group in groups) > 1:
         groups["unseen"] = is_unseen
     rows = [
         row
@@ -138,17 +159,20 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
         "mce": mean_corruption_error(errors(method), errors(STATIC)) if errors(STATIC).all() else None,
         "modality_auroc": None,
     }
-    damaged = [c for c in results.chosen(method, lambda c: c.damaged is not None) if c.weights is not None]
-    sides = {cell.condition.damaged for cell in damaged}
-    if len(sides) > 1:
-        vision = np.concatenate([cell.weights[:, 0] for cell in damaged])
-        own = np.concatenate([np.full(len(cell.weights), cell.condition.damaged == 0) for cell in damaged])
-        row["modality_auroc"] = modality_auroc(vision, own)
+    damaged = results.chosen(method, lambda c: c.damaged is not None)
+    sides = [
+        [cell.weights[:, 0] for cell in damaged if cell.weights is not None and cell.condition.damaged == side]
+        for side in (0, 1)
+    ]
+    if all(sides):
+        vision = [np.concatenate(parts) for parts in sides]
+        own = np.repeat([True, False], [len(part) for part in vision])
+        row["modality_auroc"] = modality_auroc(np.concatenate(vision), own)
     return row
 
 
 def _costs(results: Results) -> list[dict[str, Any]]:
-    """Milliseconds a sample, the encoding of images left out, and the ratio to static on the same conditions."""
+    """Milliseconds a sample, and the ratio to static on the same conditions."""
     rows = []
     for method in results.methods:
         own = results.chosen(method, lambda c: True)
@@ -226,7 +250,7 @@ def render(results: dict[str, Any]) -> str:
         parts.append(f"## Robustness on unseen corruptions\n\n{_table(head, body)}")
     body = [[row["method"], _number(row["milliseconds"], 2), _number(row["ratio"], 2)] for row in numbers["cost"]]
     parts.append(
-        "## Cost\n\nDeciding and answering, the encoding of images apart.\n\n"
+        "## Cost\n\nEncoding, deciding and answering, in batches; measured beside each other in this run.\n\n"
         + _table(("method", "ms a sample", "of static"), body)
     )
     means = _condition_means(numbers["conditions"])
@@ -322,6 +346,7 @@ def draw(results: dict[str, Any], cells: Sequence[Cell], out: Path, methods: Seq
         figure.savefig(out / file, dpi=110, bbox_inches="tight")
         pyplot.close(figure)
         written.append(out / file)
+    methods = methods[:2]  # more lines than these hide each other
     scored = [cell for cell in cells if "confidence" in cell.metrics and cell.method in methods]
     if scored:
         figure, axis = pyplot.subplots(figsize=(4.6, 4.2), layout="constrained")
