@@ -123,7 +123,9 @@ def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Runs the whole evaluation; returns and writes `results.json`, `report.md` and the pictures."""
-    began, state = time.time(), PartialState()
+    began = time.time()
+    # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
     model, processor = load(config.model)
     model = model.eval().to(state.device)
     conditions = conditions_of(config)
