@@ -116,6 +116,20 @@ def evaluate(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
+    out: Annotated[Path, typer.Option(help="Markdown file, in a folder above those.")],
+) -> None:
+    """Writes one document from several evaluations."""
+    from modeling_dms.training.report import combine
+
+    try:
+        combine(folders, out)
+    except (ValueError, OSError) as error:
+        raise _failed(error) from error
+
+
+@app.command()
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,

@@ -1,6 +1,7 @@
 """Numbers, tables and pictures of an evaluation."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from modeling_dms.training.metrics.robust import (
 
 
 STATIC = "static"
+DMS = ("rule", "own", "learned")  # the first one that was run is compared with all others
 # no two alike, static and the first DMS method first
 METHOD_COLORS = (
     "#3b6fb6",
@@ -92,6 +94,22 @@ def summarize(cells: Sequence[Cell]) -> dict[str, Any]:
         "conditions": [_condition_row(cell) for cell in results.cells],
         "robustness": [row for method in results.methods if (row := _robustness_row(results, method)) is not None],
         "cost": _costs(results),
+        "against": _against(results),
+    }
+
+
+def _against(results: Results) -> dict[str, Any] | None:
+    """DMS minus every other method on all unseen conditions together, and the change on clean samples."""
+    dms = next((name for name in DMS if name in results.methods), None)
+    if dms is None or not results.chosen(dms, is_unseen):
+        return None
+    own = results.array(dms, is_unseen)
+    others = [m for m in results.methods if m != dms and m != ORACLE and results.chosen(m, is_unseen)]
+    clean = functools.partial(_is_in, "clean")
+    return {
+        "dms": dms,
+        "minus": {m: tuple(paired_difference(own, results.array(m, is_unseen))) for m in others},
+        "clean": tuple(paired_difference(results.array(dms, clean), results.array(STATIC, clean))),
     }
 
 
@@ -241,6 +259,16 @@ def render(results: dict[str, Any]) -> str:
             )
         head = ("method", run["metric"], "- static, points", "gap closed", "AURC", "ECE")
         parts.append(f"## {group}: {rows[0]['conditions']} condition(s)\n\n{_table(head, body)}")
+    if numbers["against"] is not None:
+        dms, minus, clean = (numbers["against"][name] for name in ("dms", "minus", "clean"))
+        better = [name for name, (mean, _, _) in minus.items() if mean > 0]
+        clear = [name for name in better if minus[name][1] > 0]
+        parts.append(
+            f"## `{dms}` against the others, all unseen corruptions\n\n"
+            f"More accurate than {len(better)} of {len(minus)} methods, than {len(clear)} of them with an interval "
+            f"above 0; on clean samples {_points(clean)} points against static.\n\n"
+            + _table(("method", f"`{dms}` - method, points"), [[name, _points(of)] for name, of in minus.items()])
+        )
     if numbers["robustness"]:
         body = [
             [row["method"], *(_number(row[n]) for n in ("mmi", "relative_robustness", "mce", "modality_auroc"))]
@@ -266,6 +294,21 @@ def render(results: dict[str, Any]) -> str:
     ]
     parts.append(f"## Conditions\n\n{_table(('corrupted', 'group', 'severity', *methods), body)}")
     return "\n\n".join(parts) + "\n"
+
+
+def combine(folders: Sequence[Path], out: Path) -> None:
+    """One document from the `results.json` of several evaluations, with their pictures.
+
+    Args:
+        folders: inside of the document's folder.
+    """
+    parts = ["# Results", "Written by `make results` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        parts.append(render(results).replace("\n#", "\n##").replace("# ", "## ", 1).strip())
+        pictures = sorted(folder.glob("*.png"))
+        parts += [f"![{picture.stem}]({picture.relative_to(out.parent).as_posix()})" for picture in pictures]
+    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
