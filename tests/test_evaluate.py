@@ -15,8 +15,9 @@ from modeling_dms.training import grid
 from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import EvaluationConfig, conditions_of, evaluate, one_per_image
-from modeling_dms.training.grid import ORACLE, Cell, Condition, readable, run_condition, run_grid
+from modeling_dms.training.grid import ORACLE, Cell, Condition, run_condition, run_grid
 from modeling_dms.training.loading import load
 from modeling_dms.training.methods import Fixed, Method, Scheduled
 from modeling_dms.training.report import Results, render, summarize
@@ -99,10 +100,11 @@ def test_unreadable_samples_are_named(vqa, tmp_path):
     samples = vqa[2]
     (tmp_path / "broken.png").write_bytes(b"no image")
     broken = samples[0].replace(id="broken", image=tmp_path / "broken.png")
-    good, failed = readable([*samples[:3], broken])
+    good, failed = split_readable([*samples[:3], broken, broken.replace(id="too")], show_progress=False)
     assert good == samples[:3]
-    assert list(failed) == ["broken"]
-    assert "broken" in failed["broken"]
+    assert list(failed) == ["broken", "too"]
+    assert "'broken'" in failed["broken"]
+    assert "'too'" in failed["too"]
 
 
 # ---- kept and resumed

@@ -19,7 +19,8 @@ from modeling_dms.training.baselines import make_methods
 from modeling_dms.training.corruptions import CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
-from modeling_dms.training.grid import Cell, Condition, readable, run_grid
+from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.grid import Cell, Condition, run_grid
 from modeling_dms.training.loading import load
 from modeling_dms.training.methods import Method
 from modeling_dms.training.report import draw, render, summarize
@@ -130,7 +131,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     model = model.eval().to(state.device)
     conditions = conditions_of(config)
     train, test = load_samples(config.data, "train"), load_samples(config.data, config.split)
-    test, failed = readable(test)
+    test, failed = split_readable(test, state.is_local_main_process)
     if not test:
         raise ValueError(f"none of the samples of {config.data!r} can be read")
     needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)

@@ -84,19 +84,6 @@ class Cell:
     seconds: float
 
 
-def readable(samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
-    """The samples whose image can be read, and the errors of the others by id."""
-    good, failed = [], {}
-    for sample in samples:
-        try:
-            sample.load_image()
-        except ValueError as error:
-            failed[sample.id] = str(error)
-        else:
-            good.append(sample)
-    return good, failed
-
-
 def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
     """The batch with its images encoded once for all methods."""
     if batch.get("pixel_values") is None or not hasattr(model, "generate"):
