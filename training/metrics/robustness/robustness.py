@@ -77,7 +77,7 @@ class Robustness(evaluate.Metric):
         if confidences is not None:
             result["aurc"] = confidence.aurc(confidences, scores)
             result["expected_calibration_error"] = confidence.expected_calibration_error(confidences, scores)
-        if corrupted is not None:
+        if corrupted is not None and weights is not None:
             (flags,) = checks.finite(corrupted=corrupted)
             by_sample = np.repeat(flags.reshape(-1, 1), scores.shape[1], axis=1)
             result["modality_auroc"] = robust.modality_auroc(weights, by_sample)
