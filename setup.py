@@ -9,7 +9,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
-EVAL = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10"]
+DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10", "scipy>=1.13"]
+EVAL = ["evaluate>=0.4.6", *DEMO]
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4",
@@ -19,11 +20,12 @@ TRAIN = [
     "peft>=0.20",
     "resvg-py>=0.5",
     "pyyaml>=6",
-    *EVAL,
+    *DEMO,
 ]
 DEV = [
     "build",
     "hypothesis>=6",
+    "pycocoevalcap>=1.2",
     "pyright>=1.1.400",
     "pytest>=8",
     "pytest-xdist>=3",
@@ -31,6 +33,7 @@ DEV = [
     "setuptools>=77",
     "trl>=1",
     "wheel",
+    *EVAL,
     *TRAIN,
 ]
 
@@ -54,7 +57,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": EVAL, "eval": EVAL, "train": TRAIN, "dev": DEV},
+    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "dev": DEV},
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",
@@ -67,6 +70,11 @@ setup(
         "modeling_dms.training",
         "modeling_dms.training.corruptions",
         "modeling_dms.training.data",
+        "modeling_dms.training.metrics",
+        "modeling_dms.training.metrics.cider",
+        "modeling_dms.training.metrics.retrieval_recall",
+        "modeling_dms.training.metrics.robustness",
+        "modeling_dms.training.metrics.vqa_accuracy",
     ],
     package_data={
         "modeling_dms": ["py.typed"],

@@ -22,7 +22,8 @@ from modeling_dms.training.demo import (
     load_demo_model,
     one_per_image,
 )
-from modeling_dms.training.evaluation import answer_tokens, oracle_gap_closed, predict
+from modeling_dms.training.evaluation import answer_tokens, predict
+from modeling_dms.training.metrics.robust import oracle_gap_closed
 
 
 CHOICES = (

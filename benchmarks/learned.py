@@ -25,8 +25,9 @@ from modeling_dms.training.demo import (
     corrupted,
     one_per_image,
 )
-from modeling_dms.training.evaluation import answer_tokens, bootstrap_interval, oracle_gap_closed, predict
+from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.loading import load
+from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
 from modeling_dms.typicality import auroc
 
 

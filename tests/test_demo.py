@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from modeling_dms.training import demo
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CALIBRATION_FAMILIES, family_of
 from modeling_dms.training.data import Sample, load_easy_vqa
-from modeling_dms.training.evaluation import answer_tokens, bootstrap_interval, oracle_gap_closed, predict
+from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.pretrain_demo import TRAINING_CORRUPTIONS
 
 
@@ -30,25 +29,6 @@ def samples():
 def calibrated(request):
     model, collator = demo.load_demo_model(request.param)
     return request.param, model, collator, demo.calibrate_demo(model, collator, 100, show_progress=False)
-
-
-def test_gap_closed_is_pooled():
-    static, oracle = np.array([[0.0, 1, 1, 0], [1, 1, 1, 1]]), np.array([[1.0, 1, 1, 1], [1, 1, 1, 1]])
-    assert oracle_gap_closed(static, oracle, oracle) == 1
-    assert oracle_gap_closed(static, static, oracle) == 0
-    half = np.array([[1.0, 1, 1, 0], [1, 1, 1, 1]])
-    assert oracle_gap_closed(static, half, oracle) == 0.5
-    worse = np.array([[1.0, 1, 1, 1], [0, 1, 1, 1]])
-    assert oracle_gap_closed(static, worse, oracle) == 0.5
-    assert np.isnan(oracle_gap_closed(oracle, oracle, oracle))
-
-
-def test_bootstrap_interval_holds_the_mean_and_narrows_with_samples():
-    values = (np.random.default_rng(0).random(100) < 0.7).astype(float)
-    low, high = bootstrap_interval(lambda a: a.mean(), values)
-    assert low < values.mean() < high
-    wide, narrow = bootstrap_interval(lambda a: a.mean(), values[:20]), bootstrap_interval(lambda a: a.mean(), values)
-    assert narrow[1] - narrow[0] < wide[1] - wide[0]
 
 
 def test_unseen_means_of_a_family_that_neither_training_nor_calibration_saw():

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import evaluate
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -173,6 +174,7 @@ for name, way in ways.items():
             import modeling_dms
             facts["new"] = sorted({m.partition(".")[0] for m in sys.modules} - before - set(sys.stdlib_module_names))
             import modeling_dms.configuration, modeling_dms.training, modeling_dms.training.data
+            from modeling_dms.training.metrics import captions, confidence, retrieval, robust, vqa
             facts["files"] = [
                 m.__file__ for m in (modeling_dms, modeling_dms.configuration, modeling_dms.training)
             ]
@@ -239,6 +241,12 @@ def test_ways_to_import(ways, way, origin):
     for path in facts["files"]:
         assert Path(path).resolve().is_relative_to(origins[origin].resolve()), path
     assert facts["same"]
+
+
+@pytest.mark.parametrize("name", ["cider", "retrieval_recall", "robustness", "vqa_accuracy"])
+def test_metrics_of_an_installed_wheel_load_by_path(ways, name, tmp_path):
+    folder = ways[1]["wheel"] / "modeling_dms/training/metrics" / name
+    assert evaluate.load(str(folder), cache_dir=tmp_path).features
 
 
 def dependencies(*names):

@@ -19,13 +19,9 @@ from modeling_dms import __version__
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
-from modeling_dms.training.evaluation import (
-    answer_tokens,
-    bootstrap_interval,
-    oracle_gap_closed,
-    predict,
-)
+from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.loading import CHECKPOINTS, load
+from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
 from modeling_dms.typicality import auroc
 
 

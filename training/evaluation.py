@@ -1,4 +1,4 @@
-"""Answers, weights and signals of a model over samples, and the figures of merit made from them."""
+"""Answers, weights and signals of a model over samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,30 +78,3 @@ def predict(
         tokens = torch.cat([out.logits[:, -1].argmax(-1) for out in row])
         predictions.append(Prediction(tokens, torch.cat([out.modality_weights for out in row]), signals))
     return predictions
-
-
-def oracle_gap_closed(static: np.ndarray, dms: np.ndarray, oracle: np.ndarray) -> float:
-    """Pooled share of the oracle's gain: sum(DMS - static) / sum(oracle - static), over conditions and samples.
-
-    Pooled, because where static is already good a single condition's gap is noise. NaN where there is no gap.
-
-    Args:
-        static, dms, oracle: (conditions, n), 1 where the answer is right.
-    """
-    gap = (oracle - static).sum()
-    return float((dms - static).sum() / gap) if gap > 0 else float("nan")
-
-
-def bootstrap_interval(
-    statistic, *arrays: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval over samples (the last axis), the same resample for all arrays.
-
-    Args:
-        statistic: arrays -> number.
-    """
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(0, arrays[0].shape[-1], (resamples, arrays[0].shape[-1]))
-    values = np.array([statistic(*(array[..., draw] for array in arrays)) for draw in draws])
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""CIDEr-D, BLEU and ROUGE-L as a module of `evaluate`."""

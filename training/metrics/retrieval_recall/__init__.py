@@ -1,0 +1,1 @@
+"""Image-text retrieval recall as a module of `evaluate`."""

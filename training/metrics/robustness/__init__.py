@@ -1,0 +1,1 @@
+"""Robustness to corruption as a module of `evaluate`."""

@@ -1,0 +1,1 @@
+"""VQA accuracy as a module of `evaluate`."""
