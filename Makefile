@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo docs test lint build benchmark clean
+.PHONY: demo docs results test lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,19 @@ demo: $(BIN)/dms
 
 docs: $(BIN)/dms
 	$(BIN)/dms demo --samples 880 --write-docs .
+
+# seen and unseen corruptions of the demo, all baselines, three seeds
+KINDS = image:color_cast,image:glitch,image:fog,image:low_contrast,image:invert,image:pixelate,image:solarize,image:dark,\
+image:jpeg,image:jigsaw,text:typos,text:scramble,image:noise,image:blur,image:occlusion,image:stripes,image:missing,\
+text:random_words,text:missing,image:mismatch,text:mismatch
+RESULTS = docs/results/demo-llava docs/results/demo-blip2
+
+results: $(BIN)/dms
+	for folder in $(RESULTS); do \
+		$(BIN)/dms evaluate --model $$(basename $$folder) --out $$folder --kinds "$(KINDS)" --samples 200 --methods all \
+			--resume || exit 1; \
+	done
+	$(BIN)/dms report $(RESULTS) --out docs/results.md
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

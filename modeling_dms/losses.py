@@ -63,8 +63,8 @@ def contrastive_loss(h: Tensor, modality_mask: Tensor, temperature: float = 0.07
                 continue
             logits = unit[both, first] @ unit[both, second].T / temperature
             target = torch.arange(len(logits), device=logits.device)
-            both_ways = [F.cross_entropy(scores, target, reduction="none") for scores in (logits, logits.T)]
-            total = total.index_put((both.nonzero()[:, 0],), sum(both_ways) / 2, accumulate=True)
+            both_ways = torch.stack([F.cross_entropy(one, target, reduction="none") for one in (logits, logits.T)])
+            total = total.index_put((both.nonzero()[:, 0],), both_ways.mean(0), accumulate=True)
     return total / math.comb(h.shape[1], 2)
 
 

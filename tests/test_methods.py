@@ -530,10 +530,10 @@ def test_an_encoder_decoder_has_no_last_token_to_scale():
 
 
 def test_search_takes_the_first_of_the_best():
-    choices = [{"vision": v} for v in (0.5, 0.2, 0.4)]
-    assert search(Fixed(), choices, lambda method: 1.0) == Fixed(vision=0.5)
-    assert search(Fixed(), choices, lambda method: method.vision < 0.5) == Fixed(vision=0.2)
-    assert search(Fixed("other"), choices, lambda method: -method.vision) == Fixed("other", 0.2)
+    candidates = [Fixed(vision=vision) for vision in (0.5, 0.2, 0.4)]
+    assert search(candidates, lambda method: 1.0) is candidates[0]
+    assert search(candidates, lambda method: method.vision < 0.5) is candidates[1]
+    assert search(candidates, lambda method: -method.vision) is candidates[1]
 
 
 @pytest.mark.parametrize("method", [ContrastiveDecoding(), AdaptVis(), Fixed()], ids=names)

@@ -215,10 +215,8 @@ def test_similarity_is_the_mean_log_likelihood(loaded, samples, method):
 
 
 def test_the_context_names_the_text(loaded):
-    """Static weights find the color that image and context show; a decision against both modalities' sum is no one's.
-
-    The demo's models know one-word answers alone, so these are the texts.
-    """
+    """With image and context the text is found, with another context alone it is not. The demo's models know one-word
+    answers, so these are the texts."""
     model, processor = loaded
     by_color = {}
     for sample in load_easy_vqa("test"):

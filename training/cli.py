@@ -57,6 +57,78 @@ def train(
         raise _failed(error) from error
 
 
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and pictures.")],
+    task: Annotated[str, typer.Option(help="vqa (ranks answers) or vqa-generate.")] = "vqa",
+    data: Annotated[str, typer.Option(help="As for `train`.")] = "easy-vqa",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    corruptions: Annotated[
+        str, typer.Option(help="Groups (seen, unseen, mismatch) or names such as image:fog, separated by commas.")
+    ] = "seen,unseen,mismatch",
+    kinds: Annotated[str | None, typer.Option(help="Only these kinds of the groups, separated by commas.")] = None,
+    severities: Annotated[str, typer.Option(help="1 (mild) to 5 (strong), separated by commas.")] = "3,5",
+    seeds: Annotated[int, typer.Option(help="Draws of corruptions and questions.")] = 3,
+    samples: Annotated[int, typer.Option(help="Images a seed, one question each.")] = 250,
+    methods: Annotated[
+        str, typer.Option(help="Separated by commas; `all` for every baseline.")
+    ] = "static,rule,oracle",
+    calibration_samples: Annotated[
+        int, typer.Option(help="Clean samples that a checkpoint without calibration is calibrated on; 0: none.")
+    ] = 300,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
+) -> None:
+    """Measures a checkpoint, clean and corrupted, against baselines on the same samples and corruptions."""
+    from modeling_dms.training.baselines import METHODS
+    from modeling_dms.training.evaluate import EvaluationConfig
+    from modeling_dms.training.evaluate import evaluate as run
+
+    chosen = _listed(methods) or []
+    if chosen == ["all"]:
+        chosen = [name for name in METHODS if name != "own"]
+    try:
+        levels = [int(part) for part in _listed(severities) or []]
+        config = EvaluationConfig(
+            model=model,
+            out=out,
+            task=task,
+            data=data,
+            split=split,
+            corruptions=_listed(corruptions) or [],
+            kinds=_listed(kinds),
+            severities=levels,
+            seeds=seeds,
+            samples=samples,
+            methods=chosen,
+            calibration_samples=calibration_samples,
+            batch_size=batch_size,
+            resume=resume,
+        )
+        run(config)
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
+    out: Annotated[Path, typer.Option(help="Markdown file, in a folder above those.")],
+) -> None:
+    """Writes one document from several evaluations."""
+    from modeling_dms.training.report import combine
+
+    try:
+        combine(folders, out)
+    except (ValueError, OSError) as error:
+        raise _failed(error) from error
+
+
 @app.command()
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],

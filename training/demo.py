@@ -22,6 +22,7 @@ from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
 from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.loading import CHECKPOINTS, load
 from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
+from modeling_dms.training.sheet import Panel, draw_sheet
 from modeling_dms.typicality import auroc
 
 
@@ -325,66 +326,22 @@ PICTURE_CONDITIONS = (
 
 def picture(path: Path, model: PreTrainedModel, collator: PromptCollator, samples: Sequence[Sample]) -> None:
     """A sheet of samples, clean and corrupted, with both answers and the weights as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tokenizer = collator.processor.tokenizer
     pool = [sample for sample in samples if sample.answers[0] in (*COLORS, *SHAPES)][:BATCH]
     by_name = {condition.name: condition for condition in CONDITIONS}
-    figure, axes = pyplot.subplots(
-        2,
-        len(PICTURE_CONDITIONS),
-        figsize=(2.1 * len(PICTURE_CONDITIONS), 5.0),
-        height_ratios=(1, 0.45),
-        squeeze=False,
-        layout="constrained",
-    )
+    wanted = answer_tokens(collator, pool)
+    panels = []
     for column, name in enumerate(PICTURE_CONDITIONS):
         rows = corrupted(pool, by_name[name])
         static, dms = predict(model, batches_of(collator, rows), [STATIC, None])
-        wanted = answer_tokens(collator, pool)
         # the column's own sample: no two columns show the same picture, and none is picked for its answer
         index = column * 5 % len(rows)
-        row = rows[index]
-        answers = [tokenizer.decode([int(p.tokens[index])]).strip() for p in (static, dms)]
-        image = row.load_image()
-        top, bottom = axes[0, column], axes[1, column]
-        if image is not None:
-            top.imshow(image)
-        top.set_xticks([])
-        top.set_yticks([])
-        top.set_title(name.replace(":", ": ").replace("_", " "), fontsize=11, fontweight="bold")
-        marks = [("right" if int(p.tokens[index]) == int(wanted[index]) else "wrong") for p in (static, dms)]
-        top.set_xlabel(
-            f"“{_wrapped(row.context or 'no context')}”\n{_wrapped(row.question)}\n"
-            f"static: {answers[0]} ({marks[0]})\nDMS: {answers[1]} ({marks[1]})",
-            fontsize=8.5,
-        )
-        weights = dms.weights[index].tolist()
-        bars = bottom.barh(["image", "context"], weights, color=["#3b6fb6", "#d98324"])
-        bottom.bar_label(bars, [f"{weight:.2f}" for weight in weights], fontsize=9, padding=3)
-        bottom.set_xlim(0, 1.3)
-        bottom.invert_yaxis()
-        bottom.axvline(0.5, color="gray", linewidth=0.8, linestyle=":")
-        bottom.set_xticks([0, 0.5, 1])
-        bottom.tick_params(labelsize=8)
-        bottom.spines[["top", "right"]].set_visible(False)
-        if column:
-            bottom.set_yticklabels([])
-    axes[1, 0].set_ylabel("DMS weight", fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _wrapped(text: str, width: int = 27) -> str:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+        answers = {
+            title: (tokenizer.decode([int(p.tokens[index])]).strip(), int(p.tokens[index]) == int(wanted[index]))
+            for title, p in (("static", static), ("DMS", dms))
+        }
+        panels.append(Panel(name, rows[index], answers, dms.weights[index].tolist()))
+    draw_sheet(path, panels)
 
 
 def predict_one(question: str, image: Path | None, context: str | None, name: str | None, max_new_tokens: int) -> dict:

@@ -12,7 +12,7 @@ import copy
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -403,8 +403,7 @@ GRIDS: dict[str, list[dict[str, float]]] = {
 TEMPERATURES = (1.0, 0.1, 0.3, 3.0)
 
 
-def search(method: Method, choices: Sequence[dict[str, Any]], score: Callable[[Method], float]) -> Method:
-    """The best of a method's hyperparameters; of equally good ones the first."""
-    candidates = [replace(method, **choice) for choice in choices]
+def search(candidates: Sequence[Method], score: Callable[[Method], float]) -> Method:
+    """The best of several; of equally good ones the first."""
     scores = [score(candidate) for candidate in candidates]
     return candidates[scores.index(max(scores))]

@@ -4,17 +4,16 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
+from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.loading import load
 from modeling_dms.training.stages import prepare
 from modeling_dms.training.trainer import DMSTrainer
@@ -33,30 +32,11 @@ def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Samp
     Raises:
         ValueError: if none is left.
     """
-
-    def problem(sample: Sample) -> str | None:
-        try:
-            sample.load_image()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        found = list(
-            tqdm(
-                pool.map(problem, samples),
-                desc="checking images",
-                total=len(samples),
-                unit="",
-                disable=not show_progress,
-            )
-        )
-    good = [sample for sample, error in zip(samples, found, strict=True) if error is None]
-    broken = [error for error in found if error is not None]
-    for error in broken:
+    good, failed = split_readable(samples, show_progress)
+    for error in failed.values():
         logger.warning(f"left out: {error}")
-    if broken:
-        logger.warning(f"{len(broken)} of {len(samples)} samples left out: their images cannot be read")
+    if failed:
+        logger.warning(f"{len(failed)} of {len(samples)} samples left out: their images cannot be read")
     if not good:
         raise ValueError(f"none of the {len(samples)} samples can be read")
     return good

@@ -2,11 +2,15 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 
 TASKS = ("vqa", "caption", "retrieval")
@@ -97,3 +101,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tuple[list[Sample], dict[str, str]]:
+    """The samples whose image can be read, and of the others the error by id. A file is read once."""
+
+    def problem(sample: Sample) -> str | None:
+        try:
+            sample.load_image()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    files = {sample.image: sample for sample in samples if isinstance(sample.image, Path)}
+    rest = [sample for sample in samples if not isinstance(sample.image, Path)]
+    checked = [*files.values(), *rest]
+    with ThreadPoolExecutor() as pool:
+        found = list(
+            tqdm(
+                pool.map(problem, checked),
+                desc="checking images",
+                total=len(checked),
+                unit="",
+                disable=not show_progress,
+            )
+        )
+    broken = {image for image, error in zip(files, found, strict=False) if error is not None}
+    failed = {s.id: error for s, error in zip(rest, found[len(files) :], strict=True) if error is not None}
+    # an error names its own sample
+    failed |= {s.id: cast(str, problem(s)) for s in samples if isinstance(s.image, Path) and s.image in broken}
+    return [sample for sample in samples if sample.id not in failed], failed

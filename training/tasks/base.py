@@ -1,7 +1,7 @@
 """What every task of evaluation can do, and what tasks share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,7 +48,7 @@ class PromptedTask:
     """
 
     processor: ProcessorMixin
-    max_new_tokens: int = 10
+    max_new_tokens: int = field(default=10, kw_only=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         return PromptCollator(self.processor, with_ids=True)(samples)

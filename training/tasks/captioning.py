@@ -1,7 +1,7 @@
 """Image captioning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from modeling_dms.training.tasks.base import PromptedTask
 class Captioning(PromptedTask):
     """Describes an image, from its context too where there is one, as the data set's question asks for it."""
 
-    max_new_tokens: int = 30
+    max_new_tokens: int = field(default=30, kw_only=True)
     name: str = "captioning"
     metric: str = "CIDEr-D"
 

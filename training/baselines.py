@@ -1,0 +1,199 @@
+"""Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS
+from modeling_dms.losses import schedule_loss
+from modeling_dms.outputs import ModalitySignals
+from modeling_dms.scheduler import ModalityScheduler
+from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
+from modeling_dms.training.data import Sample
+from modeling_dms.training.grid import Condition, run_condition, with_images_encoded
+from modeling_dms.training.methods import (
+    GRIDS,
+    TEMPERATURES,
+    AdaptVis,
+    ContrastiveDecoding,
+    Fixed,
+    Method,
+    Scheduled,
+    search,
+)
+from modeling_dms.training.tasks import Task
+
+
+ALONE = tuple(name for name in SIGNALS if name != "damage")
+# what a trained scheduler and the searches may see besides the seen families of the configuration
+SEEN = (
+    Condition("clean", "clean"),
+    Condition("image:noise", "seen", 4),
+    Condition("image:occlusion", "seen", 4),
+    Condition("text:random_words", "seen", 4),
+    Condition("text:missing", "seen", 5),
+)
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_size: int = 50) -> list[Any]:
+    """What the scheduler is given for each sample: its arguments, over all samples."""
+    rows: list[tuple] = []
+    handle = model.dms.scheduler.register_forward_pre_hook(lambda module, args: rows.append(args))
+    try:
+        for start in tqdm(range(0, len(samples), batch_size), desc="signals", unit=" batches"):
+            batch = with_images_encoded(model, task.collate(samples[start : start + batch_size]))
+            Scheduled().decide(model, batch)
+    finally:
+        handle.remove()
+    signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
+    calibrated = [torch.cat(parts) for parts in zip(*(row[2] for row in rows), strict=True)]
+    mask, representations, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 3, 4))
+    return [ModalitySignals(**signals), mask, calibrated, representations, entropy]
+
+
+def fit_scheduler(
+    model: PreTrainedModel,
+    recorded: Sequence[Any],
+    target: Tensor,
+    steps: int = 1500,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    **choices: Any,
+) -> ModalityScheduler:
+    """A learned scheduler, trained by `L_schedule` on recorded signals of a frozen backbone.
+
+    Args:
+        recorded: from `record`.
+        target: (n, M), target weights.
+        choices: fields of DMSConfig.
+    """
+    signals, mask, calibrated, representations, entropy = recorded
+    fields = {k: v for k, v in model.config.dms_config.to_dict().items() if not k.startswith("modeling_dms")}
+    config = type(model.config.dms_config)(**{**fields, "scheduler": "learned", **choices})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scheduler = ModalityScheduler(config, [value.shape[1] for value in calibrated])
+    optimizer = torch.optim.AdamW(scheduler.parameters(), lr=learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(target), (batch_size,), generator=generator)
+        some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
+        own = [value[rows] for value in calibrated]
+        weights = scheduler(some, mask[rows], own, representations[rows], entropy[rows])
+        loss = schedule_loss(weights, target[rows], mask[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return scheduler.eval().requires_grad_(False)
+
+
+def scorer(
+    model: PreTrainedModel, task: Task, samples: Sequence[Sample], conditions: Sequence[Condition], batch_size: int
+) -> Callable[[Method], float]:
+    """A method -> its mean score over conditions."""
+
+    def score(method: Method) -> float:
+        cells = [run_condition(model, task, [method], samples, c, 0, batch_size)[0] for c in conditions]
+        return sum(float(cell.metrics["score"].mean()) for cell in cells) / len(cells)
+
+    return score
+
+
+def make_methods(
+    model: PreTrainedModel,
+    task: Task,
+    train: Sequence[Sample],
+    validation: Sequence[Sample],
+    names: Sequence[str],
+    corruptions: CorruptionConfig,
+    temperature: float = 0.1,
+    batch_size: int = 50,
+) -> list[Method]:
+    """Methods by name, those with parameters trained on `train` and the others' hyperparameters chosen on
+    `validation`, both under seen corruptions alone (and for trained schedulers mismatched contexts).
+
+    Args:
+        names: of `METHODS`.
+        temperature: of the target weights of trained schedulers.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method(s) {', '.join(unknown)}, expected some of {', '.join(METHODS)}")
+    found: dict[str, Method] = {
+        "static": Method(),
+        "rule": Scheduled("rule", _like(model, scheduler="rule")),
+        "rule + prior": Scheduled("rule + prior", _like(model, scheduler="rule", conflict_prior="vision")),
+        "own": Scheduled("own"),
+        "oracle": Method("oracle"),
+    }
+    wanted = [name for name in names if name.startswith("learned")]
+    if wanted:
+        dropped = ModalityDropout(
+            train,
+            corruptions.image_rate,
+            corruptions.text_rate,
+            corruptions.image_families,
+            corruptions.text_families,
+            corruptions.both_rate,
+        )
+        drawn = [dropped[index] for index in range(len(train))]
+        recorded = record(model, task, drawn, batch_size)
+        target = (-torch.tensor([sample.damage for sample in drawn]) / temperature).softmax(1)
+        for name in tqdm(wanted, desc="schedulers", unit=""):
+            alone = name.removeprefix("learned: ")
+            choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
+            found[name] = Scheduled(name, fit_scheduler(model, recorded, target, **choices))
+    seen, prior = (scorer(model, task, data, SEEN, batch_size) for data in (validation, train[: len(validation)]))
+    searched: dict[str, tuple[Sequence[Method], Callable[[Method], float]]] = {
+        "VCD": (_choices(ContrastiveDecoding(), "VCD"), seen),
+        "AdaptVis": (_choices(AdaptVis(), "AdaptVis"), seen),
+        "mean prior": (_choices(Fixed(), "mean prior"), prior),
+        "entropy": (_tempered(model, "entropy"), seen),
+        "energy": (_tempered(model, "energy"), seen),
+    }
+    for name in tqdm([name for name in names if name in searched], desc="searches", unit=""):
+        candidates, score = searched[name]
+        found[name] = search(candidates, score)
+    return [found[name] for name in names]
+
+
+METHODS = (
+    "static",
+    "rule",
+    "rule + prior",
+    "own",
+    "learned",
+    *(f"learned: {name}" for name in ALONE),
+    "entropy",
+    "energy",
+    "mean prior",
+    "VCD",
+    "AdaptVis",
+    "oracle",
+)
+
+
+def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
+    """A scheduler without parameters, of the model's configuration but for some choices."""
+    fields = {k: v for k, v in model.config.dms_config.to_dict().items() if not k.startswith("modeling_dms")}
+    return ModalityScheduler(type(model.config.dms_config)(**{**fields, **choices}), [0] * len(MODALITIES))
+
+
+def _choices(method: Method, name: str) -> list[Method]:
+    return [replace(method, **choice) for choice in GRIDS[name]]
+
+
+def _tempered(model: PreTrainedModel, name: str) -> list[Method]:
+    return [Scheduled(name, _like(model, scheduler=name, temperature=value)) for value in TEMPERATURES]

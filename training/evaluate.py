@@ -1,0 +1,254 @@
+"""`dms evaluate`: how good and how robust a checkpoint is, against baselines on the same samples and corruptions."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import PreTrainedModel, ProcessorMixin
+
+from modeling_dms import __version__
+from modeling_dms.training.baselines import make_methods
+from modeling_dms.training.corruptions import CorruptionConfig, names_in
+from modeling_dms.training.corruptions.registry import seeded
+from modeling_dms.training.data import PromptCollator, Sample, load_samples
+from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.grid import Cell, Condition, run_grid
+from modeling_dms.training.loading import load
+from modeling_dms.training.methods import Method
+from modeling_dms.training.report import draw, render, summarize
+from modeling_dms.training.sheet import Panel, draw_sheet
+from modeling_dms.training.tasks import Task, VisualQuestionAnswering
+from modeling_dms.training.train import calibrate
+
+
+CORRUPTIONS = ("seen", "unseen", "mismatch")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is evaluated, and on what.
+
+    Attributes:
+        model: folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.
+        out: everything is written here.
+        task: `"vqa"` (ranking the training split's answers) or `"vqa-generate"`.
+        data, split: as `load_samples` takes them.
+        corruptions: groups of `CORRUPTIONS`, or names such as `"image:fog"`, which make a group of their own.
+        kinds: names that the groups are restricted to; all kinds of their families by default.
+        severities: 1 to 5.
+        seeds: how many draws of corruptions and questions.
+        samples: images a seed; one question each.
+        methods: of `METHODS`.
+        calibration_samples: a checkpoint that is not calibrated is calibrated on so many clean training samples.
+        training_samples: that trained baselines see.
+        resume: go on from what `out` holds.
+    """
+
+    model: str
+    out: Path
+    task: str = "vqa"
+    data: str = "easy-vqa"
+    split: str = "test"
+    corruptions: Sequence[str] = CORRUPTIONS
+    kinds: Sequence[str] | None = None
+    severities: Sequence[int] = (3, 5)
+    seeds: int = 3
+    samples: int = 250
+    methods: Sequence[str] = ("static", "rule", "oracle")
+    calibration_samples: int = 300
+    training_samples: int = 6000
+    batch_size: int = 50
+    resume: bool = False
+    families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=0.15))
+
+    def __post_init__(self):
+        known = ("vqa", "vqa-generate")
+        if self.task not in known:
+            raise ValueError(f"task must be one of {', '.join(known)}, got {self.task!r}")
+        for name in ("seeds", "samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if "static" not in self.methods:
+            self.methods = ("static", *self.methods)
+
+
+def conditions_of(config: EvaluationConfig) -> list[Condition]:
+    """Clean, and every kind of the chosen groups at every severity; what leaves nothing at the highest alone.
+
+    Raises:
+        ValueError: for an unknown corruption or a severity outside 1..5.
+    """
+    if not config.severities or not set(config.severities) <= set(range(1, 6)):
+        raise ValueError(f"severities must be integers from 1 to 5, got {list(config.severities)}")
+    found = [Condition("clean", "clean")]
+    for wanted in config.corruptions:
+        if wanted not in CORRUPTIONS:
+            config.families.group_of(wanted)  # raises for an unknown name
+            found += [Condition(wanted, wanted, severity) for severity in config.severities]
+            continue
+        for modality in ("image", "text"):
+            families = config.families.families(modality, "seen" if wanted == "seen" else "held out")
+            families = [name for name in families if (name == "mismatch") == (wanted == "mismatch")]
+            group = f"unseen {modality}" if wanted == "unseen" else wanted
+            names = [n for n in names_in(modality, families) if config.kinds is None or n in config.kinds]
+            for name in names:
+                whole = name.endswith((":missing", ":mismatch", ":black", ":channel_swap"))
+                severities = (max(config.severities),) if whole else config.severities
+                found += [
+                    Condition(name, f"{group} {modality}" if wanted == "mismatch" else group, s) for s in severities
+                ]
+    return found
+
+
+def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """One sample of each of `count` images, two of three not yes/no questions where there are others."""
+    by_image: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault(str(sample.image) if isinstance(sample.image, Path) else sample.id, []).append(sample)
+    chosen = []
+    for number, own in enumerate(list(by_image.values())[:count]):
+        closed = [sample for sample in own if sample.answers[:1] in (("yes",), ("no",))]
+        wanted = closed if number % 3 == 0 else [sample for sample in own if sample not in closed]
+        pool = wanted or own
+        chosen.append(pool[int(seeded(own[0].id, seed).integers(len(pool)))])
+    return chosen
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Runs the whole evaluation; returns and writes `results.json`, `report.md` and the pictures."""
+    began = time.time()
+    # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    model, processor = load(config.model)
+    model = model.eval().to(state.device)
+    conditions = conditions_of(config)
+    train, test = load_samples(config.data, "train"), load_samples(config.data, config.split)
+    test, failed = split_readable(test, state.is_local_main_process)
+    if not test:
+        raise ValueError(f"none of the samples of {config.data!r} can be read")
+    needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)
+    validation = one_per_image(load_samples(config.data, "validation"), 100, 0) if needs_training else []
+    if config.calibration_samples and not model.dms.calibration.is_calibrated:
+        calibrate(model, PromptCollator(processor), train, config.calibration_samples, state.is_local_main_process)
+    task = _task(config, processor, train)
+    some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
+    methods = make_methods(
+        model,
+        task,
+        some if needs_training else [],
+        validation,
+        config.methods,
+        config.families,
+        batch_size=config.batch_size,
+    )
+
+    def samples_of(seed: int) -> list[Sample]:
+        return one_per_image(test, config.samples, seed)
+
+    cells = run_grid(
+        model, task, methods, samples_of, conditions, range(config.seeds), config.out, config.batch_size, config.resume
+    )
+    results = {
+        "run": {
+            **{f.name: _plain(getattr(config, f.name)) for f in fields(config) if f.name not in ("out", "resume")},
+            "metric": task.metric,
+            "seeds": list(range(config.seeds)),
+            "samples": len(samples_of(0)),
+            "failed": failed,
+            "chosen": {method.name: _plain(method) for method in methods},
+            "command": f"dms {' '.join(sys.argv[1:])}" if sys.argv[1:] else "evaluate",
+            "processes": state.num_processes,
+            "versions": {
+                "modeling_dms": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        "results": summarize(cells),
+    }
+    if state.is_main_process:
+        write(config, results, cells, model, task, methods, samples_of(0))
+        print(f"{config.out / 'report.md'} written, {time.time() - began:.0f} s in all")
+    state.wait_for_everyone()
+    return results
+
+
+def write(
+    config: EvaluationConfig,
+    results: dict[str, Any],
+    cells: Sequence[Cell],
+    model: PreTrainedModel,
+    task: Task,
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+) -> None:
+    """`results.json`, `report.md` and the pictures."""
+    out = config.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    shown = [m.name for m in methods if not m.name.startswith("learned: ")]
+    pictures = draw(results, cells, out, shown)
+    sheet = draw_samples(out / "samples.png", model, task, methods, samples, [c.condition for c in cells])
+    text = render(results)
+    text += "\n" + "\n\n".join(f"![{path.stem}]({path.name})" for path in [*pictures, *sheet]) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+@torch.no_grad()
+def draw_samples(
+    path: Path,
+    model: PreTrainedModel,
+    task: Task,
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+    conditions: Sequence[Condition],
+    count: int = 8,
+) -> list[Path]:
+    """A sheet of samples under different conditions, answered by static and the first DMS method."""
+    dms = next((method for method in methods if method.name in ("rule", "own", "learned")), None)
+    strongest = {condition.name: condition for condition in sorted(conditions, key=lambda c: c.severity)}
+    chosen = list(strongest.values())
+    chosen = chosen[:: max(1, len(chosen) // count)][:count]
+    if dms is None or task.name != "vqa":
+        return []
+    panels = []
+    for place, condition in enumerate(chosen):
+        # the column's own sample: none is picked for its answer
+        sample = condition.apply(samples, 0)[place * 5 % len(samples)]
+        batch, answers, weights = task.collate([sample]), {}, [0.5, 0.5]
+        for title, method in (("static", Method()), ("DMS", dms)):
+            decision = method.decide(model, batch)
+            answer = task.answer(method, model, batch, decision)
+            answers[title] = (answer[0]["prediction"], bool(task.scores(answer, [sample])["score"][0] > 0.5))
+            weights = decision[0].tolist()
+        panels.append(Panel(condition.name, sample, answers, weights))
+    draw_sheet(path, panels)
+    return [path]
+
+
+def _task(config: EvaluationConfig, processor: ProcessorMixin, train: Sequence[Sample]) -> Task:
+    answers = sorted({sample.answers[0] for sample in train if sample.answers})
+    return VisualQuestionAnswering(processor, None if config.task == "vqa-generate" else answers)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON takes it."""
+    if isinstance(value, CorruptionConfig):
+        return asdict(value)
+    if isinstance(value, Method):
+        kept = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in ("name", "scheduler")}
+        scheduler = getattr(value, "scheduler", None)
+        if scheduler is not None and value.name in ("entropy", "energy"):
+            kept["temperature"] = scheduler.config.temperature
+        return kept
+    return list(value) if isinstance(value, tuple) else value

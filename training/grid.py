@@ -1,0 +1,221 @@
+"""Runs methods over samples, corruptions and seeds: every method sees the same samples and the same draws."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.data import Sample
+from modeling_dms.training.methods import Batch, Fixed, Method
+from modeling_dms.training.tasks import Task
+
+
+ORACLE = "oracle"
+ORACLE_WEIGHTS = (0.05, 0.01)  # of the damaged modality
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How samples are corrupted.
+
+    Attributes:
+        name: of `corrupt`, or `"clean"`.
+        group: what the report puts together: `"clean"`, `"seen"`, `"unseen image"`, `"unseen text"`, `"mismatch"`, ...
+        severity: 1 to 5; 0 for clean.
+    """
+
+    name: str
+    group: str
+    severity: int = 0
+
+    @property
+    def damaged(self) -> int | None:
+        """Which modality: 0 vision, 1 text."""
+        return None if self.name == "clean" else int(self.name.startswith("text"))
+
+    def apply(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
+        """Corrupted copies. A mismatch takes the image or context of the next sample with another one of both and
+        another first answer."""
+        if self.name == "clean":
+            return list(samples)
+        changed = []
+        for place, sample in enumerate(samples):
+            other = None
+            if self.name.endswith(":mismatch"):
+                rest = [*samples[place + 1 :], *samples[:place]]
+                other = next((o for o in rest if _differ(o, sample)), None)
+                if other is None:
+                    raise ValueError(f"sample {sample.id!r}: there is no other sample to mismatch it with")
+            changed.append(corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}"))
+        return changed
+
+
+def _differ(one: Sample, other: Sample) -> bool:
+    return one.image != other.image and one.context != other.context and one.answers[:1] != other.answers[:1]
+
+
+@dataclass
+class Cell:
+    """What one method made of the n samples of one condition and seed.
+
+    Attributes:
+        method, condition, seed: which.
+        metrics: by name, (n,) each; `score` is the task's main one.
+        weights: (n, M), `None` for a method without.
+        seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
+            methods, and counted for each.
+    """
+
+    method: str
+    condition: Condition
+    seed: int
+    metrics: dict[str, np.ndarray]
+    weights: np.ndarray | None
+    seconds: float
+
+
+def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
+    """The batch with its images encoded once for all methods."""
+    if batch.get("pixel_values") is None or not hasattr(model, "generate"):
+        return batch
+    encoded = model.get_image_features(pixel_values=batch["pixel_values"], output_hidden_states=True, return_dict=True)
+    return {**batch, "mm_encoder_outputs": {"image": encoded}}
+
+
+def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:
+    """The methods of a condition: `ORACLE` in their place stands for two, told which modality is damaged."""
+    found = [method for method in methods if method.name != ORACLE]
+    if len(found) < len(methods) and condition.damaged is not None:
+        for low in ORACLE_WEIGHTS:
+            found.append(Fixed(f"{ORACLE} {low}", low if condition.damaged == 0 else 1 - low))
+    return found
+
+
+@torch.no_grad()
+def run_condition(
+    model: PreTrainedModel,
+    task: Task,
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+    condition: Condition,
+    seed: int,
+    batch_size: int,
+) -> list[Cell]:
+    """All methods under one condition, in all processes.
+
+    Batches are the same whatever the number of processes, which take turns: so are the results, to the last digit.
+    """
+    state = PartialState()
+    corrupted = condition.apply(samples, seed)
+    chosen = methods_of(methods, condition)
+    own: list[tuple[int, str, list[dict[str, Any]], list | None, float]] = []
+    starts = range(0, len(corrupted), batch_size)
+    for number, start in enumerate(starts):
+        if number % state.num_processes != state.process_index:
+            continue
+        batch = task.collate(corrupted[start : start + batch_size])
+        batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        began = time.perf_counter()
+        batch = with_images_encoded(model, batch)
+        encoding = time.perf_counter() - began
+        for method in chosen:
+            began = time.perf_counter()
+            decision = method.decide(model, batch)
+            answers = task.answer(method, model, batch, decision)
+            seconds = encoding + time.perf_counter() - began
+            weights = method.weights(decision)
+            own.append((number, method.name, answers, None if weights is None else weights.tolist(), seconds))
+    rows = sorted(gather_object(own), key=lambda row: row[0])
+    cells = []
+    for method in chosen:
+        mine = [row for row in rows if row[1] == method.name]
+        answers = [answer for row in mine for answer in row[2]]
+        weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
+        metrics = task.scores(answers, corrupted)
+        cells.append(Cell(method.name, condition, seed, metrics, weights, sum(row[4] for row in mine)))
+    if any(cell.method.startswith(f"{ORACLE} ") for cell in cells):
+        both = [cell for cell in cells if cell.method.startswith(f"{ORACLE} ")]
+        best = max(both, key=lambda cell: cell.metrics["score"].mean())
+        cells = [cell for cell in cells if cell not in both]
+        cells.append(Cell(ORACLE, condition, seed, best.metrics, best.weights, best.seconds))
+    return cells
+
+
+def run_grid(
+    model: PreTrainedModel,
+    task: Task,
+    methods: Sequence[Method],
+    samples_of: Any,
+    conditions: Sequence[Condition],
+    seeds: Sequence[int],
+    out: Path,
+    batch_size: int = 50,
+    resume: bool = False,
+) -> list[Cell]:
+    """All methods under all conditions and seeds.
+
+    Args:
+        samples_of: a seed -> its samples, as many for every seed.
+        out: every condition that is finished is kept here; with `resume` it is not run again.
+
+    Raises:
+        ValueError: where `resume` meets results of other methods or samples.
+    """
+    state, cells = PartialState(), []
+    folder = out / "cells"
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(
+        [(seed, condition) for seed in seeds for condition in conditions],
+        desc="conditions",
+        unit="",
+        disable=not state.is_local_main_process,
+    )
+    for seed, condition in progress:
+        samples = samples_of(seed)
+        path = folder / f"{condition.name.replace(':', '-').replace('/', '-')}-{condition.severity}-{seed}.json"
+        what = {"methods": [m.name for m in methods_of(methods, condition)], "samples": [s.id for s in samples]}
+        state.wait_for_everyone()
+        if resume and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["what"] != what:
+                raise ValueError(f"{path} holds results of other methods or samples: use another folder")
+            cells += [_read(cell, condition, seed) for cell in kept["cells"]]
+            continue
+        found = run_condition(model, task, methods, samples, condition, seed, batch_size)
+        cells += found
+        if state.is_main_process:
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps({"what": what, "cells": [_written(c) for c in found]}), encoding="utf-8")
+            part.replace(path)  # whole or not at all
+    return cells
+
+
+def _written(cell: Cell) -> dict[str, Any]:
+    return {
+        "method": cell.method,
+        "metrics": {name: values.tolist() for name, values in cell.metrics.items()},
+        "weights": None if cell.weights is None else cell.weights.tolist(),
+        "seconds": cell.seconds,
+    }
+
+
+def _read(kept: dict[str, Any], condition: Condition, seed: int) -> Cell:
+    return Cell(
+        kept["method"],
+        condition,
+        seed,
+        {name: np.array(values) for name, values in kept["metrics"].items()},
+        None if kept["weights"] is None else np.array(kept["weights"]),
+        kept["seconds"],
+    )
