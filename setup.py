@@ -75,6 +75,7 @@ setup(
         "modeling_dms.training.metrics.retrieval_recall",
         "modeling_dms.training.metrics.robustness",
         "modeling_dms.training.metrics.vqa_accuracy",
+        "modeling_dms.training.tasks",
     ],
     package_data={
         "modeling_dms": ["py.typed"],

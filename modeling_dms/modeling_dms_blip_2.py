@@ -18,7 +18,7 @@ from modeling_dms.dms import read_out
 from modeling_dms.fusion import check_attention, fold_key_bias, relative_weights
 from modeling_dms.key_biased import key_biased
 from modeling_dms.mixin import DMSMixin
-from modeling_dms.outputs import DMSBlip2Output, DMSBlip2RetrievalOutput, with_weights
+from modeling_dms.outputs import DMSBlip2Output, DMSBlip2RetrievalOutput, ModalitySignals, with_weights
 from modeling_dms.prompt import CACHED_WITHOUT_WEIGHTS, TEXT, VISION, EncodedImages, Schedule
 
 
@@ -221,12 +221,10 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
     """`Blip2ForImageTextRetrieval` that weighs image and text per pair.
 
     Matching branch: the Q-Former reads queries (vision) and text together, so its self-attention keys get the bias as
-        in
-    generation. Contrastive branch: image and text never meet, there is no attention to bias and a softmax over one
+    in generation. Contrastive branch: image and text never meet, there is no attention to bias and a softmax over one
     image's texts would cancel any factor per image. So the similarity of image i and text j is multiplied by min(1, M
     w_vision,i) times min(1, M w_text,j): what cannot be trusted is drawn towards 0, "no evidence", and stops being
-        anybody's best match; nothing
-    is raised above what the backbone says, and uniform weights change nothing.
+    anybody's best match; nothing is raised above what the backbone says, and uniform weights change nothing.
     """
 
     config: DMSBlip2Config
@@ -270,10 +268,60 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
     def _special_ids(self) -> list[int]:
         return []  # the text encoder's [CLS] and [SEP] belong to the text: without it they must go as well
 
+    def _text_of(self, rows: Tensor) -> Tensor:
+        """Ids or mask (B, queries + text) of prompts without their image placeholders."""
+        return rows if self.config.image_token_index is None else rows[:, self.config.num_query_tokens :]
+
+    def _schedule_pairs(
+        self,
+        images: EncodedImages,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        modality_ids: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+        modality_weights: Tensor | None = None,
+    ) -> Schedule:
+        """Modality weights of pairs; a single image, or a single text (B, N), belongs to all of them."""
+        pairs = max(len(images.tokens), len(text_ids))
+        if {len(images.tokens), len(text_ids)} - {1, pairs}:
+            raise ValueError(f"{len(images.tokens)} image(s) and {len(text_ids)} text(s) do not make pairs")
+        queries = self.config.num_query_tokens
+        if modality_ids is None:
+            text = self.infer_modality_ids(text_ids, text_mask)
+            modality_ids = F.pad(torch.where(text == TEXT, TEXT, 0), (queries, 0), value=VISION)
+        embeddings = F.pad(self.get_input_embeddings()(text_ids), (0, 0, queries, 0))
+        return self._schedule(
+            None,
+            embeddings.expand(pairs, -1, -1),
+            None,
+            images.expand(pairs),
+            modality_ids.expand(pairs, -1),
+            modality_mask,
+            modality_weights,
+        )
+
+    @torch.no_grad()
+    def get_modality_weights(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        modality_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ModalitySignals | None]:
+        """Weights (B, M) and signals of pairs, without matching them; numbers of images and texts as in `forward`."""
+        if pixel_values is None:
+            raise ValueError("`get_modality_weights` of pairs needs `pixel_values`")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        text_ids, text_mask = self._text_of(input_ids), self._text_of(mask)
+        images = self._encode_images(pixel_values)
+        schedule = self._schedule_pairs(images, text_ids, text_mask, modality_ids, modality_mask)
+        return schedule.weights, None if schedule.output is None else schedule.output.signals
+
     def _match(self, images: EncodedImages, text_ids: Tensor, mask: Tensor) -> Blip2ImageTextMatchingModelOutput:
         """The parent's matching branch with an additive mask (B, 1, 1, K): the parent takes one only if the prompt
         holds image placeholders."""
-        features = images.outputs.last_hidden_state
+        features = images.outputs.last_hidden_state.expand(len(text_ids), -1, -1)
         queries = self.query_tokens.expand(len(features), -1, -1)
         joint = self.qformer(
             query_embeds=self.embeddings(input_ids=text_ids, query_embeds=queries),
@@ -315,41 +363,25 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             modality_mask: (B, M), False where a modality is missing although it has positions.
             modality_weights: (B, M), rows sum to 1, instead of the scheduler's.
 
-        In the contrastive branch the number of images and of texts may differ if one of them is 1; row i of the
-        weights then belongs to the i-th pair.
+        There may be one image for several texts, in the contrastive branch also one text for several images; row i of
+        the weights then belongs to the i-th pair.
 
         Raises:
             ValueError: for inputs that do not fit together, pixels that are not finite, or a sample without any
                 modality.
         """
-        queries = self.config.num_query_tokens
-        has_placeholders = self.config.image_token_index is not None
-        text_ids = input_ids[:, queries:] if has_placeholders else input_ids
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        text_mask = attention_mask[:, queries:] if has_placeholders else attention_mask
-        pairs = max(len(pixel_values), len(text_ids))
-        if {len(pixel_values), len(text_ids)} - {1, pairs} or (
-            use_image_text_matching_head and len(pixel_values) != len(text_ids)
-        ):
-            raise ValueError(f"{len(pixel_values)} image(s) and {len(text_ids)} text(s) do not make pairs")
-        if modality_ids is None:
-            text = self.infer_modality_ids(text_ids, text_mask)
-            modality_ids = F.pad(torch.where(text == TEXT, TEXT, 0), (queries, 0), value=VISION)
-        embeddings = F.pad(self.get_input_embeddings()(text_ids), (0, 0, queries, 0))
+        if use_image_text_matching_head and len(pixel_values) not in (1, len(input_ids)):
+            raise ValueError(f"{len(pixel_values)} image(s) and {len(input_ids)} text(s) do not make pairs")
+        text_ids, text_mask = self._text_of(input_ids), self._text_of(attention_mask)
         images = self._encode_images(pixel_values)
-        schedule = self._schedule(
-            None,
-            embeddings.expand(pairs, -1, -1),
-            None,
-            images.expand(pairs),
-            modality_ids.expand(pairs, -1),
-            modality_mask,
-            modality_weights,
-        )
+        schedule = self._schedule_pairs(images, text_ids, text_mask, modality_ids, modality_mask, modality_weights)
         bias = self._key_bias(schedule.weights, schedule.modality_ids) if use_image_text_matching_head else None
-        if bias is not None:
-            keep = F.pad(text_mask.bool(), (queries, 0), value=True)[:, None, None]
+        # the parent matches as many images as texts
+        if bias is not None or (use_image_text_matching_head and len(pixel_values) != len(input_ids)):
+            keep = F.pad(text_mask.bool(), (self.config.num_query_tokens, 0), value=True)[:, None, None]
+            bias = torch.zeros_like(schedule.modality_ids, dtype=torch.float) if bias is None else bias
             mask = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
             outputs = self._match(images, text_ids, mask)
         else:
@@ -365,8 +397,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             )
         if not use_image_text_matching_head:
             trust = relative_weights(schedule.weights).clamp_max(1).to(outputs.logits_per_image.dtype)
-            of_image = trust[:, :1] if len(pixel_values) == pairs else trust[:, :1].amin(0, keepdim=True)
-            of_text = trust[:, 1] if len(text_ids) == pairs else trust[:, 1].amin(0, keepdim=True)
+            of_image = trust[:, :1] if len(pixel_values) == len(trust) else trust[:, :1].amin(0, keepdim=True)
+            of_text = trust[:, 1] if len(text_ids) == len(trust) else trust[:, 1].amin(0, keepdim=True)
             outputs.logits_per_image = outputs.logits_per_image * of_image * of_text
             outputs.logits_per_text = outputs.logits_per_image.t()
         return self._with_dms(DMSBlip2RetrievalOutput, outputs, schedule, None, None)

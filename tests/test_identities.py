@@ -505,8 +505,37 @@ def test_retrieval_one_against_many(images):
     assert out.logits_per_image.shape == expected.logits_per_image.shape
     assert torch.equal(out.logits_per_image, expected.logits_per_image)
     assert torch.equal(out.modality_weights, torch.full((3, 2), 0.5))
-    with pytest.raises(ValueError, match="pairs"):
-        model(**inputs, use_image_text_matching_head=True)
+    if images > 1:
+        with pytest.raises(ValueError, match="pairs"):
+            model(**inputs, use_image_text_matching_head=True)
+
+
+@pytest.mark.parametrize("placeholders", [True, False], ids=["placeholders", "no-placeholders"])
+def test_retrieval_matches_one_image_with_many_texts(placeholders):
+    inputs = retrieval_batch("right", placeholders)
+    model, reference = retrieval_models(placeholders, scheduler="rule")
+    asked = {"use_image_text_matching_head": True}
+    one = {**inputs, "pixel_values": inputs["pixel_values"][:1]}
+    repeated = {**inputs, "pixel_values": inputs["pixel_values"][:1].expand(3, -1, -1, -1)}
+    assert_close(model(**one, **asked).logits_per_image, reference(**repeated, **asked).logits_per_image)
+    weights = tiny.uneven(3)
+    expected = model(**repeated, **asked, modality_weights=weights).logits_per_image
+    assert_close(model(**one, **asked, modality_weights=weights).logits_per_image, expected)
+
+
+@pytest.mark.parametrize("placeholders", [True, False], ids=["placeholders", "no-placeholders"])
+def test_retrieval_weights_without_matching(placeholders):
+    inputs = retrieval_batch("right", placeholders)
+    for dms in ({"scheduler": "learned", "stirred": True}, {"scheduler": "entropy"}, {"scheduler": "uniform"}):
+        model = retrieval_models(placeholders, **dms)[0]
+        for pixels in (inputs["pixel_values"], inputs["pixel_values"][:1]):
+            given = {**inputs, "pixel_values": pixels}
+            out = model(**given)
+            weights, signals = model.get_modality_weights(**given)
+            assert torch.equal(weights, out.modality_weights)
+            assert (signals is None) == (out.modality_signals is None)
+    with pytest.raises(ValueError, match="pixel_values"):
+        model.get_modality_weights(inputs["input_ids"])
 
 
 def test_retrieval_weights_of_a_batch_equal_its_rows():

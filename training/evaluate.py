@@ -128,7 +128,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
     state = PartialState(cpu=not torch.accelerator.is_available())
     model, processor = load(config.model)
-    model.eval().to(cast(torch.device, state.device))
+    model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
     train, test = load_samples(config.data, "train"), load_samples(config.data, config.split)
     test, failed = split_readable(test, state.is_local_main_process)
