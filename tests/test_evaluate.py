@@ -352,3 +352,14 @@ def test_a_vanilla_checkpoint_is_evaluated_by_generation(tmp_path):
     results = evaluate(config)
     assert [row["method"] for row in results["results"]["groups"]] == ["static", "static"]
     assert 0 <= results["results"]["groups"][0]["score"] <= 1
+
+
+@pytest.mark.parametrize(("task", "metric"), [("caption", "CIDEr-D"), ("retrieval", "R@1")])
+def test_captioning_and_retrieval(tmp_path, task, metric):
+    config = EvaluationConfig("demo-llava", tmp_path, task=task, data="openmoji", corruptions=["image:blur"])
+    config.severities, config.seeds, config.samples, config.calibration_samples = [4], 2, 5, 0
+    results = evaluate(config)
+    assert results["run"]["metric"] == metric
+    assert {row["method"] for row in results["results"]["groups"]} == {"static", "rule", "oracle"}
+    assert {row["samples"] for row in results["results"]["conditions"]} == {5}
+    assert metric in (tmp_path / "report.md").read_text()

@@ -65,7 +65,9 @@ def _listed(text: str | None) -> list[str] | None:
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and pictures.")],
-    task: Annotated[str, typer.Option(help="vqa (ranks answers) or vqa-generate.")] = "vqa",
+    task: Annotated[
+        str, typer.Option(help="vqa (ranks answers), vqa-generate, caption, retrieval or matching.")
+    ] = "vqa",
     data: Annotated[str, typer.Option(help="As for `train`.")] = "easy-vqa",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     corruptions: Annotated[

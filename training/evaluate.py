@@ -25,11 +25,19 @@ from modeling_dms.training.loading import load
 from modeling_dms.training.methods import Method
 from modeling_dms.training.report import draw, render, summarize
 from modeling_dms.training.sheet import Panel, draw_sheet
-from modeling_dms.training.tasks import Task, VisualQuestionAnswering
+from modeling_dms.training.tasks import (
+    Captioning,
+    ImageTextMatching,
+    ImageTextRetrieval,
+    Task,
+    VisualQuestionAnswering,
+)
 from modeling_dms.training.train import calibrate
 
 
 CORRUPTIONS = ("seen", "unseen", "mismatch")
+# by name: the kind of samples it takes
+TASKS = {"vqa": "vqa", "vqa-generate": "vqa", "caption": "caption", "retrieval": "retrieval", "matching": "retrieval"}
 
 
 @dataclass
@@ -39,7 +47,8 @@ class EvaluationConfig:
     Attributes:
         model: folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.
         out: everything is written here.
-        task: `"vqa"` (ranking the training split's answers) or `"vqa-generate"`.
+        task: `"vqa"` (ranking the training split's answers), `"vqa-generate"`, `"caption"`, `"retrieval"` (by
+            likelihood) or `"matching"` (by a BLIP-2 retrieval checkpoint).
         data, split: as `load_samples` takes them.
         corruptions: groups of `CORRUPTIONS`, or names such as `"image:fog"`, which make a group of their own.
         kinds: names that the groups are restricted to; all kinds of their families by default.
@@ -70,9 +79,8 @@ class EvaluationConfig:
     families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=0.15))
 
     def __post_init__(self):
-        known = ("vqa", "vqa-generate")
-        if self.task not in known:
-            raise ValueError(f"task must be one of {', '.join(known)}, got {self.task!r}")
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         for name in ("seeds", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -130,15 +138,21 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     model, processor = load(config.model)
     model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
-    train, test = load_samples(config.data, "train"), load_samples(config.data, config.split)
+    kind = TASKS[config.task]
+    train, test = (load_samples(config.data, split, kind) for split in ("train", config.split))
     test, failed = split_readable(test, state.is_local_main_process)
     if not test:
         raise ValueError(f"none of the samples of {config.data!r} can be read")
     needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)
-    validation = one_per_image(load_samples(config.data, "validation"), 100, 0) if needs_training else []
+    validation = one_per_image(load_samples(config.data, "validation", kind), 100, 0) if needs_training else []
     if config.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, PromptCollator(processor), train, config.calibration_samples, state.is_local_main_process)
-    task = _task(config, processor, train)
+
+    def samples_of(seed: int) -> list[Sample]:
+        # what is retrieved is the same for every seed
+        return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
+
+    task = _task(config, processor, train, samples_of(0))
     some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
     methods = make_methods(
         model,
@@ -149,9 +163,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config.families,
         batch_size=config.batch_size,
     )
-
-    def samples_of(seed: int) -> list[Sample]:
-        return one_per_image(test, config.samples, seed)
 
     cells = run_grid(
         model, task, methods, samples_of, conditions, range(config.seeds), config.out, config.batch_size, config.resume
@@ -236,7 +247,15 @@ def draw_samples(
     return [path]
 
 
-def _task(config: EvaluationConfig, processor: ProcessorMixin, train: Sequence[Sample]) -> Task:
+def _task(
+    config: EvaluationConfig, processor: ProcessorMixin, train: Sequence[Sample], samples: Sequence[Sample]
+) -> Task:
+    if config.task == "caption":
+        return Captioning(processor)
+    if config.task == "retrieval":
+        return ImageTextRetrieval(processor, samples)
+    if config.task == "matching":
+        return ImageTextMatching(processor, samples)
     answers = sorted({sample.answers[0] for sample in train if sample.answers})
     return VisualQuestionAnswering(processor, None if config.task == "vqa-generate" else answers)
 

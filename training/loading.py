@@ -6,7 +6,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from modeling_dms import DMSBlip2ForConditionalGeneration, DMSConfig, DMSLlavaForConditionalGeneration
+from modeling_dms import (
+    DMSBlip2ForConditionalGeneration,
+    DMSBlip2ForImageTextRetrieval,
+    DMSConfig,
+    DMSLlavaForConditionalGeneration,
+)
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -43,5 +48,7 @@ def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> 
             kwargs["dms_config"] = DMSConfig(**{**fields, **dms})
         except StrictDataclassError as error:
             raise ValueError(f"dms: {error}") from error
-    model = MODEL_CLASSES[config.model_type].from_pretrained(name, **kwargs)
+    retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
+    model_class = DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
+    model = model_class.from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name)
