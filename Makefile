@@ -30,12 +30,12 @@ image:jpeg,image:jigsaw,text:typos,text:scramble,image:noise,image:blur,image:oc
 text:random_words,text:missing,image:mismatch,text:mismatch
 RESULTS = docs/results/demo-llava docs/results/demo-blip2
 
-results: $(BIN)/dms
+results: $(VENV)/dev
 	for folder in $(RESULTS); do \
 		$(BIN)/dms evaluate --model $$(basename $$folder) --out $$folder --kinds "$(KINDS)" --samples 200 --methods all \
 			--resume || exit 1; \
 	done
-	$(BIN)/dms report $(RESULTS) --out docs/results.md
+	$(BIN)/dms report $(RESULTS) --out docs/results.md --readme README.md
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10", "scipy>=1.13"]
-EVAL = ["evaluate>=0.4.6", *DEMO]
+EVAL = ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pyyaml>=6", *DEMO]
 TRAIN = [
     "accelerate>=1.10",
     "datasets>=4",

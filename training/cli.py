@@ -121,12 +121,13 @@ def evaluate(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
     out: Annotated[Path, typer.Option(help="Markdown file, in a folder above those.")],
+    readme: Annotated[Path | None, typer.Option(help="File that gets a short table between its grid markers.")] = None,
 ) -> None:
     """Writes one document from several evaluations."""
     from modeling_dms.training.report import combine
 
     try:
-        combine(folders, out)
+        combine(folders, out, readme)
     except (ValueError, OSError) as error:
         raise _failed(error) from error
 

@@ -19,6 +19,7 @@ from modeling_dms import __version__
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.documents import write_between_markers
 from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.loading import CHECKPOINTS, load
 from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
@@ -296,20 +297,6 @@ def training_table(backbones: Sequence[str]) -> str:
     lines.append(f"| samples | {' | '.join(str(r['validation_samples']) for r in records.values())} |")
     lines.append(f"| steps | {' | '.join(str(r['steps']) for r in records.values())} |")
     return "\n".join(lines)
-
-
-def write_between_markers(path: Path, name: str, text: str) -> None:
-    """Replaces what stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a file.
-
-    Raises:
-        ValueError: if the file has no such markers.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    old = path.read_text(encoding="utf-8")
-    if begin not in old or end not in old:
-        raise ValueError(f"{path} has no lines {begin} and {end}")
-    head, tail = old.split(begin)[0], old.split(end)[1]
-    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 PICTURE_CONDITIONS = (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.training.documents import write_between_markers
 from modeling_dms.training.grid import ORACLE, Cell, Condition
 from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error
 from modeling_dms.training.metrics.robust import (
@@ -296,11 +297,12 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def combine(folders: Sequence[Path], out: Path) -> None:
+def combine(folders: Sequence[Path], out: Path, readme: Path | None = None) -> None:
     """One document from the `results.json` of several evaluations, with their pictures.
 
     Args:
         folders: inside of the document's folder.
+        readme: a file that gets the `brief` table between its `grid` markers.
     """
     parts = ["# Results", "Written by `make results` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
     for folder in folders:
@@ -309,6 +311,26 @@ def combine(folders: Sequence[Path], out: Path) -> None:
         pictures = sorted(folder.glob("*.png"))
         parts += [f"![{picture.stem}]({picture.relative_to(out.parent).as_posix()})" for picture in pictures]
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if readme is not None:
+        write_between_markers(readme, "grid", brief([json.loads((f / "results.json").read_text()) for f in folders]))
+
+
+def brief(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Clean and unseen accuracy of every method, a model a column."""
+    columns: dict[str, dict[str, str]] = {}
+    head = ["method"]
+    for results in evaluations:
+        head += [f"{results['run']['model']}: clean", "unseen", "- static, points", "gap closed"]
+        rows = {(row["group"], row["method"]): row for row in results["results"]["groups"]}
+        for method in dict.fromkeys(method for _, method in rows):
+            clean, unseen = rows.get(("clean", method)), rows.get(("unseen", method))
+            shown = ["-" if row is None else f"{row['score']:.3f}" for row in (clean, unseen)]
+            shown += ["-" if unseen is None or method == STATIC else _points(unseen["minus_static"])]
+            gap = None if unseen is None or method in (STATIC, ORACLE) else unseen["gap_closed"]
+            shown += ["-" if gap is None else f"{gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}]"]
+            columns.setdefault(method, {})[results["run"]["model"]] = " | ".join(shown)
+    models = [results["run"]["model"] for results in evaluations]
+    return _table(head, [[method, *(of.get(m, "- | - | - | -") for m in models)] for method, of in columns.items()])
 
 
 def _condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
