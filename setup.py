@@ -22,6 +22,9 @@ TRAIN = [
     "pyyaml>=6",
     *DEMO,
 ]
+# not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
+# the wheels of 0.7 to 0.7.2 lack files that its command line needs
+LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
 DEV = [
     "build",
     "hypothesis>=6",
@@ -57,7 +60,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "dev": DEV},
+    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "lmms-eval": LMMS_EVAL, "dev": DEV},
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",
@@ -82,5 +85,8 @@ setup(
         "modeling_dms.configuration": ["accelerate/*.yaml", "presets/*.yaml"],
         "modeling_dms.training": ["checkpoints/*/*"],
     },
-    entry_points={"console_scripts": ["dms = modeling_dms.training.cli:app"]},
+    entry_points={
+        "console_scripts": ["dms = modeling_dms.training.cli:app"],
+        "lmms_eval.models": ["dms = modeling_dms.training.lmms_eval_plugin:manifest"],
+    },
 )

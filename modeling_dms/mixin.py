@@ -125,7 +125,9 @@ class DMSMixin(CalibrationMixin):
         text = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             text &= attention_mask.bool()
-        if labels is not None and labels.shape == input_ids.shape:
+        # labels of an encoder-decoder are no positions of the prompt, even if there are as many
+        prompted = not self.config.get_text_config().is_encoder_decoder
+        if labels is not None and prompted and labels.shape == input_ids.shape:
             text &= labels == -100
         special = torch.tensor(self._special_ids(), device=input_ids.device, dtype=input_ids.dtype)
         text &= ~torch.isin(input_ids, special)

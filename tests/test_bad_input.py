@@ -262,3 +262,14 @@ def test_cached_decoding_of_a_static_model_needs_no_weights(backbone):
             cache = model(**inputs, use_cache=True).past_key_values
             logits.append(model(input_ids=torch.full((3, 1), 10), past_key_values=cache).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1])
+def test_labels_of_an_encoder_decoder_are_no_positions_of_its_prompt(count):
+    """Even if there are as many."""
+    model, inputs = tiny.shared("blip2-t5"), tiny.prompts("blip2-t5", "pairs", "none", labels=3)
+    inputs["labels"] = torch.full((len(inputs["input_ids"]), inputs["input_ids"].shape[1] + count), 5)
+    ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+
+    assert torch.equal(ids, model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"]))
+    assert (model(**inputs).modality_weights > 0).all()

@@ -1,6 +1,7 @@
 """The wheel and the ways to import the package, and that imports go one way only."""
 
 import ast
+import configparser
 import email
 import importlib.metadata
 import json
@@ -138,10 +139,13 @@ def test_wheel_metadata(wheel):
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {requirement.name for requirement in required} == {"torch", "transformers"}
     assert {"train", "eval", "dev"} <= set(metadata.get_all("Provides-Extra"))
-    (script,) = (line for line in archive.read(f"{info}/entry_points.txt").decode().splitlines() if "=" in line)
-    name, _, target = (part.strip() for part in script.partition("="))
-    assert name == "dms"
-    assert f"{target.partition(':')[0].replace('.', '/')}.py" in archive.namelist()
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(archive.read(f"{info}/entry_points.txt").decode())
+    assert set(entry_points.sections()) == {"console_scripts", "lmms_eval.models"}
+    for group in entry_points.sections():
+        ((name, target),) = entry_points[group].items()
+        assert name == "dms"
+        assert f"{target.partition(':')[0].replace('.', '/')}.py" in archive.namelist()
 
 
 # ---- ways to import it
