@@ -75,11 +75,13 @@ def test_the_oracle_is_told_the_damaged_modality_and_takes_the_better_weights(vq
 def test_seeds_change_the_draws_and_nothing_else_does(vqa):
     samples = vqa[2]
     noise = Condition("image:noise", "seen", 3)
-    first, again, other = (noise.apply(samples, seed) for seed in (0, 0, 1))
+    first, again, other = (noise.apply(samples, seed)[0] for seed in (0, 0, 1))
     pixels = [[np.asarray(sample.load_image()) for sample in run] for run in (first, again, other)]
     assert all(np.array_equal(a, b) for a, b in zip(pixels[0], pixels[1], strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(pixels[0], pixels[2], strict=True))
-    assert all((a == b).all() for a, b in zip(pixels[0][3:], map(_pixels, noise.apply(samples[3:], 0)), strict=True))
+    assert all(
+        (a == b).all() for a, b in zip(pixels[0][3:], map(_pixels, noise.apply(samples[3:], 0)[0]), strict=True)
+    )
 
 
 def _pixels(sample):
@@ -89,11 +91,31 @@ def _pixels(sample):
 def test_a_mismatch_takes_another_samples_image(vqa):
     samples = vqa[2]
     for name, field in (("image:mismatch", "image"), ("text:mismatch", "context")):
-        for old, new in zip(samples, Condition(name, "m", 5).apply(samples, 0), strict=True):
+        for old, new in zip(samples, Condition(name, "m", 5).apply(samples, 0)[0], strict=True):
             assert getattr(new, field) != getattr(old, field)
             assert new.answers == old.answers
-    with pytest.raises(ValueError, match="no other sample"):
-        Condition("image:mismatch", "m", 5).apply(samples[:1], 0)
+    none, failed = Condition("image:mismatch", "m", 5).apply(samples[:1], 0)
+    assert none == []
+    assert "no other sample" in failed[samples[0].id]
+
+
+def test_a_sample_that_cannot_be_corrupted_is_named_and_counts_as_wrong(vqa):
+    """ImageNet-C refuses images below 32 pixels."""
+    model, task, samples = vqa
+    small = samples[2].replace(image=samples[2].load_image().resize((16, 16)))
+    mixed, condition = [*samples[:2], small, *samples[3:]], Condition("image:imagenet_c/fog", "f", 3)
+    whole, _, spoilt, again = (
+        run_condition(model, task, [Method()], data, c, 0, 14)[0]
+        for data, c in ((samples, condition), (samples, CLEAN), (mixed, condition), (mixed, condition))
+    )
+    assert list(spoilt.failed) == [small.id]
+    assert "16" in spoilt.failed[small.id]
+    assert spoilt.metrics["score"][2] == spoilt.metrics["confidence"][2] == 0
+    rest = [place for place in range(14) if place != 2]
+    assert np.array_equal(spoilt.metrics["score"][rest], whole.metrics["score"][rest])
+    same(spoilt, again)
+    with pytest.raises(ValueError, match="no sample could be corrupted"):
+        run_condition(model, task, [Method()], [small], condition, 0, 14)
 
 
 def test_unreadable_samples_are_named(vqa, tmp_path):
@@ -199,7 +221,7 @@ def test_a_scheduler_fitted_on_recorded_signals_weighs_as_in_the_model(vqa):
 
     calibrate(model.eval(), PromptCollator(processor), data, 60, show_progress=False)
     task = VisualQuestionAnswering(processor, ANSWERS)
-    damaged = [*samples, *BLACK.apply(samples, 0), *TYPOS.apply(samples, 0)]
+    damaged = [*samples, *BLACK.apply(samples, 0)[0], *TYPOS.apply(samples, 0)[0]]
     recorded = record(model, task, damaged, batch_size=10)
     target = (-torch.tensor([s.damage for s in damaged]) / 0.1).softmax(1)
     before = model.dms.scheduler
@@ -280,7 +302,7 @@ def test_the_report_names_every_method_and_condition():
     run = {"model": "m", "metric": "VQA accuracy", "command": "dms evaluate", "samples": 3, "split": "test"}
     run |= {"data": "d", "seeds": [0], "failed": {"bad-7": "cannot be read"}}
     text = render({"run": run, "results": summarize(cells)})
-    for wanted in ("| rule |", "image: fog", "bad-7", "1 sample(s) could not be read", "`dms evaluate`"):
+    for wanted in ("| rule |", "image: fog", "bad-7", "1 sample(s) failed", "`dms evaluate`"):
         assert wanted in text
 
 

@@ -173,7 +173,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "metric": task.metric,
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
-            "failed": failed,
+            "failed": failed | {id_: error for cell in cells for id_, error in cell.failed.items()},
             "chosen": {method.name: _plain(method) for method in methods},
             "command": f"dms {' '.join(sys.argv[1:])}" if sys.argv[1:] else "evaluate",
             "processes": state.num_processes,
@@ -235,7 +235,8 @@ def draw_samples(
     panels = []
     for place, condition in enumerate(chosen):
         # the column's own sample: none is picked for its answer
-        sample = condition.apply(samples, 0)[place * 5 % len(samples)]
+        pool = condition.apply(samples, 0)[0]
+        sample = pool[place * 5 % len(pool)]
         batch, answers, weights = task.collate([sample]), {}, [0.5, 0.5]
         for title, method in (("static", Method()), ("DMS", dms)):
             decision = method.decide(model, batch)

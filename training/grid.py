@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,25 @@ class Condition:
         """Which modality: 0 vision, 1 text."""
         return None if self.name == "clean" else int(self.name.startswith("text"))
 
-    def apply(self, samples: Sequence[Sample], seed: int) -> list[Sample]:
-        """Corrupted copies. A mismatch takes the image or context of the next sample with another one of both and
-        another first answer."""
+    def apply(self, samples: Sequence[Sample], seed: int) -> tuple[list[Sample], dict[str, str]]:
+        """Corrupted copies, and of samples that cannot be corrupted the error by id. A mismatch takes the image or
+        context of the next sample with another one of both and another first answer."""
         if self.name == "clean":
-            return list(samples)
-        changed = []
+            return list(samples), {}
+        changed, failed = [], {}
         for place, sample in enumerate(samples):
             other = None
             if self.name.endswith(":mismatch"):
                 rest = [*samples[place + 1 :], *samples[:place]]
                 other = next((o for o in rest if _differ(o, sample)), None)
                 if other is None:
-                    raise ValueError(f"sample {sample.id!r}: there is no other sample to mismatch it with")
-            changed.append(corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}"))
-        return changed
+                    failed[sample.id] = f"sample {sample.id!r}: there is no other sample to mismatch it with"
+                    continue
+            try:
+                changed.append(corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}"))
+            except ValueError as error:
+                failed[sample.id] = str(error)
+        return changed, failed
 
 
 def _differ(one: Sample, other: Sample) -> bool:
@@ -74,6 +78,7 @@ class Cell:
         weights: (n, M), `None` for a method without.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
             methods, and counted for each.
+        failed: errors by id of samples that could not be corrupted: their metrics are 0, their weights equal.
     """
 
     method: str
@@ -82,6 +87,7 @@ class Cell:
     metrics: dict[str, np.ndarray]
     weights: np.ndarray | None
     seconds: float
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
@@ -116,7 +122,9 @@ def run_condition(
     Batches are the same whatever the number of processes, which take turns: so are the results, to the last digit.
     """
     state = PartialState()
-    corrupted = condition.apply(samples, seed)
+    corrupted, failed = condition.apply(samples, seed)
+    if not corrupted:
+        raise ValueError(f"{condition.name}: no sample could be corrupted, {next(iter(failed.values()))}")
     chosen = methods_of(methods, condition)
     own: list[tuple[int, str, list[dict[str, Any]], list | None, float]] = []
     starts = range(0, len(corrupted), batch_size)
@@ -142,13 +150,24 @@ def run_condition(
         answers = [answer for row in mine for answer in row[2]]
         weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
         metrics = task.scores(answers, corrupted)
-        cells.append(Cell(method.name, condition, seed, metrics, weights, sum(row[4] for row in mine)))
+        if failed:
+            kept = [place for place, sample in enumerate(samples) if sample.id not in failed]
+            metrics = {name: _spread(values, kept, len(samples), 0.0) for name, values in metrics.items()}
+            weights = None if weights is None else _spread(weights, kept, len(samples), 1 / weights.shape[1])
+        cells.append(Cell(method.name, condition, seed, metrics, weights, sum(row[4] for row in mine), failed))
     if any(cell.method.startswith(f"{ORACLE} ") for cell in cells):
         both = [cell for cell in cells if cell.method.startswith(f"{ORACLE} ")]
         best = max(both, key=lambda cell: cell.metrics["score"].mean())
         cells = [cell for cell in cells if cell not in both]
-        cells.append(Cell(ORACLE, condition, seed, best.metrics, best.weights, best.seconds))
+        cells.append(Cell(ORACLE, condition, seed, best.metrics, best.weights, best.seconds, failed))
     return cells
+
+
+def _spread(values: np.ndarray, places: Sequence[int], count: int, fill: float) -> np.ndarray:
+    """The values at their places among `count`, others being `fill`."""
+    whole = np.full((count, *values.shape[1:]), fill)
+    whole[list(places)] = values
+    return whole
 
 
 def run_grid(
@@ -207,6 +226,7 @@ def _written(cell: Cell) -> dict[str, Any]:
         "metrics": {name: values.tolist() for name, values in cell.metrics.items()},
         "weights": None if cell.weights is None else cell.weights.tolist(),
         "seconds": cell.seconds,
+        "failed": cell.failed,
     }
 
 
@@ -218,4 +238,5 @@ def _read(kept: dict[str, Any], condition: Condition, seed: int) -> Cell:
         {name: np.array(values) for name, values in kept["metrics"].items()},
         None if kept["weights"] is None else np.array(kept["weights"]),
         kept["seconds"],
+        kept["failed"],
     )

@@ -238,7 +238,10 @@ def render(results: dict[str, Any]) -> str:
         "which is told the damaged modality and takes the better of the weights 0.05 and 0.01 for it.",
     ]
     if run["failed"]:
-        parts.append(f"{len(run['failed'])} sample(s) could not be read and are left out: {', '.join(run['failed'])}.")
+        parts.append(
+            f"{len(run['failed'])} sample(s) failed: unreadable ones are left out, those that could not be corrupted "
+            f"count as wrong for every method: {', '.join(run['failed'])}."
+        )
     for group in dict.fromkeys(row["group"] for row in numbers["groups"]):
         rows = [row for row in numbers["groups"] if row["group"] == group]
         body = []
