@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "samples": len(samples_of(0)),
             "failed": failed | {id_: error for cell in cells for id_, error in cell.failed.items()},
             "chosen": {method.name: _plain(method) for method in methods},
-            "command": f"dms {' '.join(sys.argv[1:])}" if sys.argv[1:] else "evaluate",
+            "command": shlex.join(["dms", *sys.argv[1:]]),
             "processes": state.num_processes,
             "versions": {
                 "modeling_dms": __version__,
@@ -206,7 +207,7 @@ def write(
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    shown = [m.name for m in methods if not m.name.startswith("learned: ")]
+    shown = [m.name for m in methods if not m.name.startswith(("learned: ", "rule +"))]
     pictures = draw(results, cells, out, shown)
     sheet = draw_samples(out / "samples.png", model, task, methods, samples, [c.condition for c in cells])
     text = render(results)

@@ -175,7 +175,7 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
         "method": method,
         "mmi": multimodal_impact(level, scores.ravel()) if level else None,
         "relative_robustness": float(relative_robustness(level, scores.ravel()).mean()) if level else None,
-        "mce": mean_corruption_error(errors(method), errors(STATIC)) if errors(STATIC).all() else None,
+        "mce": mean_corruption_error(errors(method), errors(STATIC)) if errors(STATIC).sum(1).all() else None,
         "modality_auroc": None,
     }
     damaged = results.chosen(method, lambda c: c.damaged is not None)
