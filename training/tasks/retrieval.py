@@ -18,7 +18,7 @@ from modeling_dms.training.tasks.base import score_candidates
 
 
 KS = (1, 5, 10)
-# what the texts that are not matched lose: no match logit is that low
+# what texts that are not matched lose, as in LAVIS: no match logit is that low
 NOT_MATCHED = 100.0
 
 
@@ -155,7 +155,7 @@ class ImageTextMatching(_Retrieval):
 
     @torch.no_grad()
     def answer(self, method: Method, model: PreTrainedModel, batch: Batch, decision: Tensor) -> list[dict[str, Any]]:
-        """`similarity` (T,), equal throughout for a missing image.
+        """`similarity` (T,); of a missing image equal throughout, and below that of any other.
 
         Raises:
             ValueError: for a method without modality weights.
@@ -165,8 +165,9 @@ class ImageTextMatching(_Retrieval):
         pixels = batch["pixel_values"]
         texts = {name: value.to(pixels.device) for name, value in self._encoded(self.texts).items()}
         contrasted = self._contrasted(model, pixels, texts)  # (B, T)
+        none = torch.full_like(contrasted[0], -NOT_MATCHED - 1)
         rows = [
-            self._matched(method, model, image, row, texts) if present else torch.zeros_like(row)
+            self._matched(method, model, image, row, texts) if present else none
             for image, row, present in zip(pixels, contrasted, batch["modality_mask"][:, 0].tolist(), strict=True)
         ]
         return [{"similarity": row.tolist()} for row in rows]
