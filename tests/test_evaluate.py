@@ -118,6 +118,17 @@ def test_a_sample_that_cannot_be_corrupted_is_named_and_counts_as_wrong(vqa):
         run_condition(model, task, [Method()], [small], condition, 0, 14)
 
 
+def test_a_sample_of_which_nothing_is_left_counts_as_wrong(vqa):
+    model, task, samples = vqa
+    bare = samples[1].replace(context=None)
+    changed, failed = Condition("image:missing", "seen", 5).apply([samples[0], bare], 0)
+    assert [sample.id for sample in changed] == [samples[0].id]
+    assert "neither image nor context" in failed[bare.id]
+    cell = run_condition(model, task, [Method()], [samples[0], bare], Condition("image:missing", "seen", 5), 0, 2)[0]
+    assert cell.metrics["score"][1] == 0
+    assert cell.weights[1].tolist() == [0.5, 0.5]
+
+
 def test_unreadable_samples_are_named(vqa, tmp_path):
     samples = vqa[2]
     (tmp_path / "broken.png").write_bytes(b"no image")

@@ -58,9 +58,14 @@ class Condition:
                     failed[sample.id] = f"sample {sample.id!r}: there is no other sample to mismatch it with"
                     continue
             try:
-                changed.append(corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}"))
+                new = corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}")
             except ValueError as error:
                 failed[sample.id] = str(error)
+                continue
+            if new.image is None and not (new.context or "").strip():
+                failed[sample.id] = f"sample {sample.id!r}: {self.name} leaves neither image nor context"
+                continue
+            changed.append(new)
         return changed, failed
 
 
