@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -228,9 +229,14 @@ def draw_samples(
 ) -> list[Path]:
     """A sheet of samples under different conditions, answered by static and the first DMS method."""
     dms = next((method for method in methods if method.name in ("rule", "own", "learned")), None)
-    strongest = {condition.name: condition for condition in sorted(conditions, key=lambda c: c.severity)}
+    strongest: dict[str, Condition] = {}
+    for condition in conditions:
+        known = strongest.setdefault(condition.name, condition)
+        strongest[condition.name] = max(known, condition, key=lambda c: c.severity)
     chosen = list(strongest.values())
-    chosen = chosen[:: max(1, len(chosen) // count)][:count]
+    # evenly over the groups, which stand one after the other
+    places = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)
+    chosen = [chosen[place] for place in places]
     if dms is None or task.name != "vqa":
         return []
     panels = []
