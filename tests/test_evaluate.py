@@ -312,8 +312,16 @@ def test_the_report_names_every_method_and_condition():
     ]
     run = {"model": "m", "metric": "VQA accuracy", "command": "dms evaluate", "samples": 3, "split": "test"}
     run |= {"data": "d", "seeds": [0], "failed": {"bad-7": "cannot be read"}}
+    run |= {"chosen": {"static": {}, "VCD": {"alpha": 0.5, "beta": 0.1}}}
     text = render({"run": run, "results": summarize(cells)})
-    for wanted in ("| rule |", "image: fog", "bad-7", "1 sample(s) failed", "`dms evaluate`"):
+    for wanted in (
+        "VCD: alpha 0.5, beta 0.1.",
+        "| rule |",
+        "image: fog",
+        "bad-7",
+        "1 sample(s) failed",
+        "`dms evaluate`",
+    ):
         assert wanted in text
 
 

@@ -242,6 +242,10 @@ def render(results: dict[str, Any]) -> str:
             f"{len(run['failed'])} sample(s) failed: unreadable ones are left out, those that could not be corrupted "
             f"count as wrong for every method: {', '.join(run['failed'])}."
         )
+    chosen = {name: choice for name, choice in run["chosen"].items() if choice}
+    if chosen:
+        shown = "; ".join(f"{n}: {', '.join(f'{k} {v}' for k, v in of.items())}" for n, of in chosen.items())
+        parts.append(f"Chosen on validation or training data: {shown}.")
     for group in dict.fromkeys(row["group"] for row in numbers["groups"]):
         rows = [row for row in numbers["groups"] if row["group"] == group]
         body = []
