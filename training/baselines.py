@@ -1,5 +1,6 @@
 """Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ from modeling_dms.training.tasks import Task
 
 
 ALONE = tuple(name for name in SIGNALS if name != "damage")
-# what a trained scheduler and the searches may see besides the seen families of the configuration
+# what hyperparameters are chosen under: of families that calibration sees, or that leave nothing
 SEEN = (
     Condition("clean", "clean"),
     Condition("image:noise", "seen", 4),
@@ -75,8 +76,7 @@ def fit_scheduler(
         choices: fields of DMSConfig.
     """
     signals, mask, calibrated, representations, entropy = recorded
-    fields = {k: v for k, v in model.config.dms_config.to_dict().items() if not k.startswith("modeling_dms")}
-    config = type(model.config.dms_config)(**{**fields, "scheduler": "learned", **choices})
+    config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         scheduler = ModalityScheduler(config, [value.shape[1] for value in calibrated])
@@ -119,7 +119,7 @@ def make_methods(
     batch_size: int = 50,
 ) -> list[Method]:
     """Methods by name, those with parameters trained on `train` and the others' hyperparameters chosen on
-    `validation`, both under seen corruptions alone (and for trained schedulers mismatched contexts).
+    `validation` (the mean prior's on `train`), all under seen corruptions alone.
 
     Args:
         names: of `METHODS`.
@@ -185,10 +185,17 @@ METHODS = (
 )
 
 
+def _config(model: PreTrainedModel, **choices: Any) -> Any:
+    """The model's DMSConfig but for some choices."""
+    config = copy.deepcopy(model.config.dms_config)
+    for name, value in choices.items():
+        setattr(config, name, value)  # checked as at construction
+    return config
+
+
 def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
     """A scheduler without parameters, of the model's configuration but for some choices."""
-    fields = {k: v for k, v in model.config.dms_config.to_dict().items() if not k.startswith("modeling_dms")}
-    return ModalityScheduler(type(model.config.dms_config)(**{**fields, **choices}), [0] * len(MODALITIES))
+    return ModalityScheduler(_config(model, **choices), [0] * len(MODALITIES))
 
 
 def _choices(method: Method, name: str) -> list[Method]:
