@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_dms.training.data import HUB_DATASETS, load_folder, load_hub, load_openmoji, load_samples, split_of
+from modeling_dms.training.data import (
+    HUB_DATASETS,
+    load_folder,
+    load_hub,
+    load_openmoji,
+    load_samples,
+    openmoji,
+    split_of,
+)
 from modeling_dms.training.data.openmoji import TONE
 from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS
 
@@ -79,10 +88,10 @@ def test_openmoji_has_every_drawing_once():
     assert len(every) > 3_500
     assert len({sample.id for sample in every}) == len({sample.answers for sample in every}) == len(every)
     assert all(len(split) > 200 for split in samples.values())
-    assert {(s.task, s.context, s.question) for s in every} == {("caption", None, CAPTION_QUESTION)}
+    assert {(s.task, s.question) for s in every} == {("caption", CAPTION_QUESTION)}
     assert any("Curaçao" in sample.answers[0] for sample in every)
     retrieval = load_openmoji("test", "retrieval")
-    assert [(s.id, s.answers) for s in retrieval] == [(s.id, s.answers) for s in samples["test"]]
+    assert [s.replace(task="caption") for s in retrieval] == samples["test"]
     assert {sample.task for sample in retrieval} == {"retrieval"}
 
 
@@ -115,20 +124,55 @@ def test_no_openmoji_concept_straddles_splits():
         assert len({split_by_name[name] for name in variants}) == 1, variants
 
 
-def test_openmoji_questions_are_answered_by_the_context():
+def listed(sample):
+    """The words of a context."""
+    assert re.fullmatch(r"keywords: \S.*\.", sample.context)
+    return sample.context.removeprefix("keywords: ").removesuffix(".").split(", ")
+
+
+def test_openmoji_contexts_withhold_one_keyword_of_half_of_the_drawings():
+    captions = {s.id: s for split in SPLITS for s in load_openmoji(split)}
+    drawings = {f"openmoji-{drawing.code}": drawing for drawing in openmoji._drawings()}
+    assert captions.keys() == drawings.keys()
+    withheld, among = [], []
+    for name, drawing in drawings.items():
+        keywords, words = drawing.keywords, listed(captions[name])
+        assert words == [word for word in keywords if word in words]
+        if len(keywords) == 1:
+            assert words == keywords, name
+        else:
+            withheld.append(len(keywords) - len(words))
+            among += [keywords.index(word) for word in set(keywords) - set(words)]
+    assert set(withheld) == {0, 1}
+    assert 0.47 < sum(withheld) / len(withheld) < 0.53
+    assert {0, 1, 2, 3} <= set(among)
+    # fixed for ever: a change would make results incomparable
+    assert captions["openmoji-1F48C"].context == "keywords: letter."
+    assert captions["openmoji-1F34E"].context == "keywords: apple, red."
+
+
+def test_openmoji_questions_fit_the_drawing():
+    drawings = {drawing.code: drawing for drawing in openmoji._drawings()}
+    contexts = {s.id.removeprefix("openmoji-"): s.context for split in SPLITS for s in load_openmoji(split)}
     samples = [sample for split in SPLITS for sample in load_openmoji(split, "vqa")]
     assert len({sample.id for sample in samples}) == len(samples)
-    answers = defaultdict(list)
+    answers, withheld = defaultdict(list), defaultdict(int)
     for sample in samples:
-        kind = sample.id.rpartition("-")[2]
-        words = sample.context.removeprefix("keywords: ").rstrip(".").split(", ")
+        code, _, kind = sample.id.removeprefix("openmoji-").rpartition("-")
+        keywords = drawings[code].keywords
+        assert sample.context == contexts[code]
         answers[kind].append(sample.answers[0])
         if kind == "group":
-            assert sample.answers[0] in words
+            assert sample.answers[0] in keywords
+            withheld[kind] += sample.answers[0] not in listed(sample)
         elif kind == "keyword":
-            assert (sample.question.split()[1] in words) == (sample.answers == ("yes",))
+            word = sample.question.split()[1]
+            assert (word in keywords) == (sample.answers == ("yes",))
+            withheld[kind] += word in keywords and word not in listed(sample)
     assert set(answers) == {"name", "group", "keyword"}
     assert 0.45 < answers["keyword"].count("yes") / len(answers["keyword"]) < 0.55
+    # what the context does not tell is asked too
+    assert all(withheld[kind] > 50 for kind in ("group", "keyword"))
 
 
 def test_a_drawing_is_rendered_on_white_when_loaded(tmp_path):

