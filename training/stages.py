@@ -6,14 +6,22 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel
 
 
-Stage = Literal["backbone", "scheduler", "joint"]
+Stage = Literal["bridge", "backbone", "scheduler", "joint"]
+LoraTargets = Literal["attention", "all"]
 
 # parts between the vision tower and the language model, by model type
 BRIDGES = {"dms_llava": ("multi_modal_projector",), "dms_blip_2": ("query_tokens", "qformer", "language_projection")}
-# attention projections of the language model; a bare list of suffixes would match those of the vision tower too
-LORA_TARGETS = {
-    "dms_llava": r".*language_model.*\.(q_proj|v_proj)",
-    "dms_blip_2": r".*language_model.*\.(q_proj|v_proj|q|v)",
+# projections of the language model, by what LoRA changes; a bare list of suffixes would match the vision tower's too
+LORA_TARGETS: dict[str, dict[str, str]] = {
+    "attention": {
+        "dms_llava": r".*language_model.*\.(q_proj|v_proj)",
+        "dms_blip_2": r".*language_model.*\.(q_proj|v_proj|q|v)",
+    },
+    # Llama's, OPT's and T5's
+    "all": {
+        "dms_llava": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        "dms_blip_2": r".*language_model.*\.((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|q|k|v|o|wi|wi_0|wi_1|wo)",
+    },
 }
 
 
@@ -23,18 +31,26 @@ def encodes_images(name: str) -> bool:
     return any(part in name.split(".") for part in parts)
 
 
-def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bridge: bool = False) -> Any:
+def prepare(
+    model: PreTrainedModel,
+    stage: Stage,
+    lora_rank: int = 16,
+    train_bridge: bool = False,
+    lora_targets: LoraTargets = "attention",
+) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
+    - `"bridge"`: the projector (LLaVA) or the Q-Former (BLIP-2) alone, where it is new.
     - `"scheduler"`: the learned scheduler alone. Backbone and unimodal views are frozen, so that the signals it learns
       from stay as they were calibrated.
-    - `"backbone"`: LoRA on the language model's attention, `dms` frozen.
+    - `"backbone"`: LoRA on the language model, `dms` frozen.
     - `"joint"`: both.
 
     Args:
         model: a DMS model.
         lora_rank: 0 trains the language model's own weights instead.
-        train_bridge: also train the projector (LLaVA) or the Q-Former (BLIP-2).
+        train_bridge: also train the projector or the Q-Former.
+        lora_targets: `"attention"`, its queries and values; `"all"`, every linear layer.
 
     Returns:
         The model, or a `PeftModel` around it whose adapter holds everything that is trained.
@@ -45,6 +61,10 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
+    if stage == "bridge":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name.split(".") for part in BRIDGES[model.config.model_type]))
+        return model
     bridge = BRIDGES[model.config.model_type] if train_bridge else ()
     if stage == "scheduler" and bridge:
         raise ValueError("stage='scheduler' trains on the frozen backbone: train_bridge must be off")
@@ -63,7 +83,7 @@ def prepare(model: PreTrainedModel, stage: Stage, lora_rank: int = 16, train_bri
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
-            target_modules=LORA_TARGETS[model.config.model_type],
+            target_modules=LORA_TARGETS[lora_targets][model.config.model_type],
             modules_to_save=[name for name in ("dms", *bridge) if name != "query_tokens"],
             bias="none",
         )

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
-from modeling_dms.training.data import PromptCollator, Sample, load_samples
+from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.loading import load
 from modeling_dms.training.stages import prepare
@@ -90,7 +90,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
     set_seed(training.seed)
     model, processor = load(choices.model, cast(dict, choices.dms), dtype=choices.dtype)
-    samples = load_samples(data.data, "train", data.task, data.max_samples)
+    samples = load_sources(data.data, "train", data.task, data.max_samples)
     show_progress = training.should_log and not training.disable_tqdm
     samples = readable(samples, show_progress)
     collator = PromptCollator(
@@ -102,7 +102,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     )
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, collator, samples, data.calibration_samples, show_progress)
-    trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge)
+    trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets)
     trainer = DMSTrainer(
         model=trained,
         args=training,

@@ -83,6 +83,8 @@ class DMSTrainer(Trainer):
         if model.training and self.state.global_step < self.args.scheduler_warmup_ratio * self.state.max_steps:
             shape = (len(inputs["input_ids"]), len(MODALITIES))
             inputs["modality_weights"] = uniform_weights(torch.ones(shape, dtype=torch.bool)).to(self.args.device)
+        if model.training and not self.accelerator.unwrap_model(model).config.is_encoder_decoder:
+            inputs |= only_targets(inputs["labels"])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not loss.isfinite():
             raise FloatingPointError(
@@ -112,7 +114,7 @@ class DMSTrainer(Trainer):
     @torch.no_grad()
     def _collect(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> None:
         """Adds up the losses, and the sums and squares of the weights where both modalities are there."""
-        values = {f"loss_{name}": loss.detach() for name, loss in (outputs["dms_losses"] or {}).items()}
+        values = {f"loss_{name}": loss.detach() for name, loss in (outputs.get("dms_losses") or {}).items()}
         if num_items is not None:
             # sums over the number of all accumulated batches' targets: as means over this batch's own
             scale = num_items / (labels != -100).sum().clamp_min(1)
@@ -175,6 +177,14 @@ class DMSTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+
+def only_targets(labels: Tensor) -> dict[str, Tensor]:
+    """Arguments that keep a decoder-only model from computing logits (B, L, K) where no row has a target: with a
+    large vocabulary and short answers they would take more time and memory than the language model."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    columns = (shifted != -100).any(0).nonzero()[:, 0]
+    return {"logits_to_keep": columns, "shift_labels": shifted[:, columns]}
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor, shift: bool = True) -> Tensor:

