@@ -19,6 +19,7 @@ from modeling_dms.training.data import (
     load_hub,
     load_openmoji,
     load_samples,
+    load_sources,
     openmoji,
     split_of,
 )
@@ -435,3 +436,14 @@ def test_any_source_by_its_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_samples(*arguments)
+
+
+def test_several_sources_are_mixed_evenly():
+    mixed = load_sources("easy-vqa, openmoji:vqa,openmoji:caption", "train", limit=900)
+    kinds = [sample.id.split("-")[0] + sample.task for sample in mixed]
+    assert len(mixed) == 2700
+    assert all(85 <= kinds[:300].count(kind) <= 115 for kind in set(kinds))
+    assert len(set(kinds)) == 3
+    assert load_sources("openmoji", "test", "vqa") == load_samples("openmoji", "test", "vqa")
+    with pytest.raises(ValueError, match="'nowhere'"):
+        load_sources("easy-vqa,nowhere", "train")

@@ -16,7 +16,7 @@ from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.features import FeatureCache
 from modeling_dms.training.loading import load
 from modeling_dms.training.stages import LORA_TARGETS, prepare
-from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
+from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments, only_targets
 from tests import tiny
 
 
@@ -73,9 +73,11 @@ def losses_of(trainer, name="loss"):
 # ---- what moves
 
 STAGES = {
+    "bridge": {"stage": "bridge"},
     "scheduler": {"stage": "scheduler"},
     "backbone-lora": {"stage": "backbone", "lora_rank": 2},
     "joint-lora": {"stage": "joint", "lora_rank": 2},
+    "joint-lora_all": {"stage": "joint", "lora_rank": 2, "lora_targets": "all"},
     "joint-lora-bridge": {"stage": "joint", "lora_rank": 2, "train_bridge": True},
     "backbone-whole": {"stage": "backbone", "lora_rank": 0},
     "joint-whole-bridge": {"stage": "joint", "lora_rank": 0, "train_bridge": True},
@@ -86,9 +88,11 @@ BRIDGE = {"demo-llava": ("multi_modal_projector",), "demo-blip2": ("qformer", "l
 def meant_to_train(name, backbone, choice):
     if choice == "scheduler":
         return name.startswith("dms.scheduler.")
+    if choice == "bridge":
+        return any(part in name.split(".") for part in BRIDGE[backbone])
     kind, how, *bridge = choice.split("-")
     bridge = BRIDGE[backbone] if bridge else ()
-    if how == "lora":
+    if how.startswith("lora"):
         if ".lora_" in name:
             assert "language_model" in name
             return True
@@ -121,7 +125,7 @@ def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
 
 def test_nothing_to_train_is_refused():
     model, _ = loaded()
-    with pytest.raises(ValueError, match="stage must be one of backbone, scheduler, joint, got 'all'"):
+    with pytest.raises(ValueError, match="stage must be one of bridge, backbone, scheduler, joint, got 'all'"):
         prepare(model, "all")
     with pytest.raises(ValueError, match="train_bridge must be off"):
         prepare(model, "scheduler", train_bridge=True)
@@ -536,7 +540,7 @@ def test_trl_trains_it_with_lora(tmp_path, whole):
         for s in samples(8)
     ]
     args = arguments(tmp_path, trl.SFTConfig, max_length=None, per_device_train_batch_size=2)
-    lora = LoraConfig(r=2, target_modules=LORA_TARGETS["dms_llava"], modules_to_save=["dms"])
+    lora = LoraConfig(r=2, target_modules=LORA_TARGETS["attention"]["dms_llava"], modules_to_save=["dms"])
     trainer = (Own if whole else trl.SFTTrainer)(
         model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
     )
@@ -551,3 +555,38 @@ def test_trl_trains_it_with_lora(tmp_path, whole):
     assert lora
     assert dms
     assert moved == (lora | dms if whole else lora)
+
+
+def test_lora_on_all_linear_layers_reaches_every_one_of_the_language_model():
+    for backbone in BACKBONES:
+        model, _ = loaded(backbone)
+        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in name]
+        linear = [name for name in linear if "language_model" in name]
+        adapted = prepare(model, "backbone", 2, lora_targets="all").targeted_module_names
+        assert sorted(adapted) == sorted(linear)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_logits_of_targets_alone_give_the_same_loss_and_gradients(backbone):
+    model, processor = loaded(backbone, scheduler="uniform")
+    prepare(model, "bridge")
+    batch = PromptCollator(processor, with_labels=True)(samples(4))
+    few = only_targets(batch["labels"])
+    assert few["logits_to_keep"].numel() < batch["labels"].shape[1] / 2
+    found = []
+    for extra in ({}, few):
+        model.zero_grad()
+        loss = model(**batch, **extra).loss
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_a_static_model_is_trained_without_losses_of_the_scheduler(tmp_path):
+    model, processor = loaded(scheduler="uniform")
+    trainer = trainer_of(tmp_path, prepare(model, "bridge"), processor, damaged(samples(12)))
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["weight_vision"] == 0.5
+    assert not [name for name in row if name.startswith("loss_")]

@@ -71,6 +71,22 @@ def train(
         raise _failed(error) from error
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint, or an adapter.")],
+    data: Annotated[str, typer.Option(help="As for `train`: its training split, no labels are used.")],
+    out: Annotated[Path, typer.Option(help="Folder for the calibrated checkpoint.")],
+    samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 300,
+) -> None:
+    """Fits what clean data look like, so that DMS can tell damaged images and contexts from them."""
+    from modeling_dms.training.train import run_calibration
+
+    try:
+        typer.echo(run_calibration(model, data, out, samples))
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
 def _listed(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
@@ -84,6 +100,9 @@ def evaluate(
     ] = "vqa",
     data: Annotated[str, typer.Option(help="As for `train`.")] = "easy-vqa",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    training_data: Annotated[
+        str | None, typer.Option(help="Calibrates, and trains baselines, where `data` are for testing alone.")
+    ] = None,
     corruptions: Annotated[
         str, typer.Option(help="Groups (seen, unseen, mismatch) or names such as image:fog, separated by commas.")
     ] = "seen,unseen,mismatch",
@@ -116,6 +135,7 @@ def evaluate(
             task=task,
             data=data,
             split=split,
+            training_data=training_data,
             corruptions=_listed(corruptions) or [],
             kinds=_listed(kinds),
             severities=levels,

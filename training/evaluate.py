@@ -52,6 +52,7 @@ class EvaluationConfig:
         task: `"vqa"` (ranking the training split's answers), `"vqa-generate"`, `"caption"`, `"retrieval"` (by
             likelihood) or `"matching"` (by a BLIP-2 retrieval checkpoint).
         data, split: as `load_samples` takes them.
+        training_data: what calibration, trained baselines and the list of answers take; by default `data`.
         corruptions: groups of `CORRUPTIONS`, or names such as `"image:fog"`, which make a group of their own.
         kinds: names that the groups are restricted to; all kinds of their families by default.
         severities: 1 to 5.
@@ -68,6 +69,7 @@ class EvaluationConfig:
     task: str = "vqa"
     data: str = "easy-vqa"
     split: str = "test"
+    training_data: str | None = None
     corruptions: Sequence[str] = CORRUPTIONS
     kinds: Sequence[str] | None = None
     severities: Sequence[int] = (3, 5)
@@ -141,12 +143,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
     kind = TASKS[config.task]
-    train, test = (load_samples(config.data, split, kind) for split in ("train", config.split))
+    training_data = config.training_data or config.data
+    train, test = load_samples(training_data, "train", kind), load_samples(config.data, config.split, kind)
     test, failed = split_readable(test, state.is_local_main_process)
     if not test:
         raise ValueError(f"none of the samples of {config.data!r} can be read")
     needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)
-    validation = one_per_image(load_samples(config.data, "validation", kind), 100, 0) if needs_training else []
+    validation = one_per_image(load_samples(training_data, "validation", kind), 100, 0) if needs_training else []
     if config.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, PromptCollator(processor), train, config.calibration_samples, state.is_local_main_process)
 

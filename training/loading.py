@@ -1,10 +1,11 @@
 """Checkpoints as DMS models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from modeling_dms import (
     DMSBlip2ForConditionalGeneration,
@@ -23,17 +24,30 @@ MODEL_CLASSES = {
 }
 
 
-def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    name: str | Path, dms: dict[str, Any] | None = None, merge: bool = True, **kwargs: Any
+) -> tuple[Any, ProcessorMixin]:
     """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its processor.
 
     Args:
-        name: a folder, a Hub id, or a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`).
+        name: a folder, a Hub id, or a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`). A
+            folder with an adapter that `dms train` wrote gives its base with the adapter merged into it.
         dms: fields of [`DMSConfig`] that replace the checkpoint's.
+        merge: `False` gives a `PeftModel` where there is an adapter.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
         ValueError: for another model type, or a field that `DMSConfig` does not have or refuses.
     """
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.exists():
+        from peft import PeftModel
+
+        own = _dms_config(AutoConfig.from_pretrained(name)) if (Path(name) / "config.json").exists() else {}
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        model, processor = load(base, {**own, **(dms or {})}, **kwargs)
+        adapted = PeftModel.from_pretrained(model, str(name))
+        return adapted.merge_and_unload() if merge else adapted, processor
     name = CHECKPOINTS / name if not Path(name).exists() and (CHECKPOINTS / name).exists() else name
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in MODEL_CLASSES:
@@ -42,13 +56,17 @@ def load(name: str | Path, dms: dict[str, Any] | None = None, **kwargs: Any) -> 
         unknown = sorted(set(dms) - set(DMSConfig.__dataclass_fields__))
         if unknown:
             raise ValueError(f"unknown field(s) {', '.join(unknown)} of DMSConfig")
-        before = config.dms_config.to_dict() if hasattr(config, "dms_config") else {}
-        fields = {key: value for key, value in before.items() if key in DMSConfig.__dataclass_fields__}
         try:
-            kwargs["dms_config"] = DMSConfig(**{**fields, **dms})
+            kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
         except StrictDataclassError as error:
             raise ValueError(f"dms: {error}") from error
     retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
     model_class = DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
     model = model_class.from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name)
+
+
+def _dms_config(config: Any) -> dict[str, Any]:
+    """The fields of a composite configuration's `DMSConfig`; none of a vanilla one."""
+    before = config.dms_config.to_dict() if hasattr(config, "dms_config") else {}
+    return {key: value for key, value in before.items() if key in DMSConfig.__dataclass_fields__}

@@ -40,7 +40,7 @@ def prepare(
 ) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
-    - `"bridge"`: the projector (LLaVA) or the Q-Former (BLIP-2) alone, where it is new.
+    - `"bridge"`: the projector (LLaVA), or the Q-Former and the projection behind it (BLIP-2), alone, where new.
     - `"scheduler"`: the learned scheduler alone. Backbone and unimodal views are frozen, so that the signals it learns
       from stay as they were calibrated.
     - `"backbone"`: LoRA on the language model, `dms` frozen.
@@ -61,11 +61,13 @@ def prepare(
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
+    bridge = BRIDGES[model.config.model_type]
     if stage == "bridge":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name.split(".") for part in BRIDGES[model.config.model_type]))
+            # without `query_tokens`: an adapter that is trained later has all that this stage changed, see below
+            parameter.requires_grad_(any(part in name.split(".") for part in bridge if part != "query_tokens"))
         return model
-    bridge = BRIDGES[model.config.model_type] if train_bridge else ()
+    bridge = bridge if train_bridge else ()
     if stage == "scheduler" and bridge:
         raise ValueError("stage='scheduler' trains on the frozen backbone: train_bridge must be off")
     chosen = model.config.dms_config.scheduler

@@ -132,8 +132,28 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     run = Path(cast(str, training.output_dir))
     final = run / "final"
     trainer.save_model(str(final))
+    if choices.lora_rank and training.should_save:
+        model.config.save_pretrained(final)  # an adapter alone does not tell DMS's choices
     if training.should_save:
         log = run / "log.json"
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         draw_curves(trainer.state.log_history, run / "curves.png")
     return trainer
+
+
+def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict[str, Any] | None = None) -> Any:
+    """Calibrates a checkpoint on the first clean training images of `data` and saves it; an adapter as an adapter.
+
+    Returns:
+        The report, which can be printed.
+
+    Raises:
+        ValueError: if no sample can be read.
+    """
+    model, processor = load(name, dms, merge=False)
+    samples = readable(load_sources(data, "train"))
+    report = calibrate(model, PromptCollator(processor), samples, count)
+    model.save_pretrained(out)
+    getattr(model, "base_model", model).config.save_pretrained(out)
+    processor.save_pretrained(out)
+    return report

@@ -53,7 +53,7 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
 
 
 def load_sources(sources: str, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
-    """The samples of several data sets, one after the other.
+    """The samples of several data sets, mixed evenly: the first hundred hold as much of each as all do.
 
     Args:
         sources: separated by commas, as for `load_samples`; `name:task` takes another task of one than `task`.
@@ -62,9 +62,10 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
     Raises:
         as `load_samples`.
     """
-    samples = []
+    placed = []
     for source in (part.strip() for part in sources.split(",") if part.strip()):
         name, _, wanted = source.rpartition(":")
         name, wanted = (name, wanted) if name and wanted in TASKS else (source, task)
-        samples += load_samples(name, split, wanted, limit)
-    return samples
+        found = load_samples(name, split, wanted, limit)
+        placed += [((place + 0.5) / len(found), sample) for place, sample in enumerate(found)]
+    return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]

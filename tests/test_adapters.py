@@ -1,0 +1,70 @@
+"""What `dms train` leaves behind with LoRA, and `dms calibrate`: adapters that `load` merges into their base."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modeling_dms.training.arguments import read_arguments
+from modeling_dms.training.cli import app
+from modeling_dms.training.data import PromptCollator, load_samples
+from modeling_dms.training.loading import load
+from modeling_dms.training.train import run_training
+
+
+@pytest.fixture(scope="module", params=["demo-llava", "demo-blip2"])
+def run(request, tmp_path_factory):
+    """A short run of LoRA and bridge on a static model, and what it ended with."""
+    folder = tmp_path_factory.mktemp("run")
+    command = f"--model {request.param} --stage backbone --lora_rank 2 --lora_targets all --train_bridge true "
+    command += "--calibration_samples 0 --schedule_target none --max_samples 60 --max_steps 2 --use_cpu true "
+    command += f"--per_device_train_batch_size 4 --learning_rate 0.01 --report_to none --output_dir {folder}"
+    dms = json.dumps({"scheduler": "uniform", "weight_floor": 0.02, "lambda_unimodal": 0.0})
+    trainer = run_training(read_arguments(None, [*command.split(), "--dms", dms]))
+    return folder / "final", trainer.model.eval()
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_into_its_base(run):
+    folder, trained = run
+    model, processor = load(folder)
+    assert not hasattr(model, "peft_config")
+    assert model.config.dms_config.weight_floor == 0.02
+    assert model.config.dms_config.scheduler == "uniform"
+    assert load(folder, {"weight_floor": 0.03})[0].config.dms_config.weight_floor == 0.03
+    batch = PromptCollator(processor)(load_samples("easy-vqa", "test", limit=3))
+    found = model.eval()(**batch).logits
+    torch.testing.assert_close(found, trained(**batch).logits, atol=1e-4, rtol=1e-4)
+    base, _ = load(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert not torch.allclose(found, base.eval()(**batch).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_calibrating_an_adapter_leaves_an_adapter(run, tmp_path):
+    folder, _ = run
+    command = ["calibrate", "--model", str(folder), "--data", "easy-vqa", "--samples", "50", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "AUROC" in done.output
+    assert (tmp_path / "adapter_config.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    before, processor = load(folder, {"scheduler": "rule"})
+    after, _ = load(tmp_path, {"scheduler": "rule"})
+    assert not before.dms.calibration.is_calibrated
+    assert after.dms.calibration.is_calibrated
+    batch = PromptCollator(processor)(
+        [s.replace(context="zzz qqq xxx") for s in load_samples("easy-vqa", "test", limit=3)]
+    )
+    batch["modality_weights"] = torch.full((3, 2), 0.5)
+    torch.testing.assert_close(after.eval()(**batch).logits, before.eval()(**batch).logits)
+
+
+def test_calibrating_a_checkpoint_saves_a_checkpoint(tmp_path):
+    command = ["calibrate", "--model", "demo-llava", "--data", "easy-vqa", "--samples", "50", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert load(tmp_path)[0].dms.calibration.is_calibrated
+    command[4] = "nowhere"
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "unknown source 'nowhere'" in done.output
