@@ -8,6 +8,7 @@ from modeling_dms.training.data.noto import load_noto
 from modeling_dms.training.data.openmoji import load_openmoji
 from modeling_dms.training.data.samples import Sample, split_of
 from modeling_dms.training.data.sources import load_samples
+from modeling_dms.training.data.stamps import load_stamps
 
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "load_noto",
     "load_openmoji",
     "load_samples",
+    "load_stamps",
     "split_of",
 ]

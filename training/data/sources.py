@@ -9,10 +9,11 @@ from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
 from modeling_dms.training.data.noto import load_noto
 from modeling_dms.training.data.openmoji import load_openmoji
 from modeling_dms.training.data.samples import TASKS, Sample
+from modeling_dms.training.data.stamps import load_stamps
 
 
 # by name, of pictures whose names and keywords serve every task
-PICTURES = {"openmoji": load_openmoji, "noto": load_noto}
+PICTURES = {"openmoji": load_openmoji, "noto": load_noto, "stamps": load_stamps}
 # an image and its texts serve both
 CAPTIONED = {"caption", "retrieval"}
 
@@ -23,7 +24,8 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
     Args:
         source: `"easy-vqa"`, one of `PICTURES`, an id of `HUB_DATASETS`, or the path of a folder or file for
             `load_folder`.
-        split: `"train"` (not of `noto`), `"validation"` or `"test"`, or what a file's own `split` column holds.
+        split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
+            holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
             `None`: whatever the source holds, of `PICTURES` the captions.
         limit: take the first samples only.
