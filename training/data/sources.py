@@ -6,10 +6,14 @@ from pathlib import Path
 from modeling_dms.training.data.easy_vqa import load_easy_vqa
 from modeling_dms.training.data.folder import load_folder
 from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
+from modeling_dms.training.data.noto import load_noto
 from modeling_dms.training.data.openmoji import load_openmoji
 from modeling_dms.training.data.samples import TASKS, Sample
+from modeling_dms.training.data.stamps import load_stamps
 
 
+# by name, of pictures whose names and keywords serve every task
+PICTURES = {"openmoji": load_openmoji, "noto": load_noto, "stamps": load_stamps}
 # an image and its texts serve both
 CAPTIONED = {"caption", "retrieval"}
 
@@ -18,10 +22,12 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
     """The samples of a split of any data set.
 
     Args:
-        source: `"easy-vqa"`, `"openmoji"`, an id of `HUB_DATASETS`, or the path of a folder or file for `load_folder`.
-        split: `"train"`, `"validation"` or `"test"` (or what a file's own `split` column holds).
+        source: `"easy-vqa"`, one of `PICTURES`, an id of `HUB_DATASETS`, or the path of a folder or file for
+            `load_folder`.
+        split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
+            holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
-            `None`: whatever the source holds, of `openmoji` the captions.
+            `None`: whatever the source holds, of `PICTURES` the captions.
         limit: take the first samples only.
 
     Raises:
@@ -34,14 +40,14 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
         raise ValueError(f"limit must be at least 1, got {limit}")
     if source == "easy-vqa":
         samples = load_easy_vqa(split)
-    elif source == "openmoji":
-        samples = load_openmoji(split, task or "caption")
+    elif source in PICTURES:
+        samples = PICTURES[source](split, task or "caption")
     elif source in HUB_DATASETS:
         samples = load_hub(source, split, limit=limit)
     elif Path(source).exists():
         samples = load_folder(source, split)
     else:
-        names = ", ".join(("easy-vqa", "openmoji", *HUB_DATASETS))
+        names = ", ".join(("easy-vqa", *PICTURES, *HUB_DATASETS))
         raise ValueError(f"unknown source {source!r}, expected {names}, or the path of a folder or file")
     if task is not None:
         served = CAPTIONED if task in CAPTIONED else {task}
