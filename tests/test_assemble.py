@@ -162,3 +162,17 @@ def test_other_weights_are_refused(built, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"expected {'0' * 64}"):
         module.assemble(LLAVA, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@needs_parts
+@torch.no_grad()
+def test_new_layers_read_standardised_features(built):
+    """Means far from 0 and uneven scales made training several times as long."""
+    pixels = module._drawings()
+    llava, blip2 = built[LLAVA][0].eval(), built[BLIP2][0].eval()
+    features = blip2.vision_model(pixels).last_hidden_state[:, 1:].flatten(0, 1)
+    torch.testing.assert_close(features.mean(0), torch.zeros(384), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(384), atol=1e-3, rtol=0)
+    tokens = llava.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    tokens = torch.cat([image.flatten(0, -2) for image in tokens])
+    torch.testing.assert_close(tokens.std(), llava.get_input_embeddings().weight.std(), atol=1e-4, rtol=0)
