@@ -48,13 +48,16 @@ def test_an_adapter_is_merged_into_its_base(run):
 def test_calibrating_an_adapter_leaves_an_adapter(run, tmp_path):
     folder, _ = run
     command = ["calibrate", "--model", str(folder), "--data", "easy-vqa", "--samples", "50", "--out", str(tmp_path)]
+    command += ["--scheduler", "rule"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "AUROC" in done.output
     assert (tmp_path / "adapter_config.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
     before, processor = load(folder, {"scheduler": "rule"})
-    after, _ = load(tmp_path, {"scheduler": "rule"})
+    after, _ = load(tmp_path)
+    assert after.config.dms_config.scheduler == "rule"
+    assert after.config.dms_config.weight_floor == 0.02
     assert not before.dms.calibration.is_calibrated
     assert after.dms.calibration.is_calibrated
     batch = PromptCollator(processor)(
@@ -68,6 +71,7 @@ def test_calibrating_a_checkpoint_saves_a_checkpoint(tmp_path):
     command = ["calibrate", "--model", "demo-llava", "--data", "easy-vqa", "--samples", "50", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert load(tmp_path)[0].dms.calibration.is_calibrated
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
     command[4] = "nowhere"
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1

@@ -92,12 +92,15 @@ def calibrate(
     data: Annotated[str, typer.Option(help="As for `train`: its training split, no labels are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated checkpoint.")],
     samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 300,
+    scheduler: Annotated[
+        str | None, typer.Option(help="rule, learned, ... instead of the checkpoint's; a vanilla one has the rule.")
+    ] = None,
 ) -> None:
     """Fits what clean data look like, so that DMS can tell damaged images and contexts from them."""
     from modeling_dms.training.train import run_calibration
 
     try:
-        typer.echo(run_calibration(model, data, out, samples))
+        typer.echo(run_calibration(model, data, out, samples, scheduler))
     except (ValueError, OSError, ImportError) as error:
         raise _failed(error) from error
 

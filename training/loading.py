@@ -50,12 +50,7 @@ def load(
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
         adapted = PeftModel.from_pretrained(model, str(name))
         return adapted.merge_and_unload() if merge else adapted, processor
-    if not Path(name).exists():
-        from modeling_dms.training.assemble import RECIPES, assembled
-
-        name = (
-            CHECKPOINTS / name if (CHECKPOINTS / name).exists() else assembled(str(name)) if name in RECIPES else name
-        )
+    name = _located(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in MODEL_CLASSES:
         raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
@@ -71,6 +66,17 @@ def load(
     model_class = DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
     model = model_class.from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name)
+
+
+def _located(name: str | Path) -> str | Path:
+    """The folder of a checkpoint that this package ships or assembles; other names as they are."""
+    if Path(name).exists():
+        return name
+    if (CHECKPOINTS / name).exists():
+        return CHECKPOINTS / name
+    from modeling_dms.training.assemble import RECIPES, assembled
+
+    return assembled(str(name)) if name in RECIPES else name
 
 
 def _dms_config(config: Any) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     run = Path(cast(str, training.output_dir))
     final = run / "final"
     trainer.save_model(str(final))
-    if choices.lora_rank and training.should_save:
+    if (final / "adapter_config.json").exists() and training.should_save:
         model.config.save_pretrained(final)  # an adapter alone does not tell DMS's choices
     if training.should_save:
         log = run / "log.json"
@@ -141,19 +141,23 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     return trainer
 
 
-def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict[str, Any] | None = None) -> Any:
+def run_calibration(name: str, data: str, out: Path, count: int = 300, scheduler: str | None = None) -> Any:
     """Calibrates a checkpoint on the first clean training images of `data` and saves it; an adapter as an adapter.
+
+    Args:
+        scheduler: of DMSConfig, instead of the checkpoint's.
 
     Returns:
         The report, which can be printed.
 
     Raises:
-        ValueError: if no sample can be read.
+        ValueError: if no sample can be read, or for an unknown scheduler.
     """
-    model, processor = load(name, dms, merge=False)
+    model, processor = load(name, {"scheduler": scheduler} if scheduler else None, merge=False)
     samples = readable(load_sources(data, "train"))
     report = calibrate(model, PromptCollator(processor), samples, count)
     model.save_pretrained(out)
-    getattr(model, "base_model", model).config.save_pretrained(out)
+    if (out / "adapter_config.json").exists():
+        model.base_model.config.save_pretrained(out)
     processor.save_pretrained(out)
     return report
