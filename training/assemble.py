@@ -330,7 +330,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-# new, or fitted with the rounding of the machine: adapters bring their own
+# new, which adapters bring whole, or (the norm) fitted to drawings, alike on all machines but for rounding
 NOT_COPIED = ("multi_modal_projector", "qformer", "language_projection", "post_layernorm")
 
 
