@@ -42,6 +42,22 @@ def test_easy_vqa_splits_share_no_image_and_contexts_answer():
         load_easy_vqa("dev")
 
 
+@pytest.mark.parametrize("task", ["caption", "retrieval"])
+def test_easy_vqa_captions_say_what_the_questions_ask(task):
+    asked = {}
+    for sample in load_easy_vqa("test"):
+        asked.setdefault(sample.image, []).append(sample)
+    captions = load_easy_vqa("test", task)
+    assert [sample.image for sample in captions] == list(asked)
+    assert {sample.task for sample in captions} == {task}
+    for sample in captions:
+        caption = sample.answers[0].split()
+        assert sample.context == asked[sample.image][0].context
+        assert all(q.answers[0] in caption for q in asked[sample.image] if q.answers[0] not in ("yes", "no"))
+    with pytest.raises(ValueError, match="caption"):
+        load_easy_vqa("test", "ocr")
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I", "I;16", "F", "YCbCr", "HSV"])
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (200, 1)])
 def test_every_mode_becomes_rgb(mode, size):

@@ -428,7 +428,6 @@ def test_any_source_by_its_name(tmp_path):
     assert all(s.answers[0].startswith("caption") for s in retrieval)
     for arguments, message in (
         (("nowhere", "train"), r"'nowhere', expected easy-vqa, openmoji, .*lmms-lab/VQAv2.*path"),
-        (("easy-vqa", "train", "caption"), "easy-vqa: no samples for task 'caption'"),
         (("easy-vqa", "train", "ocr"), "'ocr'"),
         (("easy-vqa", "train", None, 0), "limit"),
         (("openmoji", "dev"), "'dev'"),

@@ -1,10 +1,10 @@
-"""Context-VQA on the images and questions of the `easy-vqa` package (MIT): an image of one coloured shape, a sentence
-that says the same, and a question that either of them answers."""
+"""Context-VQA and captions on the images and questions of the `easy-vqa` package (MIT): an image of one coloured
+shape, a sentence that says the same, and a question that either of them answers."""
 
 import zlib
 from pathlib import Path
 
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import CAPTION_QUESTION, TASKS, Sample
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -31,12 +31,13 @@ def _scene_of(questions: list[tuple[str, str]]) -> dict[str, str]:
     return scene
 
 
-def load_easy_vqa(split: str) -> list[Sample]:
-    """All questions of a split on the images whose color and shape are known, in the package's order.
+def load_easy_vqa(split: str, task: str = "vqa") -> list[Sample]:
+    """The images of a split whose color and shape are known, in the package's order.
 
     Args:
         split: `"test"` is the package's own; `"validation"` takes every twentieth image number of the package's
             training split, `"train"` the others. No two share an image.
+        task: `"vqa"` gives all questions on each image, `"caption"` and `"retrieval"` its color and shape as one text.
 
     Raises:
         ValueError: for another split.
@@ -45,6 +46,8 @@ def load_easy_vqa(split: str) -> list[Sample]:
 
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     source = "test" if split == "test" else "train"
     questions, answers, image_ids = getattr(easy_vqa, f"get_{source}_questions")()
     paths = getattr(easy_vqa, f"get_{source}_image_paths")()
@@ -57,6 +60,11 @@ def load_easy_vqa(split: str) -> list[Sample]:
         if len(scene) < 2 or (source == "train" and (image_id % 20 == 0) != (split == "validation")):
             continue
         context = CONTEXTS[zlib.crc32(f"{source}-{image_id}".encode()) % len(CONTEXTS)].format(**scene)
+        if task != "vqa":
+            caption = f"a {scene['color']} {scene['shape']}"
+            id_ = f"easy-vqa-{source}-{image_id}"
+            samples.append(Sample(id_, Path(paths[image_id]), context, CAPTION_QUESTION, (caption,), task))
+            continue
         for number, (question, answer) in enumerate(asked):
             sample_id = f"easy-vqa-{source}-{image_id}-{number}"
             samples.append(Sample(sample_id, Path(paths[image_id]), context, question, (answer,)))

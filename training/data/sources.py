@@ -27,7 +27,7 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
         split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
             holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
-            `None`: whatever the source holds, of `PICTURES` the captions.
+            `None`: whatever the source holds, of `easy-vqa` the questions, of `PICTURES` the captions.
         limit: take the first samples only.
 
     Raises:
@@ -39,7 +39,7 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if source == "easy-vqa":
-        samples = load_easy_vqa(split)
+        samples = load_easy_vqa(split, task or "vqa")
     elif source in PICTURES:
         samples = PICTURES[source](split, task or "caption")
     elif source in HUB_DATASETS:
