@@ -194,10 +194,46 @@ def test_conditions_of_the_groups():
     assert conditions_of(config)[1:] == [Condition("image:swirl", "image:swirl", 2)]
 
 
+def test_conditions_that_damage_both_modalities():
+    kinds = ["image:fog", "image:jpeg", "image:swirl", "image:noise", "text:typos", "text:scramble", "text:mismatch"]
+    config = EvaluationConfig("m", Path("o"), corruptions=["both"], kinds=kinds, severities=[4])
+    pairs = {"image:fog+text:typos", "image:jpeg+text:scramble", "image:swirl+text:typos"}
+    found = conditions_of(config)[1:]
+    assert {c.name for c in found} == pairs
+    assert {c.group for c in found} == {"both"}
+    alone = EvaluationConfig("m", Path("o"), corruptions=["both"], kinds=kinds[:2], severities=[4])
+    assert len(conditions_of(alone)) == 1
+    named = EvaluationConfig("m", Path("o"), corruptions=["image:black+text:missing"], severities=[5])
+    assert conditions_of(named)[1:] == [Condition("image:black+text:missing", "image:black+text:missing", 5)]
+
+
+def test_damage_to_both_modalities_is_the_damage_to_each(vqa):
+    model, task, samples = vqa
+    condition = Condition("image:noise+text:typos", "both", 3)
+    assert condition.damaged is None
+    changed, failed = condition.apply(samples, 1)
+    assert not failed
+    image = Condition("image:noise", "seen", 3).apply(samples, 1)[0]
+    text = Condition("text:typos", "unseen text", 3).apply(samples, 1)[0]
+    for both, one, other in zip(changed, image, text, strict=True):
+        assert both.damage == (one.damage[0], other.damage[1]) == (0.6, 0.6)
+        assert np.array_equal(both.load_image(), one.load_image())
+        assert both.context == other.context
+    # nobody can be told which modality to trust
+    cells = run_condition(model, task, [Method(), Method(ORACLE)], samples, condition, 0, 14)
+    assert [cell.method for cell in cells] == ["static"]
+    swapped, _ = Condition("image:mismatch+text:mismatch", "both", 5).apply(samples, 0)
+    for before, after in zip(samples, swapped, strict=True):
+        other = next(s for s in samples if s.image == after.image)
+        assert before.image != after.image
+        assert after.context == other.context != before.context
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"corruptions": ["image:rain"]}, "image:rain"),
+        ({"corruptions": ["image:fog+text:rain"]}, "text:rain"),
         ({"severities": [0, 3]}, "severities"),
         ({"severities": []}, "severities"),
         ({"seeds": 0}, "seeds"),
@@ -393,6 +429,14 @@ def test_a_vanilla_checkpoint_is_evaluated_by_generation(tmp_path):
     results = evaluate(config)
     assert [row["method"] for row in results["results"]["groups"]] == ["static", "static"]
     assert 0 <= results["results"]["groups"][0]["score"] <= 1
+
+
+def test_weights_of_another_precision(tmp_path):
+    config = EvaluationConfig("demo-llava", tmp_path, corruptions=["image:black"], severities=[5], seeds=1, samples=4)
+    config.calibration_samples, config.dtype = 60, "bfloat16"
+    results = evaluate(config)
+    assert results["run"]["dtype"] == "bfloat16"
+    assert {row["method"] for row in results["results"]["groups"]} == {"static", "rule", "oracle"}
 
 
 @pytest.mark.parametrize(("task", "metric"), [("caption", "CIDEr-D"), ("retrieval", "R@1")])

@@ -122,7 +122,8 @@ def evaluate(
         str | None, typer.Option(help="Calibrates, and trains baselines, where `data` are for testing alone.")
     ] = None,
     corruptions: Annotated[
-        str, typer.Option(help="Groups (seen, unseen, mismatch) or names such as image:fog, separated by commas.")
+        str,
+        typer.Option(help="Groups (seen, unseen, mismatch, both) or names such as image:fog, separated by commas."),
     ] = "seen,unseen,mismatch",
     kinds: Annotated[str | None, typer.Option(help="Only these kinds of the groups, separated by commas.")] = None,
     severities: Annotated[str, typer.Option(help="1 (mild) to 5 (strong), separated by commas.")] = "3,5",
@@ -135,6 +136,7 @@ def evaluate(
         int, typer.Option(help="Clean samples that a checkpoint without calibration is calibrated on; 0: none.")
     ] = 300,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 50,
+    dtype: Annotated[str, typer.Option(help="Precision of the weights, such as bfloat16.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
 ) -> None:
     """Measures a checkpoint, clean and corrupted, against baselines on the same samples and corruptions."""
@@ -162,6 +164,7 @@ def evaluate(
             methods=chosen,
             calibration_samples=calibration_samples,
             batch_size=batch_size,
+            dtype=dtype,
             resume=resume,
         )
         run(config)

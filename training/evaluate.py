@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from modeling_dms.training.tasks import (
 from modeling_dms.training.train import calibrate
 
 
-CORRUPTIONS = ("seen", "unseen", "mismatch")
+CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
 # by name: the kind of samples it takes
 TASKS = {"vqa": "vqa", "vqa-generate": "vqa", "caption": "caption", "retrieval": "retrieval", "matching": "retrieval"}
 
@@ -53,7 +54,8 @@ class EvaluationConfig:
             likelihood) or `"matching"` (by a BLIP-2 retrieval checkpoint).
         data, split: as `load_samples` takes them.
         training_data: what calibration, trained baselines and the list of answers take; by default `data`.
-        corruptions: groups of `CORRUPTIONS`, or names such as `"image:fog"`, which make a group of their own.
+        corruptions: groups of `CORRUPTIONS`, or names such as `"image:fog"` or `"image:fog+text:typos"`, which make a
+            group of their own. `"both"` takes every unseen image corruption with an unseen one of the context.
         kinds: names that the groups are restricted to; all kinds of their families by default.
         severities: 1 to 5.
         seeds: how many draws of corruptions and questions.
@@ -61,6 +63,7 @@ class EvaluationConfig:
         methods: of `METHODS`.
         calibration_samples: a checkpoint that is not calibrated is calibrated on so many clean training samples.
         training_samples: that trained baselines see.
+        dtype: of the weights, as `from_pretrained` takes it.
         resume: go on from what `out` holds.
     """
 
@@ -70,7 +73,7 @@ class EvaluationConfig:
     data: str = "easy-vqa"
     split: str = "test"
     training_data: str | None = None
-    corruptions: Sequence[str] = CORRUPTIONS
+    corruptions: Sequence[str] = ("seen", "unseen", "mismatch")
     kinds: Sequence[str] | None = None
     severities: Sequence[int] = (3, 5)
     seeds: int = 3
@@ -79,6 +82,7 @@ class EvaluationConfig:
     calibration_samples: int = 300
     training_samples: int = 6000
     batch_size: int = 50
+    dtype: str = "auto"
     resume: bool = False
     families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=0.15))
 
@@ -101,23 +105,35 @@ def conditions_of(config: EvaluationConfig) -> list[Condition]:
     if not config.severities or not set(config.severities) <= set(range(1, 6)):
         raise ValueError(f"severities must be integers from 1 to 5, got {list(config.severities)}")
     found = [Condition("clean", "clean")]
+    highest = max(config.severities)
     for wanted in config.corruptions:
         if wanted not in CORRUPTIONS:
-            config.families.group_of(wanted)  # raises for an unknown name
+            for name in wanted.split("+"):
+                config.families.group_of(name)  # raises for an unknown name
             found += [Condition(wanted, wanted, severity) for severity in config.severities]
             continue
-        for modality in ("image", "text"):
-            families = config.families.families(modality, "seen" if wanted == "seen" else "held out")
-            families = [name for name in families if (name == "mismatch") == (wanted == "mismatch")]
+        names = {modality: _kinds_of(config, wanted, modality) for modality in ("image", "text")}
+        if wanted == "both":
+            if all(names.values()):
+                pairs = [f"{name}+{text}" for name, text in zip(names["image"], cycle(names["text"]), strict=False)]
+                found += [Condition(pair, "both", severity) for pair in pairs for severity in config.severities]
+            continue
+        for modality, own in names.items():
             group = f"unseen {modality}" if wanted == "unseen" else wanted
-            names = [n for n in names_in(modality, families) if config.kinds is None or n in config.kinds]
-            for name in names:
+            for name in own:
                 whole = name.endswith((":missing", ":mismatch", ":black", ":channel_swap"))
-                severities = (max(config.severities),) if whole else config.severities
                 found += [
-                    Condition(name, f"{group} {modality}" if wanted == "mismatch" else group, s) for s in severities
+                    Condition(name, f"{group} {modality}" if wanted == "mismatch" else group, severity)
+                    for severity in ((highest,) if whole else config.severities)
                 ]
     return found
+
+
+def _kinds_of(config: EvaluationConfig, group: str, modality: str) -> list[str]:
+    """The corruptions of a modality in a group of `CORRUPTIONS`."""
+    families = config.families.families(modality, "seen" if group == "seen" else "held out")
+    families = [name for name in families if (name == "mismatch") == (group == "mismatch")]
+    return [name for name in names_in(modality, families) if config.kinds is None or name in config.kinds]
 
 
 def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
@@ -139,7 +155,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     began = time.time()
     # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model, processor = load(config.model)
+    model, processor = load(config.model, dtype=config.dtype)
     model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
     kind = TASKS[config.task]

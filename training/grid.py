@@ -29,7 +29,7 @@ class Condition:
     """How samples are corrupted.
 
     Attributes:
-        name: of `corrupt`, or `"clean"`.
+        name: of `corrupt`, several joined by `+`, or `"clean"`.
         group: what the report puts together: `"clean"`, `"seen"`, `"unseen image"`, `"unseen text"`, `"mismatch"`, ...
         severity: 1 to 5; 0 for clean.
     """
@@ -40,25 +40,33 @@ class Condition:
 
     @property
     def damaged(self) -> int | None:
-        """Which modality: 0 vision, 1 text."""
-        return None if self.name == "clean" else int(self.name.startswith("text"))
+        """Which modality alone: 0 vision, 1 text."""
+        sides = {int(name.startswith("text")) for name in self.kinds}
+        return sides.pop() if len(sides) == 1 else None
+
+    @property
+    def kinds(self) -> list[str]:
+        """The names of all corruptions, one after the other."""
+        return [] if self.name == "clean" else self.name.split("+")
 
     def apply(self, samples: Sequence[Sample], seed: int) -> tuple[list[Sample], dict[str, str]]:
         """Corrupted copies, and of samples that cannot be corrupted the error by id. A mismatch takes the image or
         context of the next sample with another one of both and another first answer."""
-        if self.name == "clean":
+        if not self.kinds:
             return list(samples), {}
         changed, failed = [], {}
         for place, sample in enumerate(samples):
             other = None
-            if self.name.endswith(":mismatch"):
+            if any(kind.endswith(":mismatch") for kind in self.kinds):
                 rest = [*samples[place + 1 :], *samples[:place]]
                 other = next((o for o in rest if _differ(o, sample)), None)
                 if other is None:
                     failed[sample.id] = f"sample {sample.id!r}: there is no other sample to mismatch it with"
                     continue
+            new = sample
             try:
-                new = corrupt(sample, self.name, max(1, self.severity), other, f"@{seed}")
+                for kind in self.kinds:
+                    new = corrupt(new, kind, max(1, self.severity), other, f"@{seed}")
             except ValueError as error:
                 failed[sample.id] = str(error)
                 continue
