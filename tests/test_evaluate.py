@@ -238,6 +238,7 @@ def test_damage_to_both_modalities_is_the_damage_to_each(vqa):
         ({"severities": []}, "severities"),
         ({"seeds": 0}, "seeds"),
         ({"samples": 0}, "samples"),
+        ({"validation_samples": 0}, "validation_samples"),
         ({"task": "ocr"}, "task must be one of"),
     ],
 )
@@ -338,6 +339,15 @@ def test_numbers_by_hand():
     assert {row["method"]: row["ratio"] for row in numbers["cost"]} == {"static": 1, "rule": 1, "oracle": 1}
     with pytest.raises(ValueError, match="static"):
         Results([cell("rule", CLEAN, 0, [1])])
+
+
+def test_no_error_of_a_metric_without_an_upper_end():
+    fog = Condition("image:fog", "unseen image", 5)
+    for highest, known in ((1, True), (2.5, False)):
+        cells = [cell("static", CLEAN, 0, [highest, 0.2]), cell("static", fog, 0, [0.5, 0.1])]
+        (row,) = summarize(cells)["robustness"]
+        assert (row["mce"] is not None) == known
+        assert row["relative_robustness"] > 0
 
 
 def test_the_report_names_every_method_and_condition():

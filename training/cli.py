@@ -135,6 +135,8 @@ def evaluate(
     calibration_samples: Annotated[
         int, typer.Option(help="Clean samples that a checkpoint without calibration is calibrated on; 0: none.")
     ] = 300,
+    training_samples: Annotated[int, typer.Option(help="Samples that trained baselines see.")] = 6000,
+    validation_samples: Annotated[int, typer.Option(help="Images that baselines are tuned on.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 50,
     dtype: Annotated[str, typer.Option(help="Precision of the weights, such as bfloat16.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
@@ -163,6 +165,8 @@ def evaluate(
             samples=samples,
             methods=chosen,
             calibration_samples=calibration_samples,
+            training_samples=training_samples,
+            validation_samples=validation_samples,
             batch_size=batch_size,
             dtype=dtype,
             resume=resume,

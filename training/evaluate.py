@@ -63,6 +63,7 @@ class EvaluationConfig:
         methods: of `METHODS`.
         calibration_samples: a checkpoint that is not calibrated is calibrated on so many clean training samples.
         training_samples: that trained baselines see.
+        validation_samples: that the baselines' hyperparameters are chosen on.
         dtype: of the weights, as `from_pretrained` takes it.
         resume: go on from what `out` holds.
     """
@@ -81,6 +82,7 @@ class EvaluationConfig:
     methods: Sequence[str] = ("static", "rule", "oracle")
     calibration_samples: int = 300
     training_samples: int = 6000
+    validation_samples: int = 100
     batch_size: int = 50
     dtype: str = "auto"
     resume: bool = False
@@ -89,7 +91,7 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in ("seeds", "samples", "batch_size"):
+        for name in ("seeds", "samples", "training_samples", "validation_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if "static" not in self.methods:
@@ -165,7 +167,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     if not test:
         raise ValueError(f"none of the samples of {config.data!r} can be read")
     needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)
-    validation = one_per_image(load_samples(training_data, "validation", kind), 100, 0) if needs_training else []
+    validation = load_samples(training_data, "validation", kind) if needs_training else []
+    validation = one_per_image(validation, config.validation_samples, 0)
     if config.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, PromptCollator(processor), train, config.calibration_samples, state.is_local_main_process)
 

@@ -171,11 +171,15 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
         )
 
     scores = 1 - errors(method)
+    # an error is what is missing to 1, of a metric that ends there: CIDEr does not
+    bounded = all(cell.metrics["score"].max() <= 1 for cell in results.cells)
     row: dict[str, Any] = {
         "method": method,
         "mmi": multimodal_impact(level, scores.ravel()) if level else None,
         "relative_robustness": float(relative_robustness(level, scores.ravel()).mean()) if level else None,
-        "mce": mean_corruption_error(errors(method), errors(STATIC)) if errors(STATIC).sum(1).all() else None,
+        "mce": mean_corruption_error(errors(method), errors(STATIC))
+        if bounded and errors(STATIC).sum(1).all()
+        else None,
         "modality_auroc": None,
     }
     damaged = results.chosen(method, lambda c: c.damaged is not None)
@@ -311,7 +315,7 @@ def combine(folders: Sequence[Path], out: Path, readme: Path | None = None) -> N
         folders: inside of the document's folder.
         readme: a file that gets the `brief` table between its `grid` markers.
     """
-    parts = ["# Results", "Written by `make results` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
+    parts = ["# Results", "Written by `dms report` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
     for folder in folders:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         parts.append(render(results).replace("\n#", "\n##").replace("# ", "## ", 1).strip())

@@ -48,6 +48,7 @@ def calibrate(
     samples: Sequence[Sample],
     count: int,
     show_progress: bool = True,
+    level: int = 2,
 ) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images.
 
@@ -57,7 +58,7 @@ def calibrate(
     distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
-    return model.calibrate(batches, max_samples=count, show_progress=show_progress)
+    return model.calibrate(batches, level, count, show_progress)
 
 
 class CalibrationCallback(TrainerCallback):
