@@ -1,6 +1,7 @@
-"""What else could tell a damaged image from a wrong context: further inputs of the scheduler that `tradeoff.py` tries.
+"""What else could tell a damaged image from a wrong context: further inputs of the scheduler that `tradeoff.py` tries,
+and the package's own evidence of that left out.
 
-Each takes records (see `tradeoff.py`) of n samples and of known, clean ones, and returns (n, P).
+Each kind takes records (see `tradeoff.py`) of n samples and of known, clean ones, and returns (n, P).
 """
 
 from dataclasses import replace
@@ -8,23 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modeling_dms.calibration import Calibration
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.typicality import fit_gaussian, log_distances
-
-
-# share of clean images that count as suspicious in a disagreement
-ARBITRATION = 0.15
-
-
-def familiar(some: Any, known: Any, calibration: Calibration) -> Tensor:
-    """How far the image is from its nearest known images in what images share with contexts: (n, 2)."""
-    own, others = (calibration.shared(0, one.raw["vision"]) for one in (some, known))
-    cosine = F.normalize(own, dim=1) @ F.normalize(others, dim=1).T
-    distance = torch.cdist(own, others).topk(5, largest=False).values.mean(1)
-    return torch.stack([-cosine.topk(5).values.mean(1), distance.clamp_min(1e-6).log()], 1)
 
 
 def one_sided(some: Any, known: Any, calibration: Calibration) -> Tensor:
@@ -50,36 +38,30 @@ def patchwise(some: Any, known: Any, calibration: Calibration) -> Tensor:
     return values.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), dim=1).permute(1, 0, 2).flatten(1)
 
 
-# by name: the evidence, whether it arbitrates, and how many known images it is measured by
-EVIDENCE = {
-    "patches": (patchwise, False, 300),
-    "one-sided answers": (one_sided, False, 300),
-    "familiar images": (familiar, False, 300),
-    "300 familiar images arbitrate": (familiar, True, 300),
-    "600 familiar images arbitrate": (familiar, True, 600),
-}
+EVIDENCE = {"patches": patchwise, "one-sided answers": one_sided}
 
 
 def with_evidence(found: dict[str, Any], calibration: Calibration, name: str) -> dict[str, Any]:
-    """The records with further inputs of the scheduler. If it arbitrates, it replaces the image's suspicion of the
-    rule, and its typicality among the inputs."""
-    kind, arbitrates, count = EVIDENCE[name]
-    known = replace(found["known"], raw={key: value[:count] for key, value in found["known"].raw.items()})
+    """The records with further inputs of the scheduler."""
     records = [found["training"], *found["conditions"]]
-    values = [kind(one, known, calibration) for one in records]
-    undamaged = (records[0].raw["damage"] == 0).all(1)
-    clean = values[0][undamaged]
-    values = [((value - clean.median(0).values) / clean.std(0)).clamp(-10, 10) for value in values]
-    limit = values[0][undamaged].sum(1).quantile(1 - ARBITRATION)
+    values = [EVIDENCE[name](one, found["known"], calibration) for one in records]
+    clean = values[0][(records[0].raw["damage"] == 0).all(1)]
     changed = []
     for one, value in zip(records, values, strict=True):
         signals, mask, (image, text), *rest = one.arguments
-        value = value * mask[:, :1]
-        signals = ModalitySignals(**signals)
-        if arbitrates:
-            there = torch.stack([value.sum(1) - limit, signals.suspicion[:, 1]], 1)
-            signals.suspicion = torch.where(mask, there, -torch.inf)
-            image = image[:, -3:]
-        arguments = (signals, mask, [torch.cat([value, image], 1), text], *rest)
+        value = ((value - clean.median(0).values) / clean.std(0)).clamp(-10, 10) * mask[:, :1]
+        changed.append(replace(one, arguments=(signals, mask, [torch.cat([value, image], 1), text], *rest)))
+    return {"training": changed[0], "conditions": changed[1:]}
+
+
+def without_familiarity(found: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """The records as if calibration remembered no image: judged by the typicality of its layers instead."""
+    modality, changed = calibration.modalities[0], []
+    for one in (found["training"], *found["conditions"]):
+        signals, mask, (image, text), *rest = one.arguments
+        distances, scalars = calibration.distances(0, one.raw["vision"]), torch.zeros(len(mask), 3)
+        deviations = modality.detector_inputs(distances, scalars)[:, : modality.deviations]
+        signals = ModalitySignals(**{**signals, "arbitration": signals["suspicion"]})
+        arguments = (signals, mask, [torch.cat([deviations, image[:, -3:]], 1), text], *rest)
         changed.append(replace(one, arguments=arguments))
     return {"training": changed[0], "conditions": changed[1:]}

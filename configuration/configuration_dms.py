@@ -46,9 +46,10 @@ class DMSConfig(PreTrainedConfig):
         scheduler (`str`, defaults to `"rule"`): how signals become weights. `"uniform"`: all equal, the static
             backbone. `"rule"`: training-free; exactly uniform until `calibrate` has run and wherever nothing is
             suspicious. `"learned"`: the rule's scores, corrected by an MLP over all signals that is 0 at
-            initialisation; it decides where the rule is silent or undecided but cannot overrule clear evidence. With
-            `kappa=0` the MLP is alone. `"entropy"`: softmax of negative unimodal entropy (as in MLA). `"energy"`:
-            softmax of the log-sum-exp of unimodal logits (as in QMF).
+            initialisation; it decides where the rule is silent or undecided but cannot overrule clear evidence. In a
+            disagreement, here and with a `conflict_prior`, weaker evidence against an image is its distance to the
+            clean images that calibration remembers. With `kappa=0` the MLP is alone. `"entropy"`: softmax of negative
+            unimodal entropy (as in MLA). `"energy"`: softmax of the log-sum-exp of unimodal logits (as in QMF).
         fusion (`str`, defaults to `"attention"`): `"attention"` adds log(M * w_m) to the attention scores of modality
             m's keys. `"embedding"` multiplies its input embeddings by M * w_m (an ablation: pre-norm language models
             divide it out).

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.typicality import canonical_coordinates, evidence
+from modeling_dms.typicality import MEMORY, canonical_coordinates, evidence, unfamiliarity
 
 
+# buffers of what calibration remembers of clean images, which older checkpoints lack
+REMEMBERED = ("memory_bank", "unfamiliarity_location", "unfamiliarity_scale", "unfamiliarity_threshold")
 SCALARS = ("confidence", "uncertainty", "energy")
 
 
@@ -73,6 +76,10 @@ class ModalityCalibration(Statistics):
     threshold: Tensor
     arbitration_threshold: Tensor
     canonical: Tensor
+    memory_bank: Tensor
+    unfamiliarity_location: Tensor
+    unfamiliarity_scale: Tensor
+    unfamiliarity_threshold: Tensor
     level: Tensor
 
     def __init__(self, layers: int, size: int, components: int):
@@ -98,6 +105,12 @@ class ModalityCalibration(Statistics):
                 # the lower thresholds that count where the modalities disagree
                 "arbitration_threshold": (2,),
                 "canonical": (components, components),
+                # canonical coordinates of clean samples; all zeros if none are remembered
+                "memory_bank": (MEMORY, components),
+                "unfamiliarity_location": (2,),
+                "unfamiliarity_scale": (2,),
+                # of the sum of both, where the modalities disagree
+                "unfamiliarity_threshold": (),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
             }
@@ -107,6 +120,10 @@ class ModalityCalibration(Statistics):
     def fitted(self) -> dict[str, Tensor]:
         """The clean statistics, as `typicality` takes them."""
         return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual", "canonical")}
+
+    def unfamiliarity(self, shared: Tensor) -> Tensor:
+        """`unfamiliarity` by the memory bank: (B, K) -> (B, 2)."""
+        return unfamiliarity(shared, {name: getattr(self, name) for name in REMEMBERED})
 
     def standardize(self, scalars: Tensor) -> Tensor:
         """Scalar signals (B, 3) over their clean location and scale."""
@@ -126,12 +143,17 @@ class ModalityCalibration(Statistics):
         sided = torch.cat([deviation.clamp(0, 10), (-deviation).clamp(0, 10)], dim=1)
         return torch.cat([sided, self.standardize(scalars)[:, :2].clamp(-10, 10)], dim=1)
 
-    def scheduler_inputs(self, distances: Tensor, scalars: Tensor) -> Tensor:
+    def scheduler_inputs(self, distances: Tensor, scalars: Tensor, unfamiliarity: Tensor) -> Tensor:
         """What the learned scheduler sees of this modality: `detector_inputs`, and the standardised energy.
+
+        Where clean samples are remembered, unfamiliarity takes the place of the deviations, filled up with zeros: by
+        deviations a scheduler learns the damage of its training, and takes unknown damage for a clean image beside a
+        wrong context.
 
         Args:
             distances: (B, 2 L + 1).
             scalars: (B, 3).
+            unfamiliarity: (B, 2).
 
         Returns:
             (B, `scheduler_size`).
@@ -139,6 +161,7 @@ class ModalityCalibration(Statistics):
         inputs = self.detector_inputs(distances, scalars)
         # before calibration nothing is known of how far is far
         sided = inputs[:, : self.deviations] * (self.level > 0)
+        sided = torch.where(self.memory_bank.any(), F.pad(unfamiliarity, (0, self.deviations - 2)), sided)
         energy = self.standardize(scalars)[:, 2:].clamp(-10, 10)
         return torch.cat([sided, inputs[:, self.deviations :], energy], dim=1)
 
@@ -193,6 +216,20 @@ class ModalityCalibration(Statistics):
             for threshold in (self.threshold, self.arbitration_threshold)
         )
         return damage, suspicion
+
+    def arbitration(self, unfamiliarity: Tensor, damage: Tensor, suspicion: Tensor) -> Tensor:
+        """What counts against the modality in a disagreement in which a side must be taken: unfamiliarity beyond its
+        threshold, or clear damage; where no clean samples are remembered, suspicion.
+
+        Args:
+            unfamiliarity: (B, 2).
+            damage, suspicion: (B,), from `damage`.
+
+        Returns:
+            (B,), above 0 counts.
+        """
+        strange = torch.maximum(damage, unfamiliarity.sum(1) - self.unfamiliarity_threshold)
+        return torch.where(self.memory_bank.any(), strange, suspicion)
 
 
 class Agreement(Statistics):

@@ -20,6 +20,8 @@ from modeling_dms.typicality import (
     fit_canonical,
     fit_gaussian,
     fit_logistic,
+    fit_memory_bank,
+    unfamiliarity,
     whiten,
 )
 
@@ -163,15 +165,18 @@ def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSCo
         views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
         for gaussian, canonical in zip(fitted, fit_canonical(views[0], views[1]), strict=True):
             gaussian["canonical"] = canonical
+    # of images alone: to judge texts the same way gained nothing on validation data
+    fitted[0] |= fit_memory_bank(canonical_coordinates(clean[0].statistics[rows[:, 0]], fitted[0]))
     return fitted
 
 
 class Judged:
-    """Distances (n, P) of n samples of one modality and of their corruptions, and canonical coordinates (n, K)."""
+    """Distances (n, P) of n samples of one modality and of their corruptions, canonical coordinates (n, K) and
+    unfamiliarity (n, 2), 0 where no samples are remembered."""
 
     def __init__(self, count: int, families: Iterable[str]):
         self.count = count
-        self.clean, self.shared = torch.zeros(0), torch.zeros(0)
+        self.clean, self.shared, self.unfamiliarity = torch.zeros(0), torch.zeros(0), torch.zeros(count, 2)
         self.corrupted: dict[str, Tensor] = dict.fromkeys(families, torch.zeros(0))
 
     def add(
@@ -188,13 +193,16 @@ class Judged:
             return old.index_put((held.nonzero()[:, 0],), new)
 
         self.clean = put(self.clean, evidence(clean.statistics[held], fitted))
-        self.shared = put(self.shared, canonical_coordinates(clean.statistics[held], fitted))
+        shared = canonical_coordinates(clean.statistics[held], fitted)
+        self.shared = put(self.shared, shared)
+        if "memory_bank" in fitted:
+            self.unfamiliarity = put(self.unfamiliarity, unfamiliarity(shared, fitted))
         for family, record in corrupted.items():
             self.corrupted[family] = put(self.corrupted[family], evidence(record.statistics[held], fitted))
 
     def __getitem__(self, rows: Tensor) -> "Judged":
         part = Judged(int(rows.sum()), self.corrupted)
-        part.clean, part.shared = self.clean[rows], self.shared[rows]
+        part.clean, part.shared, part.unfamiliarity = self.clean[rows], self.shared[rows], self.unfamiliarity[rows]
         part.corrupted = {family: values[rows] for family, values in self.corrupted.items()}
         return part
 
@@ -259,7 +267,9 @@ def _fit_modality(
         for values in (found, *bad_found.values()):
             values[:, 1] *= modality.emptiness_scale
     modality.threshold.copy_(_joint(found, config.false_alarm_rate))
-    modality.arbitration_threshold.copy_(_joint(found, max(config.arbitration_rate, config.false_alarm_rate)))
+    weaker = max(config.arbitration_rate, config.false_alarm_rate)
+    modality.arbitration_threshold.copy_(_joint(found, weaker))
+    modality.unfamiliarity_threshold.copy_(_upper(judged.unfamiliarity.sum(1), weaker))
     alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
     odds = (found - modality.threshold).amax(1)
     bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}

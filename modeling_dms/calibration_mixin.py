@@ -27,8 +27,8 @@ class CalibrationMixin:
         """Fits clean statistics and, at level 2, a map from them to "this modality is damaged". No labels, no
         gradients.
 
-        What is fitted is stored in buffers of `dms` and travels with the checkpoint. Only pooled features are kept in
-        memory.
+        What is fitted is stored in buffers of `dms` and travels with the checkpoint, with a short code of up to 512 of
+        the images (canonical coordinates, `subspace_size` numbers each). Only pooled features are kept in memory.
 
         Args:
             dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`

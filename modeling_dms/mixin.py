@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 
 from modeling_dms.attention import SDPA_KEY_BIAS
-from modeling_dms.calibration import Statistics
+from modeling_dms.calibration import REMEMBERED, Statistics
 from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
@@ -392,16 +392,19 @@ class DMSMixin(CalibrationMixin):
         checkpoint's.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the backbone, or a part of a trained `dms`: only `dms.*` may
-                be new.
+            ValueError: if the checkpoint lacks weights of the backbone, or a part of a trained `dms`: only all of
+                `dms.*`, its scheduler, and what calibration remembers of images may be new.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = set(info["missing_keys"])
         own = {f"dms.{name}" for name in model.dms.state_dict()}
-        # a vanilla checkpoint has nothing of `dms`; another scheduler than the saved one starts anew
-        new = own if own <= missing else {name for name in own if name.startswith("dms.scheduler.")}
+        # a vanilla checkpoint has nothing of `dms`, an older calibration remembers no images, and another scheduler
+        # than the saved one starts anew
+        late = tuple(f".{name}" for name in REMEMBERED)
+        anew = {name for name in own if name.startswith("dms.scheduler.") or name.endswith(late)}
+        new = own if own <= missing else anew
         if missing - new:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"

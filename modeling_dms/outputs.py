@@ -31,6 +31,9 @@ class ModalitySignals(ModelOutput):
     conflict: calibrated disagreement relative to its threshold, one number for all modalities: above 0 is flagged.
     suspicion, disagreement: damage and conflict relative to lower thresholds, which count where both are exceeded: on
         clean samples that is as rare as clear damage.
+    arbitration: what a scheduler that takes sides (`"learned"`, or with a `conflict_prior`) goes by in place of
+        suspicion: how unlike the clean samples that calibration remembers, or clear damage. Suspicion itself for a
+        modality of which it remembers none: texts, and before calibration.
     """
 
     confidence: torch.Tensor | None = None
@@ -42,6 +45,7 @@ class ModalitySignals(ModelOutput):
     suspicion: torch.Tensor | None = None
     conflict: torch.Tensor | None = None
     disagreement: torch.Tensor | None = None
+    arbitration: torch.Tensor | None = None
 
 
 @dataclass

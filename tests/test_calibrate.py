@@ -3,13 +3,15 @@
 The data are those of `tiny.clean_samples`: structured, so that damage can be told from them, also by random weights.
 """
 
+import copy
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from modeling_dms import DMSConfig
-from modeling_dms.calibration import Calibration
+from modeling_dms import DMSConfig, calibration_fit, typicality
+from modeling_dms.calibration import REMEMBERED, Calibration
 from modeling_dms.calibration_fit import ModalityRecord, fit_calibration
 from tests import tiny
 
@@ -243,8 +245,8 @@ def test_everything_else_is_untouched():
     assert all(p.grad is None for p in model.parameters())
     assert all(not buffer.requires_grad for buffer in model.buffers())
     assert_same(dict(model.named_parameters()), parameters)
-    for batch, copy in zip(batches, copies, strict=True):
-        assert_same(batch, copy)
+    for batch, before in zip(batches, copies, strict=True):
+        assert_same(batch, before)
     assert torch.is_grad_enabled()
 
 
@@ -289,7 +291,8 @@ def test_calibration_is_saved(backbone, calibrated, tmp_path):
     for inputs in (fresh(backbone), tiny.noisy(fresh(backbone), strength=0.3)):
         expected, out = answer(model, inputs), answer(loaded, inputs)
         assert torch.equal(out.modality_weights, expected.modality_weights)
-        assert torch.equal(out.modality_signals.damage, expected.modality_signals.damage)
+        for name in ("damage", "suspicion", "arbitration"):
+            assert torch.equal(out.modality_signals[name], expected.modality_signals[name]), name
 
 
 def test_it_streams_and_stops():
@@ -303,6 +306,137 @@ def test_it_streams_and_stops():
     report = tiny.build("llava-llama").calibrate(stream(), max_samples=64, show_progress=False)
     assert report.samples == {"vision": 64, "text": 64}
     assert len(served) == 2
+
+
+# ---- the images that it remembers
+
+
+def forgetful(model):
+    """The model as if its calibration remembered no image."""
+    twin = copy.deepcopy(model)
+    twin.dms.calibration.modalities[0].memory_bank.zero_()
+    return twin
+
+
+def inputs_that_disagree(backbone):
+    """Clean, damaged and mismatched samples in one batch."""
+    clean = fresh(backbone)
+    swapped = {**clean, "pixel_values": clean["pixel_values"].roll(1, 0)}
+    kinds = (clean, tiny.noisy(clean, 0.3), swapped, tiny.noisy(swapped, 0.3), random_words(clean))
+    return {name: torch.cat([kind[name] for kind in kinds]) for name in clean}
+
+
+@pytest.mark.parametrize("scheduler", ["uniform", "rule", "entropy", "energy"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+def test_schedulers_that_take_no_sides_do_not_look_at_them(scheduler, backbone):
+    model, _ = calibrate(backbone, scheduler=scheduler)
+    inputs = inputs_that_disagree(backbone)
+    out, other = answer(model, inputs), answer(forgetful(model), inputs)
+    assert torch.equal(out.modality_weights, other.modality_weights)
+    assert torch.equal(out.logits, other.logits)
+    if scheduler == "rule":
+        assert (out.modality_signals.disagreement > 0).any()
+        assert not torch.equal(out.modality_signals.arbitration, other.modality_signals.arbitration)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"scheduler": "learned"}, {"conflict_prior": "vision"}, {"conflict_prior": "text"}]
+)
+def test_schedulers_that_take_sides_do(choice):
+    model, _ = calibrate("blip2-opt", **choice)
+    inputs = inputs_that_disagree("blip2-opt")
+    out, other = answer(model, inputs), answer(forgetful(model), inputs)
+    changed = (out.modality_weights != other.modality_weights).any(1)
+    assert changed.any()
+    assert (out.modality_signals.disagreement[changed] > 0).all()
+    signals = other.modality_signals
+    assert torch.equal(signals.arbitration, signals.suspicion)
+    signals = out.modality_signals
+    assert torch.equal(signals.arbitration[:, 1], signals.suspicion[:, 1])
+    assert (signals.arbitration[:, 0] >= signals.damage[:, 0]).all()
+
+
+def test_the_learned_scheduler_sees_unfamiliarity_in_place_of_deviations():
+    model, _ = calibrate("llava-llama", scheduler="learned")
+    modality = model.dms.calibration.modalities[0]
+    statistics = 3 * torch.randn(5, *modality.mean.shape, generator=torch.Generator().manual_seed(0))
+    distances, scalars = model.dms.calibration.distances(0, statistics), torch.zeros(5, 3)
+    strange = modality.unfamiliarity(model.dms.calibration.shared(0, statistics))
+    inputs = modality.scheduler_inputs(distances, scalars, strange)
+    before = forgetful(model).dms.calibration.modalities[0].scheduler_inputs(distances, scalars, strange)
+    assert inputs.shape == before.shape == (5, modality.scheduler_size)
+    assert torch.equal(inputs[:, :2], strange)
+    assert not inputs[:, 2 : modality.deviations].any()
+    assert torch.equal(inputs[:, modality.deviations :], before[:, modality.deviations :])
+    assert torch.equal(before[:, :-3], modality.detector_inputs(distances, scalars)[:, : modality.deviations])
+
+
+@pytest.mark.parametrize("choice", [{"scheduler": "learned", "stirred": True}, {"conflict_prior": "vision"}])
+def test_a_checkpoint_from_before_answers_as_before(choice, tmp_path):
+    model, _ = calibrate("llava-llama", **choice)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    kept = {name: value for name, value in state.items() if not name.endswith(REMEMBERED)}
+    assert len(state) == len(kept) + 2 * len(REMEMBERED)
+    save_file(kept, path, metadata={"format": "pt"})
+    loaded, expected = tiny.realigned(type(model).from_pretrained(tmp_path)), forgetful(model)
+    assert loaded.dms.calibration.is_calibrated
+    inputs = inputs_that_disagree("llava-llama")
+    out, reference = answer(loaded, inputs), answer(expected, inputs)
+    assert torch.equal(out.modality_weights, reference.modality_weights)
+    assert torch.equal(out.modality_signals.arbitration, reference.modality_signals.suspicion)
+    assert not torch.equal(out.modality_weights, answer(model, inputs).modality_weights)
+
+
+def test_no_calibration_image_is_its_own_neighbour(monkeypatch):
+    judged = []
+
+    def watch(shared, fitted):
+        bank = fitted["memory_bank"]
+        judged.append(torch.cdist(shared, bank[bank.any(1)]).amin(1))
+        return typicality.unfamiliarity(shared, fitted)
+
+    monkeypatch.setattr(calibration_fit, "unfamiliarity", watch)
+    calibration = fitted_on(records(400, 0))
+    nearest = torch.cat(judged)
+    assert len(nearest) == 400
+    assert nearest.min() > 1e-4
+    vision, text = calibration.modalities
+    assert int(vision.memory_bank.any(1).sum()) == 400
+    assert not text.memory_bank.any()
+    for name in REMEMBERED:
+        assert getattr(vision, name).isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
+def test_unfamiliar_images_are_as_rare_as_asked_for(rate):
+    clean = records(400, 0)
+    calibration = fitted_on(clean, arbitration_rate=rate)
+    vision = calibration.modalities[0]
+
+    def flagged(record):
+        strange = vision.unfamiliarity(calibration.shared(0, record.statistics)).sum(1)
+        return float((strange > vision.unfamiliarity_threshold).float().mean())
+
+    assert flagged(records(800, 5)[0]) == pytest.approx(rate, abs=0.06)
+    # one that is remembered is judged as if it were not
+    assert flagged(clean[0]) == pytest.approx(rate, abs=0.06)
+    # a thing between the strong and the weak ones that are common
+    assert flagged(records(400, 6, shared=0.0)[0]) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arbitration_of_a_batch_is_finite_and_equals_that_of_its_rows(dtype, calibrated):
+    model = copy.deepcopy(calibrated("llava-llama")[0]).to(dtype)
+    assert model.dms.calibration.modalities[0].memory_bank.dtype == torch.float32
+    inputs = {name: value[::53] for name, value in inputs_that_disagree("llava-llama").items()}
+    out = answer(model, inputs).modality_signals.arbitration
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+    if dtype == torch.float32:
+        rows = [answer(model, tiny.row(inputs, i)).modality_signals.arbitration for i in range(len(out))]
+        torch.testing.assert_close(torch.cat(rows), out, atol=1e-3, rtol=1e-3)
 
 
 # ---- the report
@@ -403,6 +537,14 @@ def records(count, seed, shared=1.0):
         scale * common @ axes + 0.3 * normal(count, 3, 12) for scale, axes in zip((shared, 1.0), basis, strict=True)
     ]
     return [ModalityRecord(view, normal(count, 3), normal(count, 4)) for view in views]
+
+
+def fitted_on(clean, **config):
+    """A calibration on `records`, and copies of them with noise."""
+    noisy = [{"noise": ModalityRecord(r.statistics + 3, r.scalars, r.representations)} for r in clean]
+    calibration = Calibration(DMSConfig(subspace_size=8, **config), [(3, 12), (3, 12)])
+    fit_calibration(calibration, clean, noisy, torch.ones(len(clean[0].scalars), 2, dtype=torch.bool))
+    return calibration
 
 
 def test_a_modality_with_nothing_to_say_is_damaged():
