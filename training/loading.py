@@ -13,6 +13,7 @@ from modeling_dms import (
     DMSConfig,
     DMSLlavaForConditionalGeneration,
 )
+from modeling_dms.calibration import REMEMBERED
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -43,12 +44,17 @@ def load(
     """
     adapter = Path(name) / "adapter_config.json"
     if adapter.exists():
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
         own = _dms_config(AutoConfig.from_pretrained(name)) if (Path(name) / "config.json").exists() else {}
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
-        adapted = PeftModel.from_pretrained(model, str(name))
+        # an older one does not know what calibration remembers of images; peft takes no adapter that lacks anything
+        remembered = {k: v for k, v in model.dms.state_dict().items() if k.endswith(REMEMBERED)}
+        weights = {f"base_model.model.dms.{k}": v for k, v in remembered.items()}
+        weights |= load_peft_weights(str(name), device="cpu")
+        adapted = PeftModel(model, PeftConfig.from_pretrained(str(name)))
+        set_peft_model_state_dict(adapted, weights)
         return adapted.merge_and_unload() if merge else adapted, processor
     name = _located(name)
     config = AutoConfig.from_pretrained(name)
