@@ -264,6 +264,14 @@ def assemble_blip2(seed: int = 0) -> tuple[Blip2ForConditionalGeneration, Blip2P
     norm.weight.copy_(1 / tokens.std(0))
     norm.bias.copy_(-norm.weight * tokens.mean(0))
     model.qformer.load_state_dict(model.qformer.state_dict() | _qformer_state(text_encoder_state()))
+    # image tokens as large as the text's, and none of it the same for all images: the language model would be prompted
+    # by that alone
+    encoded = model.vision_model(_drawings()).last_hidden_state
+    queries = model.query_tokens.expand(len(encoded), -1, -1)
+    seen = model.qformer(query_embeds=queries, encoder_hidden_states=encoded).last_hidden_state.flatten(0, 1)
+    projection, mean = model.language_projection, seen.mean(0)
+    projection.weight.mul_(model.get_input_embeddings().weight.std() / projection(seen).std(0).mean())
+    projection.bias.copy_(-projection.weight @ mean)
     # `Blip2Processor` has no template of its own and puts the image in front of every text by itself
     tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, "")
     return model, Blip2Processor(image_processor(), tokenizer, NUM_QUERY_TOKENS)
