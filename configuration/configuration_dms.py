@@ -191,11 +191,16 @@ _INHERITED = {
 _INHERITED |= {"attn_implementation", "_attn_implementation", "output_attentions"}
 
 
-def _from_vanilla(config_dict: dict[str, Any], vanilla: type[PreTrainedConfig], own: type[PreTrainedConfig]) -> dict:
-    """A vanilla checkpoint's configuration is a DMS one without choices: no reason to warn of another model type."""
-    if config_dict.get("model_type") == vanilla.model_type:
-        return {**config_dict, "model_type": own.model_type}
-    return config_dict
+class _OfVanilla:
+    """Mixed in before a configuration of transformers."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # a vanilla checkpoint's configuration is a DMS one without choices: no reason to warn of another model type
+        if config_dict.get("model_type") == super().model_type:
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
 
 
 def _with_dms(defaults: dict[str, SubConfigSpec]) -> dict[str, SubConfigSpec]:
@@ -203,7 +208,7 @@ def _with_dms(defaults: dict[str, SubConfigSpec]) -> dict[str, SubConfigSpec]:
 
 
 @strict
-class DMSLlavaConfig(LlavaConfig):
+class DMSLlavaConfig(_OfVanilla, LlavaConfig):
     r"""A `LlavaConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
 
     model_type: ClassVar[str] = "dms_llava"
@@ -211,25 +216,15 @@ class DMSLlavaConfig(LlavaConfig):
 
     dms_config: dict | PreTrainedConfig | None = None
 
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _from_vanilla(config_dict, LlavaConfig, cls), kwargs
-
 
 @strict
-class DMSBlip2Config(Blip2Config):
+class DMSBlip2Config(_OfVanilla, Blip2Config):
     r"""A `Blip2Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
 
     model_type: ClassVar[str] = "dms_blip_2"
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Blip2Config.sub_configs_defaults)
 
     dms_config: dict | PreTrainedConfig | None = None
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _from_vanilla(config_dict, Blip2Config, cls), kwargs
 
 
 __all__ = ["DMSBlip2Config", "DMSConfig", "DMSLlavaConfig"]

@@ -1,5 +1,6 @@
 """What every DMS backbone shares: from inputs to modality weights, and loading and saving."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,12 @@ class DMSMixin(CalibrationMixin):
     def _encoded(self, outputs: Any) -> EncodedImages:
         """What `get_image_features` returned, as the other methods take it."""
         raise NotImplementedError
+
+    def _vision_states(self, hidden: Sequence[Tensor | None] | None) -> list[Tensor] | None:
+        """Those of the vision tower's hidden states that typicality looks at; `None` if they were not kept."""
+        kept = [hidden[layer] for layer in self._vision_layers] if hidden is not None else []
+        states = [state for state in kept if state is not None]
+        return states if len(states) == len(self._vision_layers) else None
 
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The backbone's output layer, frozen and in its own precision, see [`Readout`]."""

@@ -54,11 +54,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         return self._encoded(outputs)
 
     def _encoded(self, outputs: BaseModelOutputWithVisionQformerOutputs) -> EncodedImages:
-        """What `get_image_features` returned, as the mixin takes it."""
-        features, hidden = outputs.last_hidden_state, outputs.hidden_states
-        states = None
-        if hidden is not None and all(hidden[layer] is not None for layer in self._vision_layers):
-            states = [hidden[layer] for layer in self._vision_layers]
+        features, states = outputs.last_hidden_state, self._vision_states(outputs.hidden_states)
 
         def encode(masks: Tensor) -> Tensor:
             passes = (features[None] * masks[:, None, None].to(features)).flatten(0, 1)  # (T I, N, D')
@@ -262,7 +258,7 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             passes = (features[None] * masks[:, None, None].to(features)).flatten(0, 1)
             return queries(passes).unflatten(0, (len(masks), -1))
 
-        states = [outputs.hidden_states[layer] for layer in self._vision_layers]
+        states = self._vision_states(outputs.hidden_states)
         return EncodedImages(outputs, queries(features), states, encode, features.shape[-1])
 
     def _special_ids(self) -> list[int]:

@@ -66,7 +66,7 @@ class DMSOutput:
 
 @dataclass
 class DMSLlavaOutput(LlavaCausalLMOutputWithPast):
-    r"""`LlavaCausalLMOutputWithPast` with:
+    r"""`LlavaCausalLMOutputWithPast`, whose fields all backbones of LLaVA's shape return, with:
 
     modality_weights: (B, M).
     modality_signals: [`ModalitySignals`], `None` where nothing needed them (uniform scheduler, caller's weights).
