@@ -1,10 +1,9 @@
-"""`DMSConfig`, every choice of Dynamic Modality Scheduling, and the configurations of the two backbones that hold
-it."""
+"""`DMSConfig`, every choice of Dynamic Modality Scheduling, and the configurations of the backbones that hold it."""
 
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import Blip2Config, LlavaConfig, PreTrainedConfig
+from transformers import Blip2Config, InternVLConfig, LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
@@ -195,10 +194,15 @@ class _OfVanilla:
     """Mixed in before a configuration of transformers."""
 
     @classmethod
+    def vanilla_model_type(cls) -> str:
+        """The `model_type` of that configuration."""
+        return super().model_type
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # a vanilla checkpoint's configuration is a DMS one without choices: no reason to warn of another model type
-        if config_dict.get("model_type") == super().model_type:
+        if config_dict.get("model_type") == cls.vanilla_model_type():
             config_dict = {**config_dict, "model_type": cls.model_type}
         return config_dict, kwargs
 
@@ -227,4 +231,14 @@ class DMSBlip2Config(_OfVanilla, Blip2Config):
     dms_config: dict | PreTrainedConfig | None = None
 
 
-__all__ = ["DMSBlip2Config", "DMSConfig", "DMSLlavaConfig"]
+@strict
+class DMSInternVLConfig(_OfVanilla, InternVLConfig):
+    r"""An `InternVLConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_internvl"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(InternVLConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+__all__ = ["DMSBlip2Config", "DMSConfig", "DMSInternVLConfig", "DMSLlavaConfig"]

@@ -1,4 +1,4 @@
-"""Dynamic Modality Scheduling for BLIP-2 and LLaVA."""
+"""Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL."""
 
 from pathlib import Path as _Path
 
@@ -10,22 +10,33 @@ if (_Path(__file__).parent.parent / "configuration" / "configuration_dms.py").is
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from modeling_dms.configuration.configuration_dms import DMSBlip2Config, DMSConfig, DMSLlavaConfig, __version__
+from modeling_dms.configuration.configuration_dms import (
+    DMSBlip2Config,
+    DMSConfig,
+    DMSInternVLConfig,
+    DMSLlavaConfig,
+    __version__,
+)
 from modeling_dms.modeling_dms_blip_2 import DMSBlip2ForConditionalGeneration, DMSBlip2ForImageTextRetrieval
+from modeling_dms.modeling_dms_internvl import DMSInternVLForConditionalGeneration
 from modeling_dms.modeling_dms_llava import DMSLlavaForConditionalGeneration
 
 
 AutoConfig.register("dms_llava", DMSLlavaConfig, exist_ok=True)
+AutoConfig.register("dms_internvl", DMSInternVLConfig, exist_ok=True)
 AutoConfig.register("dms_blip_2", DMSBlip2Config, exist_ok=True)
 AutoModel.register(DMSBlip2Config, DMSBlip2ForImageTextRetrieval, exist_ok=True)
 AutoModelForImageTextToText.register(DMSBlip2Config, DMSBlip2ForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(DMSLlavaConfig, DMSLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(DMSInternVLConfig, DMSInternVLForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "DMSBlip2Config",
     "DMSBlip2ForConditionalGeneration",
     "DMSBlip2ForImageTextRetrieval",
     "DMSConfig",
+    "DMSInternVLConfig",
+    "DMSInternVLForConditionalGeneration",
     "DMSLlavaConfig",
     "DMSLlavaForConditionalGeneration",
     "__version__",

@@ -128,7 +128,8 @@ class LlavaMixin(DMSMixin):
             bias = self._key_bias(schedule.weights, schedule.modality_ids)
             inputs_embeds = self._scaled(schedule)
             if images is not None:
-                image_hidden_states = images.tokens.flatten(0, 1)
+                pooled = images.outputs.pooler_output
+                image_hidden_states = pooled if isinstance(pooled, Tensor) else torch.cat(pooled)
             input_ids, pixel_values, mm_encoder_outputs = None, None, None
 
         if bias is not None:

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from modeling_dms.attention import SDPA_KEY_BIAS
 from modeling_dms.calibration import REMEMBERED, Statistics
@@ -39,6 +44,16 @@ class DMSMixin(CalibrationMixin):
     _keep_in_fp32_modules_strict: ClassVar = ["dms.calibration"]
     # the Auto class that loads an exported checkpoint
     _auto_map_name = "AutoModelForImageTextToText"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # classes outside of transformers inherit no conversion of checkpoint keys: without it a vanilla LLaVA loads
+        # with a random lm_head
+        mapping = None
+        if issubclass(cls, PreTrainedModel):
+            mapping = get_checkpoint_conversion_mapping(cls.config_class.vanilla_model_type())
+        if mapping:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
 
     # --- what a backbone provides
 

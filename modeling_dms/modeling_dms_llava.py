@@ -3,10 +3,6 @@
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -27,13 +23,6 @@ class DMSLlavaForConditionalGeneration(LlavaMixin, LlavaForConditionalGeneration
     def _projector_inputs(self, outputs: BaseModelOutputWithPooling, layers: list[int], strategy: str) -> Tensor:
         states = [outputs.hidden_states[layer] for layer in layers]
         return torch.cat([state[:, 1:] if strategy == "default" else state for state in states], dim=-1)
-
-
-# classes outside of transformers inherit no conversion of checkpoint keys: without this a vanilla LLaVA loads with a
-# random lm_head
-register_checkpoint_conversion_mapping(
-    DMSLlavaForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava") or [], overwrite=True
-)
 
 
 __all__ = ["DMSLlavaForConditionalGeneration"]

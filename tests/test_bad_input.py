@@ -8,9 +8,6 @@ import torch
 from tests import tiny
 
 
-FAMILIES = ("llava-llama", "blip2-opt", "blip2-t5")
-
-
 @contextlib.contextmanager
 def language_model_must_not_run(model):
     """Fails if any layer of the language model is called."""
@@ -56,7 +53,7 @@ def moved_placeholder(inputs):
 
 
 @pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned"])
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_image_count_differs_from_the_placeholders(backbone, scheduler):
     model, inputs = tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone, "pairs")
     pixels = inputs["pixel_values"]
@@ -69,7 +66,7 @@ def test_image_count_differs_from_the_placeholders(backbone, scheduler):
     refused(model, {**inputs, "input_ids": no_placeholder}, r"3 image\(s\) need 12 image tokens.*\[0, 0, 0\]")
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_placeholders_without_any_image(backbone):
     """Forgotten `pixel_values` would leave the embedding of the placeholder itself in the prompt."""
     inputs = tiny.prompts(backbone, "pairs")
@@ -86,7 +83,7 @@ def test_several_images_a_row_must_come_in_whole_numbers():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("backbone", [*FAMILIES, "retrieval"])
+@pytest.mark.parametrize("backbone", [*tiny.FAMILIES, "retrieval"])
 def test_pixels_that_are_not_finite(backbone, value):
     inputs = tiny.prompts(backbone, "pairs")
     inputs["pixel_values"][1, 2, 3, 4] = value
@@ -106,7 +103,7 @@ def test_pixels_that_are_not_finite(backbone, value):
 
 
 def test_pixels_and_encoded_images_together():
-    for backbone in FAMILIES:
+    for backbone in tiny.FAMILIES:
         model, inputs = tiny.shared(backbone), tiny.prompts(backbone, "pairs")
         with torch.no_grad():
             encoded = {"image": model.get_image_features(inputs["pixel_values"], return_dict=True)}
@@ -114,7 +111,7 @@ def test_pixels_and_encoded_images_together():
                 model(**inputs, mm_encoder_outputs=encoded)
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_encoded_images_without_hidden_states(backbone):
     """Their typicality cannot be known; with weights of the caller nobody asks for it."""
     model, inputs = tiny.shared(backbone, scheduler="learned"), tiny.prompts(backbone, "pairs")
@@ -133,7 +130,7 @@ def test_encoded_images_without_hidden_states(backbone):
 
 
 @pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned", "entropy", "energy"])
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_all_modalities_absent(backbone, scheduler):
     model, inputs = tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone, "pairs")
     mask = torch.tensor([[True, True], [False, False], [False, True]])
@@ -146,7 +143,7 @@ def test_all_modalities_absent(backbone, scheduler):
 
 
 @pytest.mark.parametrize("scheduler", ["uniform", "rule", "learned", "entropy", "energy"])
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_missing_and_blank_modalities_are_answered(backbone, scheduler):
     inputs = tiny.prompts(backbone, "mixed", "left")
     inputs["pixel_values"][0] = 0
@@ -178,7 +175,7 @@ def test_missing_and_blank_modalities_are_answered(backbone, scheduler):
     ],
     ids=["rows", "modalities", "flat", "sum", "negative", "nan", "zero"],
 )
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_weights_that_are_none(backbone, weights, match):
     for scheduler in ("uniform", "rule"):
         refused(tiny.shared(backbone, scheduler=scheduler), tiny.prompts(backbone), match, modality_weights=weights)
@@ -192,7 +189,7 @@ def test_weights_of_a_retrieval_batch_that_are_none():
                 model(**inputs, use_image_text_matching_head=matching, modality_weights=weights)
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_modality_ids_of_another_shape(backbone):
     model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
     ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
@@ -202,7 +199,7 @@ def test_modality_ids_of_another_shape(backbone):
 
 
 @pytest.mark.parametrize("wrong", [3, -1])
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_modality_ids_of_no_modality(backbone, wrong):
     model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
     ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
@@ -211,7 +208,7 @@ def test_modality_ids_of_no_modality(backbone, wrong):
     refused(model, inputs, "modality_ids", modality_ids=ids)
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_modality_mask_of_another_shape(backbone):
     model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
     for shape in ((3, 3), (2, 2), (3,), (3, 1), (1, 2)):
@@ -219,7 +216,7 @@ def test_modality_mask_of_another_shape(backbone):
         refused(model, inputs, "modality_mask must be", modality_mask=mask)
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_schedule_target_of_another_shape(backbone):
     model, inputs = tiny.shared(backbone, scheduler="learned"), tiny.prompts(backbone, labels=3)
     for target in (torch.full((3, 3), 1 / 3), torch.full((2, 2), 0.5), torch.full((3, 1), 1.0)):
@@ -227,7 +224,7 @@ def test_schedule_target_of_another_shape(backbone):
             model(**inputs, schedule_target=target)
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_embeddings_without_modality_ids(backbone):
     model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
@@ -253,7 +250,7 @@ def test_cached_decoding_without_weights(backbone):
                 model(**step, **given, past_key_values=cache, modality_weights=out.modality_weights)
 
 
-@pytest.mark.parametrize("backbone", tiny.LLAVA)
+@pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)
 def test_cached_decoding_of_a_static_model_needs_no_weights(backbone):
     inputs = tiny.prompts(backbone, "pairs")
     logits = []

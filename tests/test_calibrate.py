@@ -281,7 +281,7 @@ def test_calibration_is_deterministic(backbone, calibrated):
     assert_same(buffers(again), buffers(model))
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_calibration_is_saved(backbone, calibrated, tmp_path):
     model, _ = calibrated(backbone)
     model.save_pretrained(tmp_path)
@@ -442,7 +442,7 @@ def test_arbitration_of_a_batch_is_finite_and_equals_that_of_its_rows(dtype, cal
 # ---- the report
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_report(backbone, calibrated):
     _, report = calibrated(backbone)
     assert report.samples == {"vision": 96, "text": 96}

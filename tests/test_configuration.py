@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, Blip2Config, LlavaConfig, PreTrainedConfig
+from transformers import AutoConfig, Blip2Config, InternVLConfig, LlavaConfig, PreTrainedConfig
 
-from modeling_dms import DMSBlip2Config, DMSConfig, DMSLlavaConfig, __version__
+from modeling_dms import DMSBlip2Config, DMSConfig, DMSInternVLConfig, DMSLlavaConfig, __version__
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -81,8 +81,8 @@ OTHER = {
     "lambda_schedule": 0.7,
     "contrastive_temperature": 0.5,
 }
-COMPOSITES = {"dms_llava": DMSLlavaConfig, "dms_blip_2": DMSBlip2Config}
-BACKBONES = {"dms_llava": LlavaConfig, "dms_blip_2": Blip2Config}
+COMPOSITES = {"dms_llava": DMSLlavaConfig, "dms_internvl": DMSInternVLConfig, "dms_blip_2": DMSBlip2Config}
+BACKBONES = {"dms_llava": LlavaConfig, "dms_internvl": InternVLConfig, "dms_blip_2": Blip2Config}
 
 
 def own_fields():
@@ -345,7 +345,7 @@ def test_a_composite_has_a_dms_configuration_of_its_own(model_type):
 @pytest.mark.parametrize("model_type", COMPOSITES)
 @pytest.mark.parametrize("form", [dict, DMSConfig], ids=["dict", "DMSConfig"])
 def test_a_composite_survives_its_file_and_its_dictionary(form, model_type, tmp_path, logged):
-    config = COMPOSITES[model_type](dms_config=form(**OTHER), image_token_index=77)
+    config = COMPOSITES[model_type](dms_config=form(**OTHER), image_token_id=77)
     config.save_pretrained(tmp_path)
     loaded = [
         COMPOSITES[model_type].from_pretrained(tmp_path),
@@ -358,7 +358,7 @@ def test_a_composite_survives_its_file_and_its_dictionary(form, model_type, tmp_
         assert type(other) is COMPOSITES[model_type]
         assert isinstance(other.dms_config, DMSConfig)
         assert values(other.dms_config) == OTHER
-        assert other.image_token_index == 77
+        assert other.image_token_id == 77
         assert other.to_dict()["dms_config"] == config.to_dict()["dms_config"]
         assert other.text_config.to_dict() == config.text_config.to_dict()
         assert other.vision_config.to_dict() == config.vision_config.to_dict()
@@ -366,12 +366,12 @@ def test_a_composite_survives_its_file_and_its_dictionary(form, model_type, tmp_
 
 @pytest.mark.parametrize("model_type", COMPOSITES)
 def test_a_file_of_the_vanilla_backbone_gets_the_defaults_without_a_warning(model_type, tmp_path, logged):
-    BACKBONES[model_type](image_token_index=77).save_pretrained(tmp_path)
+    BACKBONES[model_type](image_token_id=77).save_pretrained(tmp_path)
     config = COMPOSITES[model_type].from_pretrained(tmp_path)
 
     assert not logged.records
     assert config.model_type == model_type
-    assert config.image_token_index == 77
+    assert config.image_token_id == 77
     assert values(config.dms_config) == values(DMSConfig())
 
 

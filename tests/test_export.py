@@ -12,7 +12,7 @@ import torch
 from tests import tiny
 
 
-BACKBONES = ("llava-llama", "blip2-t5", "blip2-opt", "retrieval")
+BACKBONES = ("llava-llama", "internvl-qwen3", "blip2-t5", "blip2-opt", "retrieval")
 
 # What runs where `modeling_dms` cannot be imported: loads every directory, answers the same inputs, saves again.
 _ELSEWHERE = """
@@ -162,9 +162,8 @@ def test_exported_code_is_flat_and_complete(exported, backbone, copy):
         siblings = re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
         assert set(siblings) <= set(modules), name
         assert not re.search(r"^\s*(from|import) (modeling_dms|configuration|training)\b", text, re.MULTILINE), name
-    family = "llava" if backbone.startswith("llava") else "blip_2"
-    assert f"modeling_dms_{family}" in modules
-    assert f"modeling_dms_{'blip_2' if family == 'llava' else 'llava'}" not in modules
+    family = {"llava": "llava", "internvl": "internvl"}.get(backbone.partition("-")[0], "blip_2")
+    assert {name for name in modules if name.startswith("modeling_dms_")} == {f"modeling_dms_{family}"}
     auto_class = "AutoModel" if backbone == "retrieval" else "AutoModelForImageTextToText"
     auto_map = json.loads((directory / "config.json").read_text())["auto_map"]
     assert auto_map[auto_class] == f"modeling_dms_{family}.{tiny.model_class(backbone).__name__}"

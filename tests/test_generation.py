@@ -166,7 +166,7 @@ def test_weights_are_computed_once_and_returned(backbone, mode):
         assert len(out.sequences) == 6
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_generate_takes_the_arguments_of_forward(backbone):
     model = tiny.shared(backbone, scheduler="learned", stirred=True)
     inputs = tiny.prompts(backbone, "pairs", "left")
@@ -192,18 +192,18 @@ def test_captions_without_a_prompt(backbone):
     assert torch.equal(out.modality_weights, torch.tensor([[1.0, 0.0]] * 3))
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt"])
 def test_prompts_without_any_image(backbone):
     inputs = tiny.batch([(6,), (4,)], "left")
     assert "pixel_values" not in inputs
     model = tiny.shared(backbone, scheduler="learned", stirred=True)
     out = generate(model, inputs, return_dict_in_generate=True)
     assert torch.equal(out.modality_weights, torch.tensor([[0.0, 1.0]] * 2))
-    text = tiny.vanilla(backbone) if backbone.startswith("llava") else tiny.vanilla(backbone).language_model
+    text = tiny.vanilla(backbone) if backbone in tiny.LLAVA_SHAPED else tiny.vanilla(backbone).language_model
     assert torch.equal(out.sequences, generate(text, inputs))
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_embedding_fusion_generates_by_its_weights(backbone):
     model = tiny.shared(backbone, fusion="embedding", scheduler="entropy")
     inputs, weights = tiny.prompts(backbone, "pairs", "left"), tiny.uneven(3)

@@ -79,7 +79,7 @@ def has_text(backbone, kind):
 
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("backbone", tiny.LLAVA)
+@pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)
 def test_static_weights_are_the_vanilla_class_with_a_cache(backbone, attention, padding):
     inputs = tiny.prompts(backbone, "mixed", padding)
     tokens = torch.arange(10, 10 + 2 * len(inputs["input_ids"])).view(2, -1, 1)
@@ -104,7 +104,7 @@ def test_static_weights_are_the_vanilla_class_with_a_cache(backbone, attention, 
     assert torch.equal(results[2], results[0])
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_every_field_of_the_vanilla_output_survives(backbone):
     inputs = tiny.prompts(backbone, "mixed", "left")
     asked = {"output_attentions": True, "output_hidden_states": True}
@@ -132,7 +132,7 @@ def test_every_field_of_the_vanilla_output_survives(backbone):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_embeddings_instead_of_ids(backbone, attention):
     inputs = tiny.prompts(backbone, "mixed", "left")
     model = tiny.shared(backbone, attention, scheduler="entropy")
@@ -149,14 +149,14 @@ def test_embeddings_instead_of_ids(backbone, attention):
     assert torch.equal(embedded.modality_weights, expected.modality_weights)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_embeddings_alone_with_static_weights(backbone):
     """The vanilla classes find the placeholders by their embedding; where nothing is weighed, so can these."""
     inputs = tiny.prompts(backbone, "pairs", "left")
     model, vanilla = tiny.shared(backbone, scheduler="uniform"), tiny.vanilla(backbone)
     inputs["inputs_embeds"] = vanilla.get_input_embeddings()(inputs["input_ids"])
     ids = inputs.pop("input_ids")
-    if backbone.startswith("llava"):
+    if backbone in tiny.LLAVA_SHAPED:
         expected = vanilla(**inputs)
     else:
         expected = vanilla(**inputs, input_ids=ids)  # it makes them a positional argument
@@ -327,7 +327,7 @@ def test_flex_attention_agrees(backbone, padding):
 
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("backbone", tiny.LLAVA)
+@pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)
 def test_cached_equals_uncached(backbone, attention, padding):
     inputs = tiny.prompts(backbone, "mixed", padding)
     model = tiny.shared(backbone, attention, scheduler="learned", stirred=True)
@@ -394,6 +394,26 @@ def test_a_cache_of_chunks_equals_one_prefill():
     assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, 3e-5)
 
 
+# ---- Monte Carlo dropout of the encoder
+
+
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
+def test_monte_carlo_dropout_starts_at_what_the_projector_reads(backbone):
+    """Where nothing is dropped, a pass gives the library's own image tokens."""
+    model, pixels = tiny.shared(backbone), tiny.prompts(backbone)["pixel_values"]
+    asked = [{}]
+    if backbone in tiny.LLAVA_SHAPED:
+        asked += [{"vision_feature_layer": layer, "vision_feature_select_strategy": "default"} for layer in (-1, 1)]
+    for given in asked:
+        images = model._encode_images(pixels, **given)
+        expected = torch.stack(list(tiny.vanilla(backbone).get_image_features(pixels, **given).pooler_output))
+        passes = images.encode(torch.ones(2, images.encoder_size))
+        assert torch.equal(images.tokens, expected)
+        assert_close(passes, expected.expand(2, -1, -1, -1))
+        kept = (torch.arange(images.encoder_size) % 2).float()[None]
+        assert (images.encode(kept) - expected).abs().max() > 1e-3
+
+
 # ---- fusion by embedding
 
 
@@ -412,7 +432,7 @@ def test_embedding_fusion_scales_the_embeddings(backbone):
     embeddings = reference.get_input_embeddings()(ids)
     embeddings = embeddings.masked_scatter((ids == tiny.IMAGE)[..., None], features)
     scale = F.pad(2 * weights, (1, 0), value=1.0).gather(1, out.modality_ids)
-    stack = reference if backbone.startswith("llava") else reference.language_model
+    stack = reference if backbone in tiny.LLAVA_SHAPED else reference.language_model
     rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "pixel_values")}
     expected = stack(inputs_embeds=embeddings * scale[..., None], **rest).logits
     keep = inputs["attention_mask"].bool()

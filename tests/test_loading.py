@@ -10,10 +10,17 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     Blip2ForConditionalGeneration,
+    InternVLForConditionalGeneration,
     LlavaForConditionalGeneration,
 )
 
-from modeling_dms import DMSBlip2Config, DMSConfig, DMSLlavaConfig, DMSLlavaForConditionalGeneration
+from modeling_dms import (
+    DMSBlip2Config,
+    DMSConfig,
+    DMSInternVLConfig,
+    DMSLlavaConfig,
+    DMSLlavaForConditionalGeneration,
+)
 from tests import tiny
 
 
@@ -70,7 +77,7 @@ def write_vanilla(directory, backbone, rename=lambda name: name):
 @pytest.mark.parametrize(
     ("backbone", "names"),
     # BLIP-2 never had other names
-    [(b, n) for b in EVERY for n in ("current", "legacy", "saved") if n != "legacy" or b in tiny.LLAVA],
+    [(b, n) for b in EVERY for n in ("current", "legacy", "saved") if n != "legacy" or b in tiny.LLAVA_SHAPED],
 )
 def test_vanilla_checkpoint_leaves_only_dms_new(tmp_path, backbone, names):
     if names == "saved":
@@ -173,12 +180,15 @@ def test_checkpoint_files(saved, backbone):
     tensors = load_file(directory / "model.safetensors")
     assert any(name.startswith("dms.calibration.") for name in tensors)
     written = json.loads((directory / "config.json").read_text())
-    assert written["model_type"] in ("dms_llava", "dms_blip_2")
+    assert written["model_type"] in ("dms_llava", "dms_internvl", "dms_blip_2")
     assert written["dms_config"]["scheduler"] == "learned"
     assert written["architectures"] == [tiny.model_class(backbone).__name__]
 
 
-@pytest.mark.parametrize(("backbone", "config_class"), [("llava-llama", DMSLlavaConfig), ("blip2-t5", DMSBlip2Config)])
+@pytest.mark.parametrize(
+    ("backbone", "config_class"),
+    [("llava-llama", DMSLlavaConfig), ("internvl-qwen3", DMSInternVLConfig), ("blip2-t5", DMSBlip2Config)],
+)
 def test_auto_config(saved, backbone, config_class):
     model, directory = saved(backbone)
     config = AutoConfig.from_pretrained(directory)
@@ -190,7 +200,11 @@ def test_auto_config(saved, backbone, config_class):
 
 @pytest.mark.parametrize(
     ("backbone", "vanilla_class"),
-    [("llava-llama", LlavaForConditionalGeneration), ("blip2-opt", Blip2ForConditionalGeneration)],
+    [
+        ("llava-llama", LlavaForConditionalGeneration),
+        ("internvl-qwen3", InternVLForConditionalGeneration),
+        ("blip2-opt", Blip2ForConditionalGeneration),
+    ],
 )
 def test_dms_checkpoint_loads_in_the_vanilla_class(saved, backbone, vanilla_class):
     model, directory = saved(backbone)
@@ -212,7 +226,7 @@ def test_dms_config_overrides_the_saved_one(saved):
     assert_same_tensors(dict(rule.dms.calibration.named_buffers()), dict(model.dms.calibration.named_buffers()))
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_half_precision_keeps_calibration_exact(saved, backbone):
     model, directory = saved(backbone)
     weights = answer(model, backbone)[1]
@@ -241,7 +255,7 @@ def test_half_precision_keeps_calibration_exact(saved, backbone):
     assert torch.equal(generated.modality_weights, out.modality_weights)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_half_precision_is_the_vanilla_class(backbone):
     inputs = inputs_for(backbone)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
@@ -255,7 +269,7 @@ def test_half_precision_is_the_vanilla_class(backbone):
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt"])
 def test_device_map(saved, backbone, device_map):
     model, directory = saved(backbone)
     loaded = type(model).from_pretrained(directory, device_map=device_map)
@@ -284,6 +298,7 @@ def damage(directory, change):
     [
         ("llava-llama", "multi_modal_projector.linear_1.weight"),
         ("llava-llama", "lm_head.weight"),
+        ("internvl-qwen3", "multi_modal_projector.layer_norm.weight"),
         ("blip2-opt", "query_tokens"),
         ("retrieval", "itm_head.weight"),
     ],
@@ -328,7 +343,7 @@ def test_mis_shaped_weights_are_refused(tmp_path, name):
         DMSLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "retrieval"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt", "retrieval"])
 def test_pickle_only_checkpoints_are_refused(tmp_path, backbone):
     model = tiny.build(backbone)
     model.save_pretrained(tmp_path)
@@ -376,7 +391,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_compiled_forward_equals_eager(backbone):
     model = tiny.build(backbone, scheduler="learned", stirred=True)
     inputs = tiny.prompts(backbone, "pairs", "left")

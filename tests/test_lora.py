@@ -14,6 +14,7 @@ from tests import tiny
 
 TARGETS = {
     "llava-llama": r".*language_model.*\.(q_proj|v_proj)",
+    "internvl-qwen3": r".*language_model.*\.(q_proj|v_proj)",
     "blip2-opt": r".*language_model.*\.(q_proj|v_proj)",
     "blip2-t5": r".*language_model.*\.(q|v)",
 }

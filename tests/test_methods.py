@@ -27,7 +27,7 @@ from tests import tiny
 
 CONTINUATIONS = [[7, 8, 9], [11], [7, 12], [13, 14, 15, 16]]
 ALL = (Method(), Fixed(vision=0.1), Scheduled(), ContrastiveDecoding(), AdaptVis(low=0.4, high=1.7, threshold=0.5))
-WITH_IMAGES = pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+WITH_IMAGES = pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt"])
 
 
 def names(method):
@@ -128,7 +128,7 @@ def test_log_likelihood_is_minus_the_loss_of_labels(backbone):
 
 
 @pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_one_token_counts_the_same_alone_and_among_longer_ones(backbone, method):
     if not usable(backbone, method):
         return

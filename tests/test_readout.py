@@ -27,7 +27,7 @@ def test_some_tokens_are_read_as_the_whole_is(passes, batch, modalities, size, v
     torch.testing.assert_close(some, whole.gather(-1, tokens.expand(passes, -1, -1, -1)))
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_a_wrapped_output_layer_reads_the_same(backbone):
     model = tiny.build(backbone)
     states, tokens = torch.randn(4, 3, 2, model._token_size), torch.randint(20, (3, 2, 5))

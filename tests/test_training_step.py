@@ -42,7 +42,7 @@ def test_loss_is_the_weighted_sum(backbone, kind):
         assert model(**without).dms_losses is None
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_the_static_baseline_has_no_losses_of_its_own(backbone):
     inputs = training_inputs(backbone)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_gradient_of_the_weights_is_the_difference_quotient(backbone, attention,
         torch.testing.assert_close(gradient[index], quotient, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_double_precision(backbone):
     model, inputs = tiny.build(backbone), tiny.prompts(backbone, "pairs", "left")
     weights = tiny.uneven(3)
@@ -153,7 +153,7 @@ def test_double_precision(backbone):
 
 
 @pytest.mark.parametrize("options", [{"use_reentrant": False}, None, {"use_reentrant": True}])
-@pytest.mark.parametrize("backbone", ["llava-llama", "llava-qwen2", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", [*tiny.FAMILIES, "llava-qwen2"])
 def test_gradient_checkpointing_gives_the_same_gradients(backbone, options):
     gradients = []
     for checkpointing in (False, True):
@@ -240,7 +240,7 @@ def test_deep_monte_carlo_dropout_of_a_batch_equals_its_rows(backbone):
 # ---- the Trainer
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "retrieval"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt", "retrieval"])
 def test_forward_repeats_the_parents_parameters(backbone):
     """The `Trainer` reads the signature: a parameter that is only in `**kwargs` is a column it drops."""
     model_class = tiny.model_class(backbone)
@@ -257,7 +257,7 @@ def test_forward_repeats_the_parents_parameters(backbone):
         assert "schedule_target" in own
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_plain_trainer(backbone, tmp_path):
     inputs = training_inputs(backbone)
     inputs["modality_mask"] = torch.ones(3, 2, dtype=torch.bool)
@@ -313,7 +313,7 @@ def test_a_bias_as_head_dimension_is_a_bias_in_the_mask(backbone, padding):
     torch.testing.assert_close(gradients[1], gradients[0], atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt"])
 def test_under_gradient_accumulation_losses_count_by_their_share_of_the_targets(backbone):
     model = tiny.build(backbone, scheduler="learned", stirred=True)
     inputs = tiny.prompts(backbone, "pairs", "left", labels=3)

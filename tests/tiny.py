@@ -8,34 +8,50 @@ the vanilla class. Sequences are longer than the sliding windows of the Mistral 
 import functools
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoProcessor,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from modeling_dms import (
     DMSBlip2Config,
     DMSBlip2ForConditionalGeneration,
     DMSBlip2ForImageTextRetrieval,
+    DMSInternVLConfig,
+    DMSInternVLForConditionalGeneration,
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
+from modeling_dms.training.loading import CHECKPOINTS
 
 
 PAD, BOS, EOS, IMAGE = 1, 2, 3, 98
 IMAGE_TOKENS, WINDOW = 4, 6
 LLAVA = ("llava-llama", "llava-mistral", "llava-qwen2")
+INTERNVL = ("internvl-qwen3",)
 BLIP2 = ("blip2-opt", "blip2-llama", "blip2-t5")
-BACKBONES = LLAVA + BLIP2
+# of one shape: they share `LlavaMixin`
+LLAVA_SHAPED = LLAVA + INTERNVL
+BACKBONES = LLAVA_SHAPED + BLIP2
+# one of each kind, for what needs no more
+FAMILIES = ("llava-llama", "internvl-qwen3", "blip2-opt", "blip2-t5")
 DECODER_ONLY = tuple(name for name in BACKBONES if name != "blip2-t5")
 
 VANILLA = {
     DMSLlavaForConditionalGeneration: LlavaForConditionalGeneration,
+    DMSInternVLForConditionalGeneration: InternVLForConditionalGeneration,
     DMSBlip2ForConditionalGeneration: Blip2ForConditionalGeneration,
     DMSBlip2ForImageTextRetrieval: Blip2ForImageTextRetrieval,
 }
@@ -60,6 +76,7 @@ _TEXT = {
         "sliding_window": WINDOW,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 37, "head_dim": 8},
     "opt": {"ffn_dim": 37, "word_embed_proj_dim": 32, "dropout": 0.0, "activation_function": "gelu"},
 }
 _T5 = {
@@ -82,8 +99,8 @@ def _text_config(kind: str) -> dict:
     return {**shared, **sizes, **_TEXT[kind]}
 
 
-def config(backbone: str, **dms) -> DMSLlavaConfig | DMSBlip2Config:
-    """Configuration of `llava-<text model>`, `blip2-<text model>` or `retrieval`; `dms` are fields of `DMSConfig`."""
+def config(backbone: str, **dms) -> DMSLlavaConfig | DMSInternVLConfig | DMSBlip2Config:
+    """Configuration of `retrieval` or one of `BACKBONES`, `<family>-<text model>`; `dms` are fields of `DMSConfig`."""
     family, _, kind = backbone.partition("-")
     dms_config = {**_DMS, **dms}
     if family == "llava":
@@ -93,6 +110,14 @@ def config(backbone: str, **dms) -> DMSLlavaConfig | DMSBlip2Config:
             image_token_index=IMAGE,
             image_seq_length=IMAGE_TOKENS,
             vision_feature_layer=-2,
+            dms_config=dms_config,
+        )
+    if family == "internvl":
+        return DMSInternVLConfig(
+            text_config=_text_config(kind),
+            vision_config={**_VISION, "patch_size": 2},
+            image_token_id=IMAGE,
+            image_seq_length=IMAGE_TOKENS,
             dms_config=dms_config,
         )
     qformer = {
@@ -119,9 +144,12 @@ def config(backbone: str, **dms) -> DMSLlavaConfig | DMSBlip2Config:
 
 def model_class(backbone: str) -> type[PreTrainedModel]:
     """The DMS class of a backbone."""
-    if backbone == "retrieval":
-        return DMSBlip2ForImageTextRetrieval
-    return DMSLlavaForConditionalGeneration if backbone.startswith("llava") else DMSBlip2ForConditionalGeneration
+    return {
+        "llava": DMSLlavaForConditionalGeneration,
+        "internvl": DMSInternVLForConditionalGeneration,
+        "blip2": DMSBlip2ForConditionalGeneration,
+        "retrieval": DMSBlip2ForImageTextRetrieval,
+    }[backbone.partition("-")[0]]
 
 
 @torch.no_grad()
@@ -203,12 +231,12 @@ PAIR, SHORT, TEXT_ONLY, IMAGE_ONLY, TWO_IMAGES = (2, "i", 6), ("i", 4), (7,), ("
 
 def rows_of(backbone: str, kind: str = "pairs") -> list[tuple]:
     """Samples as numbers of text tokens and `i` for an image: `pairs` of image and text, or `mixed` with samples that
-    lack one or (LLaVA) have several images."""
+    lack one or (not BLIP-2) have several images."""
     if backbone == "retrieval":
         return [("i", 7), ("i", 4), ("i", 5)]
     if kind == "pairs":
         return [PAIR, SHORT, PAIR]
-    return [PAIR, TEXT_ONLY, SHORT, IMAGE_ONLY] + ([TWO_IMAGES] if backbone.startswith("llava") else [])
+    return [PAIR, TEXT_ONLY, SHORT, IMAGE_ONLY] + ([TWO_IMAGES] if backbone in LLAVA_SHAPED else [])
 
 
 def batch(
@@ -340,3 +368,36 @@ def calibrated(backbone: str, **dms) -> PreTrainedModel:
     model = build(backbone, **dms)
     model.calibrate(clean_samples(), show_progress=False)
     return model
+
+
+class InternVLImages(InternVLProcessor):
+    """`InternVLProcessor` without videos, for which it wants torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template, **kwargs)
+
+
+AutoProcessor.register(DMSInternVLConfig, InternVLImages, exist_ok=True)
+
+
+def internvl_processor(tile: int) -> InternVLImages:
+    """With the tokenizer of the demo; square tiles of so many pixels have 4 image tokens each."""
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    tokens = dict(zip(names, ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), strict=True))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(CHECKPOINTS / "demo-llava", extra_special_tokens=tokens)
+    images = GotOcr2ImageProcessorPil(size={"height": tile, "width": tile})
+    return InternVLImages(images, tokenizer, image_seq_length=IMAGE_TOKENS)
+
+
+def save_internvl(directory: Path) -> Path:
+    """A vanilla InternVL checkpoint with a processor, which makes five tiles of an image of 64 x 64 pixels."""
+    processor = internvl_processor(32)
+    ids = {name: getattr(processor.tokenizer, name) for name in _TOKENS}
+    text = {**_text_config("qwen3"), **ids, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 512}
+    vision = {**_VISION, "image_size": 32, "patch_size": 8}
+    fields = {"image_token_id": processor.image_token_id, "image_seq_length": IMAGE_TOKENS}
+    model = InternVLForConditionalGeneration(InternVLConfig(text_config=text, vision_config=vision, **fields))
+    seed_parameters(model)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory

@@ -11,6 +11,7 @@ from modeling_dms import (
     DMSBlip2ForConditionalGeneration,
     DMSBlip2ForImageTextRetrieval,
     DMSConfig,
+    DMSInternVLForConditionalGeneration,
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms.calibration import REMEMBERED
@@ -20,6 +21,8 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 MODEL_CLASSES = {
     "llava": DMSLlavaForConditionalGeneration,
     "dms_llava": DMSLlavaForConditionalGeneration,
+    "internvl": DMSInternVLForConditionalGeneration,
+    "dms_internvl": DMSInternVLForConditionalGeneration,
     "blip-2": DMSBlip2ForConditionalGeneration,
     "dms_blip_2": DMSBlip2ForConditionalGeneration,
 }
@@ -28,7 +31,7 @@ MODEL_CLASSES = {
 def load(
     name: str | Path, dms: dict[str, Any] | None = None, merge: bool = True, **kwargs: Any
 ) -> tuple[Any, ProcessorMixin]:
-    """A BLIP-2, LLaVA or DMS checkpoint as a DMS model, and its processor.
+    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor.
 
     Args:
         name: a folder, a Hub id, a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`), or one

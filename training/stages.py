@@ -10,16 +10,22 @@ Stage = Literal["bridge", "backbone", "scheduler", "joint"]
 LoraTargets = Literal["attention", "all"]
 
 # parts between the vision tower and the language model, by model type
-BRIDGES = {"dms_llava": ("multi_modal_projector",), "dms_blip_2": ("query_tokens", "qformer", "language_projection")}
+BRIDGES = {
+    "dms_llava": ("multi_modal_projector",),
+    "dms_internvl": ("multi_modal_projector",),
+    "dms_blip_2": ("query_tokens", "qformer", "language_projection"),
+}
 # projections of the language model, by what LoRA changes; a bare list of suffixes would match the vision tower's too
 LORA_TARGETS: dict[str, dict[str, str]] = {
     "attention": {
         "dms_llava": r".*language_model.*\.(q_proj|v_proj)",
+        "dms_internvl": r".*language_model.*\.(q_proj|v_proj)",
         "dms_blip_2": r".*language_model.*\.(q_proj|v_proj|q|v)",
     },
     # Llama's, OPT's and T5's
     "all": {
         "dms_llava": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        "dms_internvl": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         "dms_blip_2": r".*language_model.*\.((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|q|k|v|o|wi|wi_0|wi_1|wo)",
     },
 }
@@ -40,7 +46,7 @@ def prepare(
 ) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
-    - `"bridge"`: the projector (LLaVA), or the Q-Former and the projection behind it (BLIP-2), alone, where new.
+    - `"bridge"`: the projector, or BLIP-2's Q-Former and the projection behind it, alone, where new.
     - `"scheduler"`: the learned scheduler alone. Backbone and unimodal views are frozen, so that the signals it learns
       from stay as they were calibrated.
     - `"backbone"`: LoRA on the language model, `dms` frozen.
