@@ -12,6 +12,7 @@ from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTION
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.samples import to_rgb
 from modeling_dms.training.demo import CHECKPOINTS
+from tests import tiny
 
 
 QUESTION = "what color is the shape?"
@@ -23,8 +24,10 @@ def image(seed=0, size=(64, 64)):
     return Image.fromarray(pixels)
 
 
-@pytest.fixture(scope="module", params=["llava", "blip2"])
+@pytest.fixture(scope="module", params=["llava", "internvl", "blip2"])
 def collator(request):
+    if request.param == "internvl":
+        return PromptCollator(tiny.internvl_processor(64))
     return PromptCollator(AutoProcessor.from_pretrained(CHECKPOINTS / f"demo-{request.param}"))
 
 
@@ -139,7 +142,7 @@ def test_collator_marks_image_context_and_nothing_else(collator):
     ids, kinds = batch["input_ids"][0], batch["modality_ids"][0]
     tokenizer = collator.processor.tokenizer
     assert tokenizer.decode(ids[kinds == 2]).strip() == CONTEXT
-    assert set(ids[kinds == 1].tolist()) == {tokenizer.convert_tokens_to_ids("<image>")}
+    assert set(ids[kinds == 1].tolist()) == {tokenizer.convert_tokens_to_ids(str(collator.processor.image_token))}
     assert QUESTION in tokenizer.decode(ids[kinds == 0])
 
 
@@ -225,7 +228,7 @@ def test_what_the_trainer_reads(collator, tmp_path):
     batch = PromptCollator(collator.processor, True, schedule_temperature=0.5, with_ids=True)(samples)
     assert batch["sample_ids"] == [sample.id for sample in samples]
     # one a picture, not one a sample
-    assert batch["image_keys"] == [str(path), None, None, str(path)]
+    assert batch["image_keys"] == [f"{path}#0", None, None, f"{path}#0"]
     assert len(batch["pixel_values"]) == 4
     target = batch["schedule_target"]
     assert target.dtype == torch.float32
@@ -238,3 +241,19 @@ def test_what_the_trainer_reads(collator, tmp_path):
     assert set(batch) - set(plain) == {"sample_ids", "image_keys"}
     assert all(isinstance(value, torch.Tensor) for value in plain.values())
     assert set(plain) - set(PromptCollator(collator.processor, True)(samples)) == {"schedule_target"}
+
+
+def test_tiles_of_a_large_image():
+    """InternVL's processor cuts an image into tiles: each has placeholders, pixels and a key of its own."""
+    processor = tiny.internvl_processor(32)
+    samples = [
+        Sample("wide", image(size=(64, 32)), CONTEXT, QUESTION),
+        Sample("small", image(1, (32, 32)), CONTEXT, ""),
+    ]
+    batch = PromptCollator(processor, with_ids=True)(samples)
+    tiles = (batch["modality_ids"] == 1).sum(1) // tiny.IMAGE_TOKENS
+    assert tiles.tolist() == [3, 1]  # two and the whole image, scaled down
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+    assert len(batch["image_keys"]) == 4
+    expected = processor(images=[s.image for s in samples], text=[processor.image_token] * 2)["pixel_values"]
+    assert torch.equal(batch["pixel_values"], torch.tensor(np.stack(expected)))

@@ -1,6 +1,8 @@
 """Training: what moves, that it repeats, what is logged, and other trainers."""
 
 import logging
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments, only
 from tests import tiny
 
 
-BACKBONES = ("demo-llava", "demo-blip2")
+BACKBONES = ("demo-llava", "internvl", "demo-blip2")
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
 LOSSES = ("task", "mwc", "unimodal", "consistency", "schedule")
 
@@ -36,6 +38,9 @@ def samples(count=8, step=5):
 
 def loaded(backbone="demo-llava", seed=0, **dms):
     torch.manual_seed(seed)  # what is new in `dms`
+    if backbone == "internvl":
+        with tempfile.TemporaryDirectory() as folder:
+            return load(tiny.save_internvl(Path(folder)), {"scheduler": "learned", **dms})
     return load(backbone, {"scheduler": "learned", **dms})
 
 
@@ -82,7 +87,11 @@ STAGES = {
     "backbone-whole": {"stage": "backbone", "lora_rank": 0},
     "joint-whole-bridge": {"stage": "joint", "lora_rank": 0, "train_bridge": True},
 }
-BRIDGE = {"demo-llava": ("multi_modal_projector",), "demo-blip2": ("qformer", "language_projection")}
+BRIDGE = {
+    "demo-llava": ("multi_modal_projector",),
+    "internvl": ("multi_modal_projector",),
+    "demo-blip2": ("qformer", "language_projection"),
+}
 
 
 def meant_to_train(name, backbone, choice):
@@ -380,7 +389,7 @@ def test_a_trained_bridge_is_not_cached(tmp_path):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_cache_keeps_its_size_and_drops_the_longest_unused(backbone):
     model, processor = loaded(backbone)
-    pixels = PromptCollator(processor)(samples(4, 9))["pixel_values"]
+    pixels = PromptCollator(processor)(samples(4, 9))["pixel_values"][:4]  # of an InternVL, four tiles of one image
     assert len({row.sum().item() for row in pixels}) == 4
     with torch.no_grad():
         expected = model.eval()._encode_images(pixels).outputs

@@ -1,4 +1,4 @@
-"""Samples -> the tensors a BLIP-2 or LLaVA class takes, with `modality_ids`."""
+"""Samples -> the tensors a BLIP-2, LLaVA or InternVL class takes, with `modality_ids`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Blip2Processor, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -22,14 +23,14 @@ class PromptCollator:
     A sample without an image gets no placeholder, one without a context no passage, also mixed within a batch.
 
     Attributes:
-        processor: a `LlavaProcessor` or `Blip2Processor`.
+        processor: a `LlavaProcessor`, `InternVLProcessor` or `Blip2Processor`.
         with_labels: append the first answer and the end token as labels and pad on the right (training); otherwise the
             prompt alone, padded on the left (generation).
         max_length: longest row. A longer one loses the end of its context; image, question and answer are never cut.
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
-            tell undamaged images of files apart (`None` for any other).
+            tell undamaged images of files apart (`None` for any other), one for each row of `pixel_values`.
     """
 
     processor: ProcessorMixin
@@ -48,10 +49,10 @@ class PromptCollator:
         """
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
-        pixels = []
+        pixels, keys = [], []
         for sample in samples:
             image = sample.load_image()
-            ids, modality_ids = self._encode(sample, image)
+            ids, modality_ids, tiles = self._encode(sample, image)
             answer: list[Any] = []
             if self.with_labels:
                 if not sample.answers:
@@ -60,8 +61,9 @@ class PromptCollator:
                 answer = [*answer, tokenizer.eos_token_id]
             if self.max_length is not None:
                 ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
-            if image is not None:
-                pixels.append(self.processor.image_processor(image, return_tensors="pt")["pixel_values"])
+            pixels += tiles
+            known = isinstance(sample.image, Path) and not sample.damage[0]
+            keys += [f"{sample.image}#{number}" if known else None for number in range(len(tiles))]
             labels = [-100] * len(ids) + answer
             ids, modality_ids = ids + answer, modality_ids + [0] * len(answer)
             rows.append(
@@ -77,17 +79,13 @@ class PromptCollator:
             padded = [r[name] + p if self.with_labels else p + r[name] for r, p in zip(rows, padding, strict=True)]
             batch[name] = torch.tensor(padded)
         if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+            batch["pixel_values"] = torch.stack(pixels)
         if self.schedule_temperature is not None:
             damage = torch.tensor([sample.damage for sample in samples])
             batch["schedule_target"] = (-damage / self.schedule_temperature).softmax(1)
         if self.with_ids:
             batch["sample_ids"] = [sample.id for sample in samples]
-            batch["image_keys"] = [
-                str(s.image) if isinstance(s.image, Path) and not s.damage[0] else None
-                for s in samples
-                if s.image is not None
-            ]
+            batch["image_keys"] = keys
         return batch
 
     def _shortened(self, name: str, ids: list[int], modality_ids: list[int], length: int) -> tuple[list, list]:
@@ -103,7 +101,8 @@ class PromptCollator:
         keep = [position for position in range(len(ids)) if position not in cut]
         return [ids[i] for i in keep], [modality_ids[i] for i in keep]
 
-    def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int]]:
+    def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int], list[Tensor]]:
+        """Ids and modality ids of a prompt, and its image (3, H, W), or the tiles that the processor cuts it into."""
         before = "context: "
         context = (sample.context or "").strip()
         prompt = f"{before}{context} " if context else ""
@@ -120,4 +119,4 @@ class PromptCollator:
         for token, (start, end) in zip(ids, offsets, strict=True):
             inside = bool(context) and start < last and end > first and end > start
             modality_ids.append(VISION if token == image_token else TEXT if inside else 0)
-        return ids, modality_ids
+        return ids, modality_ids, [torch.as_tensor(tile) for tile in encoded.get("pixel_values", [])]
