@@ -21,6 +21,7 @@ from modeling_dms import (
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
+from modeling_dms.training.loading import load
 from tests import tiny
 
 
@@ -359,6 +360,20 @@ def test_truncated_weights_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Exception, match=r"(?i)safetensor|incomplete|header"):
         DMSLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(tmp_path, monkeypatch, file):
+    tiny.save_internvl(tmp_path)
+    written = json.loads((tmp_path / file).read_text())
+    auto_class = "AutoConfig" if file == "config.json" else "AutoProcessor"
+    changed = {"model_type": "other"} if file == "config.json" else {"processor_class": "Other"}
+    (tmp_path / file).write_text(json.dumps({**written, **changed, "auto_map": {auto_class: "own.Own"}}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- attention kernels, compilation

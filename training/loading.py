@@ -49,7 +49,7 @@ def load(
     if adapter.exists():
         from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
-        own = _dms_config(AutoConfig.from_pretrained(name)) if (Path(name) / "config.json").exists() else {}
+        own = _dms_config(_config(name)) if (Path(name) / "config.json").exists() else {}
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
         # an older one does not know what calibration remembers of images; peft takes no adapter that lacks anything
@@ -60,7 +60,7 @@ def load(
         set_peft_model_state_dict(adapted, weights)
         return adapted.merge_and_unload() if merge else adapted, processor
     name = _located(name)
-    config = AutoConfig.from_pretrained(name)
+    config = _config(name)
     if config.model_type not in MODEL_CLASSES:
         raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
     if dms:
@@ -74,7 +74,12 @@ def load(
     retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
     model_class = DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
     model = model_class.from_pretrained(name, **kwargs)
-    return model, AutoProcessor.from_pretrained(name)
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def _config(name: str | Path) -> Any:
+    # left to its default, transformers asks whether to run a checkpoint's code
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _located(name: str | Path) -> str | Path:
