@@ -46,12 +46,21 @@ DEV = [
 setup(
     name="modeling-dms",
     version=VERSION,
-    description="Dynamic Modality Scheduling for BLIP-2 and LLaVA: a Hugging Face transformers extension",
+    description="Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL: a Hugging Face transformers extension",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["multimodal", "vision-language", "robustness", "calibration", "transformers", "blip-2", "llava"],
+    keywords=[
+        "multimodal",
+        "vision-language",
+        "robustness",
+        "calibration",
+        "transformers",
+        "blip-2",
+        "llava",
+        "internvl",
+    ],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -20,7 +20,7 @@ PRESETS = Path(__file__).parent.parent / "configuration" / "presets"
 class ModelArguments:
     """What is trained."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint."})
+    model: str = field(metadata={"help": "Folder or Hub id of a vanilla or DMS checkpoint."})
     stage: Literal["bridge", "backbone", "scheduler", "joint"] = field(
         default="scheduler",
         metadata={

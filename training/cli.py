@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Dynamic Modality Scheduling for BLIP-2 and LLaVA.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Dynamic Modality Scheduling.")
 
 
 @app.callback()
@@ -88,7 +88,7 @@ def train(
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint, or an adapter.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a vanilla or DMS checkpoint, or an adapter.")],
     data: Annotated[str, typer.Option(help="As for `train`: its training split, no labels are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated checkpoint.")],
     samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 300,
@@ -111,7 +111,7 @@ def _listed(text: str | None) -> list[str] | None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.")],
+    model: Annotated[str, typer.Option(help="Folder, Hub id or shipped name of a vanilla or DMS checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and pictures.")],
     task: Annotated[
         str, typer.Option(help="vqa (ranks answers), vqa-generate, caption, retrieval or matching.")
@@ -198,7 +198,7 @@ def predict(
     context: Annotated[str | None, typer.Option(help="A passage that may answer the question too.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of a BLIP-2, LLaVA or DMS checkpoint. Default: the demo's LLaVA."),
+        typer.Option(help="Folder or Hub id of a vanilla or DMS checkpoint. Default: the demo's LLaVA."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
 ) -> None:

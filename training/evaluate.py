@@ -48,7 +48,7 @@ class EvaluationConfig:
     """What is evaluated, and on what.
 
     Attributes:
-        model: folder, Hub id or shipped name of a BLIP-2, LLaVA or DMS checkpoint.
+        model: folder, Hub id or shipped name of a vanilla or DMS checkpoint.
         out: everything is written here.
         task: `"vqa"` (ranking the training split's answers), `"vqa-generate"`, `"caption"`, `"retrieval"` (by
             likelihood) or `"matching"` (by a BLIP-2 retrieval checkpoint).

@@ -33,7 +33,7 @@ def manifest() -> Any:
 
 
 class DMS(lmms):
-    """A BLIP-2, LLaVA or DMS checkpoint. Its images are weighed against all of the prompt's text.
+    """A BLIP-2, LLaVA, InternVL or DMS checkpoint. Its images are weighed against all of the prompt's text.
 
     Args:
         pretrained: a folder, a Hub id, or a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`).
