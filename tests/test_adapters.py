@@ -17,13 +17,16 @@ from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.loading import CHECKPOINTS, load
 from modeling_dms.training.release import release
 from modeling_dms.training.train import run_training
+from tests import tiny
 
 
-@pytest.fixture(scope="module", params=["demo-llava", "demo-blip2"])
+@pytest.fixture(scope="module", params=["demo-llava", "internvl", "demo-blip2"])
 def run(request, tmp_path_factory):
     """A short run of LoRA and bridge on a static model, and what it ended with."""
-    folder = tmp_path_factory.mktemp("run")
-    command = f"--model {request.param} --stage backbone --lora_rank 2 --lora_targets all --train_bridge true "
+    folder, model = tmp_path_factory.mktemp("run"), request.param
+    if model == "internvl":
+        model = tiny.save_internvl(tmp_path_factory.mktemp(model))
+    command = f"--model {model} --stage backbone --lora_rank 2 --lora_targets all --train_bridge true "
     command += "--calibration_samples 0 --schedule_target none --max_samples 60 --max_steps 2 --use_cpu true "
     command += f"--per_device_train_batch_size 4 --learning_rate 0.01 --report_to none --output_dir {folder}"
     dms = json.dumps({"scheduler": "uniform", "weight_floor": 0.02, "lambda_unimodal": 0.0})

@@ -22,6 +22,7 @@ from modeling_dms.training.loading import load
 from modeling_dms.training.methods import Fixed, Method, Scheduled
 from modeling_dms.training.report import Results, render, summarize
 from modeling_dms.training.tasks import VisualQuestionAnswering
+from tests import tiny
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -431,10 +432,12 @@ def test_the_command_writes_results_report_and_pictures(command):
             assert min(image.size) > 200
 
 
-def test_a_vanilla_checkpoint_is_evaluated_by_generation(tmp_path):
-    config = EvaluationConfig(
-        "demo-blip2", tmp_path, task="vqa-generate", corruptions=["image:black"], severities=[5], seeds=1, samples=4
-    )
+@pytest.mark.parametrize("model", ["demo-blip2", "internvl"])
+def test_a_vanilla_checkpoint_is_evaluated_by_generation(tmp_path, model):
+    config = EvaluationConfig(model, tmp_path, task="vqa-generate", corruptions=["image:black"], severities=[5])
+    config.seeds, config.samples = 1, 4
+    if model == "internvl":
+        config.model = str(tiny.save_internvl(tmp_path / "internvl"))
     config.calibration_samples, config.methods = 0, ("static",)
     results = evaluate(config)
     assert [row["method"] for row in results["results"]["groups"]] == ["static", "static"]
