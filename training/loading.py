@@ -42,7 +42,8 @@ def load(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ValueError: for another model type, or a field that `DMSConfig` does not have or refuses.
+        ValueError: for another model type, a checkpoint that needs code of its own, or a field that `DMSConfig` does
+            not have or refuses.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
     adapter = Path(name) / "adapter_config.json"

@@ -42,5 +42,5 @@ def release(run: Path, base: str, out: Path) -> Path:
     save_file(rounded, out / "adapter_model.safetensors", metadata={"format": "pt"})
     described["base_model_name_or_path"] = base
     (out / "adapter_config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    AutoConfig.from_pretrained(run).save_pretrained(out)
+    AutoConfig.from_pretrained(run, trust_remote_code=False).save_pretrained(out)
     return out
