@@ -95,7 +95,7 @@ setup(
     package_data={
         "modeling_dms": ["py.typed"],
         "modeling_dms.configuration": ["accelerate/*.yaml", "presets/*.yaml"],
-        "modeling_dms.training": ["checkpoints/*/*"],
+        "modeling_dms.training": ["card_template.md", "checkpoints/*/*"],
     },
     entry_points={
         "console_scripts": ["dms = modeling_dms.training.cli:app"],

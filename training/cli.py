@@ -192,6 +192,26 @@ def report(
 
 
 @app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Folder or results.json of `evaluate`; may be repeated.")
+    ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `train`; repeated in the order of the stages.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights, as the Hub names it.")] = None,
+) -> None:
+    """Writes the model card README.md from what is on disk; text and metadata of yours in it are kept."""
+    from modeling_dms.training.card import write_card
+
+    try:
+        typer.echo(f"wrote {write_card(folder, results or [], run or [], license=license)}")
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
+@app.command()
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,

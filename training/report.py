@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.training.documents import write_between_markers
+from modeling_dms.training.documents import points, share, table, write_between_markers
 from modeling_dms.training.grid import ORACLE, Cell, Condition
 from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error
 from modeling_dms.training.metrics.robust import (
@@ -221,16 +221,6 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _points(difference: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in difference)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def render(results: dict[str, Any]) -> str:
     """The report as Markdown, from what `summarize` made and `evaluate` said of the run."""
     run, numbers = results["run"], results["results"]
@@ -255,22 +245,19 @@ def render(results: dict[str, Any]) -> str:
         body = []
         for row in rows:
             low, high = row["interval"]
-            gap = "-"
-            if row["gap_closed"] is not None and row["method"] not in (STATIC, ORACLE):
-                value, least, most = row["gap_closed"]
-                gap = f"{value:.2f} [{least:.2f}, {most:.2f}]"
+            gap = None if row["method"] in (STATIC, ORACLE) else row["gap_closed"]
             body.append(
                 [
                     row["method"],
                     f"{row['score']:.3f} [{low:.3f}, {high:.3f}]",
-                    "-" if row["method"] == STATIC else _points(row["minus_static"]),
-                    gap,
+                    "-" if row["method"] == STATIC else points(row["minus_static"]),
+                    share(gap),
                     _number(row.get("aurc")),
                     _number(row.get("ece")),
                 ]
             )
         head = ("method", run["metric"], "- static, points", "gap closed", "AURC", "ECE")
-        parts.append(f"## {group}: {rows[0]['conditions']} condition(s)\n\n{_table(head, body)}")
+        parts.append(f"## {group}: {rows[0]['conditions']} condition(s)\n\n{table(head, body)}")
     if numbers["against"] is not None:
         dms, minus, clean = (numbers["against"][name] for name in ("dms", "minus", "clean"))
         better = [name for name, (mean, _, _) in minus.items() if mean > 0]
@@ -278,8 +265,8 @@ def render(results: dict[str, Any]) -> str:
         parts.append(
             f"## `{dms}` against the others, all unseen corruptions\n\n"
             f"More accurate than {len(better)} of {len(minus)} methods, than {len(clear)} of them with an interval "
-            f"above 0; on clean samples {_points(clean)} points against static.\n\n"
-            + _table(("method", f"`{dms}` - method, points"), [[name, _points(of)] for name, of in minus.items()])
+            f"above 0; on clean samples {points(clean)} points against static.\n\n"
+            + table(("method", f"`{dms}` - method, points"), [[name, points(of)] for name, of in minus.items()])
         )
     if numbers["robustness"]:
         body = [
@@ -287,11 +274,11 @@ def render(results: dict[str, Any]) -> str:
             for row in numbers["robustness"]
         ]
         head = ("method", "MMI", "relative robustness", "mCE (static = 1)", "weights tell the damaged modality: AUROC")
-        parts.append(f"## Robustness on unseen corruptions\n\n{_table(head, body)}")
+        parts.append(f"## Robustness on unseen corruptions\n\n{table(head, body)}")
     body = [[row["method"], _number(row["milliseconds"], 2), _number(row["ratio"], 2)] for row in numbers["cost"]]
     parts.append(
         "## Cost\n\nEncoding, deciding and answering, in batches; measured beside each other in this run.\n\n"
-        + _table(("method", "ms a sample", "of static"), body)
+        + table(("method", "ms a sample", "of static"), body)
     )
     means = _condition_means(numbers["conditions"])
     methods = list(dict.fromkeys(row["method"] for row in numbers["conditions"]))
@@ -304,7 +291,7 @@ def render(results: dict[str, Any]) -> str:
         ]
         for (name, group, severity), of in means.items()
     ]
-    parts.append(f"## Conditions\n\n{_table(('corrupted', 'group', 'severity', *methods), body)}")
+    parts.append(f"## Conditions\n\n{table(('corrupted', 'group', 'severity', *methods), body)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -336,12 +323,12 @@ def brief(evaluations: Sequence[dict[str, Any]]) -> str:
         for method in dict.fromkeys(method for _, method in rows):
             clean, unseen = rows.get(("clean", method)), rows.get(("unseen", method))
             shown = ["-" if row is None else f"{row['score']:.3f}" for row in (clean, unseen)]
-            shown += ["-" if unseen is None or method == STATIC else _points(unseen["minus_static"])]
+            shown += ["-" if unseen is None or method == STATIC else points(unseen["minus_static"])]
             gap = None if unseen is None or method in (STATIC, ORACLE) else unseen["gap_closed"]
-            shown += ["-" if gap is None else f"{gap[0]:.2f} [{gap[1]:.2f}, {gap[2]:.2f}]"]
+            shown += [share(gap)]
             columns.setdefault(method, {})[results["run"]["model"]] = " | ".join(shown)
     models = [results["run"]["model"] for results in evaluations]
-    return _table(head, [[method, *(of.get(m, "- | - | - | -") for m in models)] for method, of in columns.items()])
+    return table(head, [[method, *(of.get(m, "- | - | - | -") for m in models)] for method, of in columns.items()])
 
 
 def _condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:

