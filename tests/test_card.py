@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from modeling_dms.training.cli import app
 from modeling_dms.training.record import read_record, write_record
 from modeling_dms.training.train import run_training
 from tests import tiny
+from tests.hub_server import metadata_errors
 
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "demo-llava" / "results.json"
@@ -89,6 +89,7 @@ def test_every_figure_is_in_the_results(checkpoint):
         assert entry.metric_args["static"] == pytest.approx(rows[group, "static"]["score"], abs=5e-5)
         assert (entry.task_type, entry.metric_type) == ("visual-question-answering", "accuracy")
     assert card.data.model_name == "my-model"
+    assert not metadata_errors(str(card))
 
 
 def test_an_assembled_base_is_told_with_its_parts(adapter):
@@ -104,6 +105,7 @@ def test_an_assembled_base_is_told_with_its_parts(adapter):
     assert "| LoRA | rank 8, alpha 16 |" in card.text
     assert "| trained whole | `qformer` |" in card.text
     assert "Nothing was measured yet." in card.text
+    assert not metadata_errors(str(card))
 
 
 def test_a_whole_checkpoint_claims_neither_license_nor_base(checkpoint, tmp_path):
@@ -113,7 +115,7 @@ def test_a_whole_checkpoint_claims_neither_license_nor_base(checkpoint, tmp_path
     assert card.data.library_name == "transformers"
     assert "| calibrated | no" in card.text
     run = run_of(tmp_path, model="llava-hf/llava-1.5-7b-hf")
-    card = ModelCard.load(write_card(checkpoint, runs=[run], license="llama2"))
+    card = ModelCard.load(write_card(checkpoint, runs=[run], metadata={"license": "llama2"}))
     assert card.data.base_model == ["llava-hf/llava-1.5-7b-hf"]
     assert card.data.license == "llama2"
 
@@ -191,7 +193,8 @@ def test_own_text_and_fields_are_kept(checkpoint):
     # the own figure stays, those of results that are no longer given go
     (kept,) = card.data.eval_results
     assert (kept.dataset_type, kept.metric_value) == ("lmms-lab/VQAv2", 0.5)
-    write_card(checkpoint, license="apache-2.0")
+    write_card(checkpoint, metadata={"license": "apache-2.0", "tags": "new"})
+    assert ModelCard.load(path).data.tags[-1] == "new"
     assert ModelCard.load(path).data.license == "apache-2.0"
 
 
@@ -246,14 +249,7 @@ def test_the_command_writes_a_card(checkpoint, tmp_path):
 
 
 def test_a_run_records_itself(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    rows = []
-    for number in range(12):
-        Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(data / f"{number}.png")
-        row = {"context": "a red box.", "question": "what?", "answers": ["box"], "split": "train"}
-        rows.append({"image": f"{number}.png", **row})
-    (data / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tiny.table(tmp_path / "data")
     command = f"--output_dir {tmp_path} --model demo-llava --stage bridge --calibration_samples 0 --data {data} "
     command += "--max_steps 2 --save_steps 1 --per_device_train_batch_size 4 --schedule_target none --use_cpu true "
     command += "--report_to none"

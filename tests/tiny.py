@@ -6,11 +6,13 @@ the vanilla class. Sequences are longer than the sliding windows of the Mistral 
 """
 
 import functools
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
@@ -401,3 +403,15 @@ def save_internvl(directory: Path) -> Path:
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+def table(folder: Path, rows: int = 12) -> Path:
+    """A data set of one training sample a picture, for `load_folder`."""
+    folder.mkdir()
+    described = []
+    for number in range(rows):
+        Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(folder / f"{number}.png")
+        row = {"context": "a red box.", "question": "what?", "answers": ["box"], "split": "train"}
+        described.append({"image": f"{number}.png", **row})
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, described)))
+    return folder

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from modeling_dms.training.report import DMS, STATIC
 
 CARD = "README.md"
 MARKERS = "dms"
+LISTS = ("tags", "datasets")
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAGS = ("dms", "multimodal", "robustness", "uncertainty", "calibration")
 # what is no data set of the Hub: what it is, its licence as its package states it
@@ -58,7 +59,7 @@ def write_card(
     results: Sequence[Path] = (),
     runs: Sequence[Path] = (),
     name: str | None = None,
-    license: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `folder/README.md`, and the curves of the runs beside it.
 
@@ -70,21 +71,24 @@ def write_card(
         results: files `results.json` of `dms evaluate`, or their folders.
         runs: folders of `dms train`, in the order of the stages.
         name: of the model; by default the folder's.
-        license: of the weights, as the Hub names it; by default that of a base that is made here, else none.
+        metadata: fields of the YAML that win over generated and existing ones; tags and data sets are added. Without
+            a `license`, only a checkpoint of a base that is made here has one.
 
     Raises:
         ValueError: if the folder holds no checkpoint, a file is not what it should be, or an existing card has
             metadata that cannot be read.
         FileNotFoundError: for results that are not there.
     """
-    card = generate(folder, results, runs, name or folder.resolve().name, license)
+    card = generate(folder, results, runs, name or folder.resolve().name)
     path = folder / CARD
     if path.exists():
         try:
             card = merged(ModelCard.load(path), card)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
-        card.data.license = license or card.data.license
+    for key, value in (metadata or {}).items():
+        if value:
+            card.data[key] = _joined(card.data.get(key), value) if key in LISTS else value
     for run in runs:
         if (run / "curves.png").exists():
             shutil.copyfile(run / "curves.png", folder / _picture(run))
@@ -103,15 +107,13 @@ def merged(old: ModelCard, new: ModelCard) -> ModelCard:
         # of peft, which names folders
         known = {key: value for key, value in known.items() if key not in ("base_model", "library_name", "tags")}
         text = new.text
-    elif f"<!-- {MARKERS}:" in old.text:
+    elif is_generated(old):
         text = between_markers(old.text, MARKERS, _generated(new))
     else:
         text = f"{old.text.rstrip()}\n\n{new.text}"
     fields = {**new.data.to_dict(), **known}
-    for key in ("tags", "datasets"):
-        values = [*_listed(known.get(key)), *_listed(new.data.get(key))]
-        if values:
-            fields[key] = list(dict.fromkeys(values))
+    for key in LISTS:
+        fields[key] = _joined(known.get(key), new.data.get(key))
     fields.pop("model-index", None)
     others = [result for result in old.data.eval_results or [] if "interval" not in (result.metric_args or {})]
     found = [*others, *(new.data.eval_results or [])]
@@ -120,13 +122,29 @@ def merged(old: ModelCard, new: ModelCard) -> ModelCard:
     return ModelCard(f"---\n{ModelCardData(**fields).to_yaml()}\n---\n{text}")
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+def _joined(*values: str | list[str] | None) -> list[str] | None:
+    """Every entry once."""
+    entries = [entry for value in values for entry in ([value] if isinstance(value, str) else value or [])]
+    return list(dict.fromkeys(entries)) or None
+
+
+def is_generated(card: ModelCard) -> bool:
+    """Whether a part of it is."""
+    return f"<!-- {MARKERS}:" in card.text
+
+
+def own_text(card: ModelCard) -> str:
+    """What stands outside of the markers."""
+    if _is_blank(card):
+        return ""
+    head, _, rest = card.text.partition(f"<!-- {MARKERS}:begin -->")
+    return head + rest.partition(f"<!-- {MARKERS}:end -->")[2]
 
 
 def _generated(card: ModelCard) -> str:
-    """What stands between a new card's markers."""
-    return card.text.split(f"<!-- {MARKERS}:begin -->\n")[1].split(f"\n<!-- {MARKERS}:end -->")[0]
+    """What stands between the markers."""
+    _, _, rest = card.text.partition(f"<!-- {MARKERS}:begin -->\n")
+    return rest.partition(f"\n<!-- {MARKERS}:end -->")[0]
 
 
 def _is_blank(card: ModelCard) -> bool:
@@ -136,9 +154,7 @@ def _is_blank(card: ModelCard) -> bool:
     return bool(lines) and all(line in blank or line.startswith(_BLANK_TOO) for line in lines)
 
 
-def generate(
-    folder: Path, results: Sequence[Path], runs: Sequence[Path], name: str, license: str | None = None
-) -> ModelCard:
+def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: str) -> ModelCard:
     """A new card, see [`write_card`]."""
     checkpoint = Checkpoint.read(folder)
     records = [read_record(run) for run in runs]
@@ -156,7 +172,7 @@ def generate(
     found = [result for evaluation in evaluations for result in eval_results(evaluation)]
     models = [part.model for part in recipe.parts if part.model] if recipe else [base] if _is_hub_id(base) else []
     data = ModelCardData(
-        license=license or ("apache-2.0" if _is_made_here(base) else None),
+        license="apache-2.0" if _is_made_here(base) else None,
         base_model=models or None,
         datasets=[source for source in used if source in HUB_DATASETS] or None,
         tags=[*TAGS, checkpoint.model_type.removeprefix("dms_")],
@@ -185,7 +201,7 @@ def generate(
         install=INSTALL,
         adapter=checkpoint.adapter is not None,
         auto_class="AutoModel" if checkpoint.retrieves else "AutoModelForImageTextToText",
-        remote_code=hasattr(checkpoint.config, "auto_map"),
+        remote_code=checkpoint.model_type.startswith("dms_"),
         data=used and table(("data", "license", "used for"), [_data_row(*item) for item in used.items()]),
         runs=[_run(run, record) for run, record in zip(runs, records, strict=True)],
         results=[_result(evaluation) for evaluation in evaluations],

@@ -77,12 +77,14 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
     """Trains a scheduler, LoRA, or both. Any field of the file can be given as `--field value` too."""
+    from huggingface_hub.errors import HTTPError
+
     from modeling_dms.training.arguments import read_arguments
     from modeling_dms.training.train import run_training
 
     try:
         run_training(read_arguments(config, context.args), resume)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, HTTPError) as error:
         raise _failed(error) from error
 
 
@@ -206,7 +208,37 @@ def card(
     from modeling_dms.training.card import write_card
 
     try:
-        typer.echo(f"wrote {write_card(folder, results or [], run or [], license=license)}")
+        path = write_card(folder, results or [], run or [], metadata={"license": license})
+        typer.echo(f"wrote {path}")
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder for the whole checkpoint.")],
+) -> None:
+    """Merges an adapter into its base: the result loads with trust_remote_code=True, without this package."""
+    from modeling_dms.training.release import merge as write
+
+    try:
+        typer.echo(f"wrote {write(model, out)}")
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
+    repo: Annotated[str, typer.Option(help="On the Hub: owner/name. It is created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="For a new one.")] = False,
+) -> None:
+    """Uploads weights, configuration, processor, code and card to the Hugging Face Hub, in one commit."""
+    from modeling_dms.training.push import push as run
+
+    try:
+        typer.echo(f"pushed: {run(folder, repo, private)}")
     except (ValueError, OSError, ImportError) as error:
         raise _failed(error) from error
 

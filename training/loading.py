@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers.utils import find_adapter_config_file
 
 from modeling_dms import (
     DMSBlip2ForConditionalGeneration,
@@ -46,18 +48,19 @@ def load(
             not have or refuses.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.exists():
+    adapter = _adapter(name)
+    if adapter is not None:
         from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
-        own = _dms_config(_config(name)) if (Path(name) / "config.json").exists() else {}
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        folder = adapter.parent
+        own = _dms_config(_config(folder)) if (folder / "config.json").exists() else {}
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
         # an older one does not know what calibration remembers of images; peft takes no adapter that lacks anything
         remembered = {k: v for k, v in model.dms.state_dict().items() if k.endswith(REMEMBERED)}
         weights = {f"base_model.model.dms.{k}": v for k, v in remembered.items()}
-        weights |= load_peft_weights(str(name), device="cpu")
-        adapted = PeftModel(model, PeftConfig.from_pretrained(str(name)))
+        weights |= load_peft_weights(str(folder), device="cpu")
+        adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         set_peft_model_state_dict(adapted, weights)
         return adapted.merge_and_unload() if merge else adapted, processor
     name = _located(name)
@@ -72,15 +75,28 @@ def load(
             kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
         except StrictDataclassError as error:
             raise ValueError(f"dms: {error}") from error
-    retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
-    model_class = DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
-    model = model_class.from_pretrained(name, **kwargs)
+    model = class_of(config).from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _config(name: str | Path) -> Any:
     # left to its default, transformers asks whether to run a checkpoint's code
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def _adapter(name: str | Path) -> Path | None:
+    """The configuration of an adapter, which is downloaded if it is on the Hub; `None` for other checkpoints."""
+    folder = Path(name)
+    if not folder.exists() and "/" in str(name) and find_adapter_config_file(str(name)):
+        folder = Path(snapshot_download(str(name)))
+    file = folder / "adapter_config.json"
+    return file if file.exists() else None
+
+
+def class_of(config: Any) -> Any:
+    """The DMS class for a checkpoint of `MODEL_CLASSES`."""
+    retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
+    return DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
 
 
 def _located(name: str | Path) -> str | Path:

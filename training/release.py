@@ -44,3 +44,19 @@ def release(run: Path, base: str, out: Path) -> Path:
     (out / "adapter_config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     AutoConfig.from_pretrained(run, trust_remote_code=False).save_pretrained(out)
     return out
+
+
+def merge(name: str, out: Path) -> Path:
+    """Writes an adapter merged into its base as a whole checkpoint, with its processor and the code beside it.
+
+    Args:
+        name: as `load` takes it.
+        out: the folder that is written.
+
+    Raises:
+        as `load`.
+    """
+    model, processor = load(name)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return out

@@ -11,11 +11,13 @@ from typing import Any, cast
 from transformers import TrainerCallback, set_seed
 
 from modeling_dms.training.arguments import Arguments
+from modeling_dms.training.card import write_card
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.loading import load
+from modeling_dms.training.push import push
 from modeling_dms.training.record import write_record
 from modeling_dms.training.resume import last_complete_checkpoint
 from modeling_dms.training.stages import prepare
@@ -85,10 +87,11 @@ class CalibrationCallback(TrainerCallback):
 
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `run.json`,
-    `curves.png`.
+    `curves.png`. With `push_to_hub` it ends on the Hub, after all is written.
 
     Raises:
         ValueError: for choices that exclude each other, or data none of which can be read.
+        ConnectionError: if pushing fails.
     """
     began = time.time()
     choices, data, corruptions, training = arguments
@@ -138,9 +141,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     if moves:
         calibrate_again()
     final = run / "final"
-    trainer.save_model(str(final))
-    if (final / "adapter_config.json").exists() and training.should_save:
-        model.config.save_pretrained(final)  # an adapter alone does not tell DMS's choices
+    trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
     if training.should_save:
         log = run / "log.json"
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
@@ -148,6 +149,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         first, last = 0 if start is None else int(start.name.split("-")[1]), trainer.state.global_step
         if first < last:  # else a finished run was finished again
             write_record(run, arguments, len(samples), (first, last), time.time() - began)
+        write_card(final, runs=[run], name=run.resolve().name)
+        if training.push_to_hub:
+            push(final, training.hub_model_id or run.resolve().name, training.hub_private_repo, training.hub_token)
     return trainer
 
 

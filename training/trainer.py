@@ -145,6 +145,42 @@ class DMSTrainer(Trainer):
 
     # --- checkpoints
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        if self.args.should_save and (folder / "adapter_config.json").exists():
+            # an adapter alone does not tell DMS's choices
+            self.accelerator.unwrap_model(self.model).get_base_model().config.save_pretrained(folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the card of `dms card` beside the model in `output_dir`, with what the run has recorded there.
+
+        Args:
+            tasks, dataset, dataset_args: as `Trainer` takes them; unused, since results come from `dms evaluate`.
+
+        Raises:
+            as `write_card`.
+        """
+        from modeling_dms.training.card import write_card  # which knows the trainer's arguments
+
+        if self.is_world_process_zero():
+            folder = Path(cast(str, self.args.output_dir))
+            metadata = {"language": language, "license": license, "tags": tags}
+            metadata |= {"base_model": finetuned_from, "datasets": dataset_tags}
+            runs = [folder] if (folder / "log.json").exists() else []
+            write_card(folder, runs=runs, name=model_name, metadata=metadata)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # older checkpoints go only after the new one is complete
         limit, self.args.save_total_limit = self.args.save_total_limit, None
