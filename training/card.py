@@ -49,6 +49,7 @@ TASKS = {
     "retrieval": "image-text-retrieval",
     "matching": "image-text-retrieval",
 }
+KINDS = {"llava": "A LLaVA", "internvl": "An InternVL", "blip-2": "A BLIP-2"}
 METRICS = {"VQA accuracy": "accuracy", "CIDEr-D": "cider", "R@1": "recall"}
 # lines that peft and transformers add to the Hub's blank template
 _BLANK_TOO = ("### Framework versions", "- PEFT ", "This is the model card of a \N{HUGGING FACE} transformers model")
@@ -186,7 +187,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
         template_path=str(TEMPLATE),
         name=name,
         version=__version__,
-        kind="A BLIP-2" if "blip" in checkpoint.model_type else "A LLaVA",
+        kind=KINDS[checkpoint.model_type.removeprefix("dms_").replace("_", "-")],
         properties=table(("", ""), checkpoint.properties()),
         base=base,
         assembled=recipe is not None,
@@ -236,7 +237,7 @@ class Checkpoint:
         """
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no checkpoint: it holds no config.json")
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type not in MODEL_CLASSES:
             raise ValueError(f"{folder} is a {config.model_type!r} checkpoint, expected {', '.join(MODEL_CLASSES)}")
         adapter = folder / "adapter_config.json"
