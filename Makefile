@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: parts demo docs results test lint build benchmark clean
+.PHONY: parts demo docs site results test lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ demo: $(BIN)/dms
 
 docs: $(BIN)/dms
 	$(BIN)/dms demo --samples 880 --write-docs .
+
+# the pages of docs/ and the API, into site/; the variable turns off an advertisement of another tool
+site: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # seen and unseen corruptions of the demo, all baselines, three seeds
 KINDS = image:color_cast,image:glitch,image:fog,image:low_contrast,image:invert,image:pixelate,image:solarize,image:dark,\
@@ -56,4 +60,4 @@ benchmark: $(VENV)/dev
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

