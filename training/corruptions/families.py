@@ -112,11 +112,11 @@ class CorruptionConfig:
     both_rate: float = field(default=0.0, metadata={"help": "Share of samples with both corrupted."})
     image_families: list[str] = field(
         default_factory=lambda: [*CALIBRATION_FAMILIES["image"], "missing"],
-        metadata={"help": "Families of image corruptions that training sees."},
+        metadata={"help": "Families of image corruptions that training sees; named twice: twice as often."},
     )
     text_families: list[str] = field(
         default_factory=lambda: [*CALIBRATION_FAMILIES["text"], "missing"],
-        metadata={"help": "Families of text corruptions that training sees."},
+        metadata={"help": "Families of text corruptions that training sees; named twice: twice as often."},
     )
     held_out_image_families: list[str] = field(
         default_factory=lambda: ["weather", "digital", "geometric", "color", "mismatch"],
