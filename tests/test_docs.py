@@ -56,6 +56,8 @@ SMALL = {
 NOT_RUN = {
     "make ": "makes an environment of its own",
     "git clone ": "needs the network",
+    "hf auth login": "asks for a token",
+    "dms push ": "needs the network",
     "cd modeling-dms": "the line before is not run",
     "python3 -m venv ": "makes an environment of its own",
     ". .venv/bin/activate": "the line before is not run",
@@ -65,6 +67,7 @@ NOT_RUN = {
     "dms calibrate --model runs/llava-smollm2/": "needs the model of the line before",
     "dms release ": "needs the model of the line before; tests/test_adapters.py",
     "dms evaluate --model my-adapter ": "needs the model of the line before",
+    "dms merge my-adapter ": "needs the model of the line before",
 }
 
 

@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from modeling_dms import __version__
-from modeling_dms.training.arguments import Arguments
 
 
 RECORD = "run.json"
@@ -35,7 +34,7 @@ CHOICES = (
 
 def write_record(
     run: Path,
-    arguments: Arguments,
+    arguments: Sequence[Any],
     samples: int,
     steps: Sequence[int],
     seconds: float,
@@ -44,6 +43,7 @@ def write_record(
     """Writes `run.json`: command, choices, samples, steps, seconds, hardware and versions.
 
     Args:
+        arguments: model, data, corruptions and training, as `read_arguments` gives them.
         steps: the first, after which a resumed run went on, and the last.
         seconds: that these steps took, with loading and calibration.
         command: by default that of this process.

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.losses import leave_one_out_target
 from modeling_dms.scheduler import uniform_weights
+from modeling_dms.training.card import write_card
 from modeling_dms.training.features import FeatureCache
 from modeling_dms.training.resume import last_complete_checkpoint, write_manifest
 from modeling_dms.training.stages import encodes_images
@@ -172,8 +173,6 @@ class DMSTrainer(Trainer):
         Raises:
             as `write_card`.
         """
-        from modeling_dms.training.card import write_card  # which knows the trainer's arguments
-
         if self.is_world_process_zero():
             folder = Path(cast(str, self.args.output_dir))
             metadata = {"language": language, "license": license, "tags": tags}
