@@ -81,6 +81,15 @@ def test_transparency_lies_over_white():
     assert to_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_phone_photo_is_seen_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    for data, size in ((exif.tobytes(), (20, 40)), (b"Exif\0\0broken", (40, 20)), (exif.tobytes()[:16], (40, 20))):
+        Image.new("RGB", (40, 20)).save(tmp_path / "photo.jpg", exif=data)
+        assert Sample("photo", tmp_path / "photo.jpg", None, "").load_image().size == size
+
+
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing", "bomb"])
 def test_a_broken_image_names_its_sample(tmp_path, damage, monkeypatch):
     path = tmp_path / "picture.png"

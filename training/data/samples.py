@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 
@@ -47,7 +47,7 @@ class Sample:
     damage: tuple[float, float] = (0.0, 0.0)
 
     def load_image(self) -> Image.Image | None:
-        """The image as RGB: transparency over white, 16-bit grey scaled to 8 bits.
+        """The image as RGB, upright: transparency over white, 16-bit grey scaled to 8 bits.
 
         Raises:
             ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode.
@@ -56,7 +56,7 @@ class Sample:
         if self.image is None:
             return None
         try:
-            return to_rgb(_open(self.image))
+            return to_rgb(_upright(_open(self.image)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             given = f"of {len(self.image)} bytes" if isinstance(self.image, bytes) else self.image
             raise ValueError(f"sample {self.id!r}: image {given} cannot be read: {error}") from error
@@ -94,6 +94,15 @@ def _open(image: Path | Image.Image | bytes) -> Image.Image:
         svg_string=image.read_text(encoding="utf-8"), width=SVG_SIZE, height=SVG_SIZE, skip_system_fonts=True
     )
     return Image.open(io.BytesIO(png))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say that the camera was held."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever Pillow's parser stumbles over: broken EXIF data are no reason to lose the pixels
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
