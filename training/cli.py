@@ -249,13 +249,12 @@ def predict(
     image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,
     context: Annotated[str | None, typer.Option(help="A passage that may answer the question too.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id of a vanilla or DMS checkpoint. Default: the demo's LLaVA."),
-    ] = None,
+        str, typer.Option(help="Folder, Hub id or shipped name of a vanilla or DMS checkpoint.")
+    ] = "demo-llava",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
 ) -> None:
     """Answers one question about an image and a context, and prints the modality weights and signals."""
-    from modeling_dms.training.demo import predict_one
+    from modeling_dms.training.answer import predict_one
 
     try:
         predict_one(question, image, context, model, max_new_tokens)

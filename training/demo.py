@@ -1,12 +1,11 @@
-"""`dms demo` and `dms predict`: static, DMS and oracle weights on real images, with the checkpoints this package
-ships."""
+"""`dms demo`: static, DMS and oracle weights on real images, with the checkpoints this package ships."""
 
 import json
 import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -329,35 +328,3 @@ def picture(path: Path, model: PreTrainedModel, collator: PromptCollator, sample
         }
         panels.append(Panel(name, rows[index], answers, dms.weights[index].tolist()))
     draw_sheet(path, panels)
-
-
-def predict_one(question: str, image: Path | None, context: str | None, name: str | None, max_new_tokens: int) -> dict:
-    """Answers one sample and prints answer, weights and signals.
-
-    Raises:
-        ValueError: if there is neither image nor context, or the image cannot be read.
-    """
-    if not question.strip():
-        raise ValueError("the question is empty")
-    sample = Sample(str(image or "prompt"), image, context, question)
-    if image is None and not (context or "").strip():
-        raise ValueError("there is neither an image nor a context to answer from")
-    sample = replace(sample, image=sample.load_image())
-    if name is None:
-        model, collator = load_demo_model("llava")
-        calibrate_demo(model, collator, 300)
-    else:
-        model, processor = load(name)
-        model, collator = model.eval(), PromptCollator(processor)
-    if not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
-        print("not calibrated: the weights stay uniform (see `model.calibrate`)")
-    inputs = collator([sample])
-    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
-    prompt = inputs["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
-    answer = collator.processor.tokenizer.decode(generated.sequences[0, prompt:], skip_special_tokens=True).strip()
-    print(f"answer: {answer}")
-    print(f"{'':<14}{'image':>9}{'context':>9}")
-    print(f"{'weight':<14}" + "".join(f"{value:>9.3f}" for value in generated.modality_weights[0].tolist()))
-    for signal, values in (generated.modality_signals or {}).items():
-        print(f"{signal:<14}" + "".join(f"{value:>9.3f}" for value in values[0].tolist()))
-    return {"answer": answer, "weights": generated.modality_weights[0].tolist()}
