@@ -22,6 +22,8 @@ TRAIN = [
     "pyyaml>=6",
     *DEMO,
 ]
+# earlier releases refuse huggingface_hub 2
+WEB = ["gradio>=6.29,<7", *DEMO]
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
@@ -37,12 +39,14 @@ DEV = [
     "pyright>=1.1.400",
     "pytest>=8",
     "pytest-xdist>=3",
+    "selenium>=4.20",
     "setuptools>=77",
     "trl>=1",
     "wheel",
     *DOCS,
     *EVAL,
     *PARTS,
+    *WEB,
 ]
 
 setup(
@@ -79,6 +83,7 @@ setup(
         "eval": EVAL,
         "train": TRAIN,
         "parts": PARTS,
+        "web": WEB,
         "lmms-eval": LMMS_EVAL,
         "docs": DOCS,
         "dev": DEV,

@@ -63,6 +63,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "the line before is not run",
     "pip install ": "needs the network",
     "lmms-eval ": "its package brings torchvision, see setup.py; tests/test_lmms_eval.py runs the plugin",
+    "dms demo --web": "serves until it is interrupted; tests/test_web.py runs it",
     "dms train --config llava-smollm2": "its model has 157 million parameters; tests/test_assemble.py builds it",
     "dms calibrate --model runs/llava-smollm2/": "needs the model of the line before",
     "dms release ": "needs the model of the line before; tests/test_adapters.py",

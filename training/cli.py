@@ -32,11 +32,30 @@ def demo(
     write_docs: Annotated[
         Path | None, typer.Option(help="Also write the results into the README and model card of this clone.")
     ] = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve a page instead, to try inputs and corruptions on.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --web: folder, Hub id or shipped name of a checkpoint. Default: demo-llava."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="With --web: default is the first free one from 7860 on.")] = None,
 ) -> None:
     """Corrupts images and contexts of held-out easy-VQA samples and compares static, DMS and oracle weights."""
-    from modeling_dms.training.demo import run_demo
+    if not web:
+        if model is not None or port is not None:
+            raise typer.BadParameter("--model and --port are for --web")
+        from modeling_dms.training.demo import run_demo
 
-    run_demo(out, ["llava", "blip2"] if backbone == "both" else [backbone], samples, calibration_samples, write_docs)
+        backbones = ["llava", "blip2"] if backbone == "both" else [backbone]
+        run_demo(out, backbones, samples, calibration_samples, write_docs)
+        return
+    from modeling_dms.training.web import serve
+
+    try:
+        serve(model or "demo-llava", port, calibration_samples)
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
 
 
 @app.command()
