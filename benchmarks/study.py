@@ -1,0 +1,180 @@
+"""The study of the assembled checkpoints: runs `dms evaluate` where it has not finished, and writes the tables and the
+picture of docs/study.md.
+
+    python benchmarks/study.py [--only llava-vqa] [--tables]
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from modeling_dms.training.documents import points, table, write_between_markers
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+FOLDER, DOCUMENT = Path("docs/study"), Path("docs/study.md")
+# the BLIP-2 is not released: `dms train --config blip2-smollm2`, then `dms calibrate`
+MODELS = {"llava": "model_cards/llava-dinov2s-smollm2-135m", "blip2": "runs/blip2-smollm2/calibrated"}
+KINDS = "image:invert,image:glitch,text:typos,text:scramble,image:missing,text:missing,image:mismatch,text:mismatch"
+METHODS = "static,rule,rule + prior,learned,entropy,energy,mean prior,oracle"
+GRID = (
+    f"--data easy-vqa --corruptions seen,unseen,mismatch,image:black+text:missing --kinds {KINDS} --severities 3,5 "
+    f"--seeds 3 --methods '{METHODS}' --training-samples 600 --validation-samples 12 --batch-size 30 --dtype bfloat16"
+)
+TASKS = {"vqa": "vqa-generate", "caption": "caption"}
+# what a core does in half an hour
+SAMPLES = {"llava": 30, "blip2": 40}
+
+DMS = ("rule", "rule + prior", "learned")
+REFERENCES = ("static", "oracle")
+GROUPS = ("clean", "seen", "unseen image", "unseen text", "mismatch image", "mismatch text", "both")
+# what is left of a sample, by the condition that leaves it
+LEFT = {
+    "both": "clean",
+    "image only": "text:missing",
+    "context only": "image:missing",
+    "neither": "image:black+text:missing",
+}
+TITLES = {"vqa": "VQA", "vqa-generate": "VQA", "caption": "captions", "retrieval": "retrieval"}
+
+
+def title_of(run: dict[str, Any]) -> str:
+    """Model, task and data of an evaluation."""
+    return f"{Path(run['model']).name.split('-')[0]}, {TITLES[run['task']]}, {run['data'].split(':')[0]}"
+
+
+def what_is_left(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Static's score with both modalities, with one, and with neither."""
+    rows = []
+    for results in evaluations:
+        kept = [row for row in results["results"]["conditions"] if row["method"] == "static"]
+        scores = [[row["score"] for row in kept if row["condition"] == name] for name in LEFT.values()]
+        rows.append([title_of(results["run"]), *(f"{np.mean(own):.3f}" if own else "-" for own in scores)])
+    return table(["static model", *LEFT], rows)
+
+
+def groups_of(results: dict[str, Any]) -> str:
+    """Every method on every group: the difference to static in points, and the oracle gap closed."""
+    found = {(row["group"], row["method"]): row for row in results["results"]["groups"]}
+    methods = list(dict.fromkeys(method for _, method in found))
+    groups = [group for group in GROUPS if (group, "static") in found]
+    rows = []
+    for method in methods:
+        cells = []
+        for row in (found.get((group, method)) for group in groups):
+            if row is None:
+                cells.append("-")
+            elif method == "static":
+                cells.append(f"{row['score']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]")
+            else:
+                closed = row["gap_closed"] if method != "oracle" else None
+                cells.append(points(row["minus_static"]) + ("" if closed is None else f", {closed[0]:.2f}"))
+        rows.append([method, *cells])
+    return f"### {title_of(results['run'])}: {results['run']['metric']}\n\n" + table(["method", *groups], rows)
+
+
+def against(evaluations: Sequence[dict[str, Any]]) -> str:
+    """DMS (`rule`) minus every published baseline on all unseen corruptions together."""
+    minus = [{"static": None, **results["results"]["against"]["minus"]} for results in evaluations]
+    names = [n for n in dict.fromkeys(name for own in minus for name in own) if not n.startswith(DMS)]
+    rows = [
+        [title_of(results["run"]), *("-" if own.get(name) is None else points(own[name]) for name in names)]
+        for results, own in zip(evaluations, minus, strict=True)
+    ]
+    return table(["`rule` minus", *names], rows)
+
+
+def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
+    """Points over static by group, an evaluation a panel."""
+    columns = min(2, len(evaluations))
+    lines = -(-len(evaluations) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(6.4 * columns, 3.1 * lines), squeeze=False)
+    for axis in axes.flat[len(evaluations) :]:
+        axis.set_visible(False)
+    colors = dict(
+        zip((*DMS, "best baseline", "oracle"), ("#d98324", "#4f9d69", "#7a6fc4", "#3b6fb6", "#bbbbbb"), strict=True)
+    )
+    for axis, results in zip(axes.flat, evaluations, strict=False):
+        found = {(row["group"], row["method"]): row["minus_static"] for row in results["results"]["groups"]}
+        groups = [group for group in GROUPS if (group, "static") in found and group != "clean"]
+        methods = dict.fromkeys(method for _, method in found)
+        baselines = [m for m in methods if m not in (*DMS, *REFERENCES) and not m.startswith("learned")]
+        for place, name in enumerate(colors):
+            for number, group in enumerate(groups):
+                if name == "best baseline":
+                    known = [found[group, m] for m in baselines if (group, m) in found]
+                    value = max(known, key=lambda v: v[0]) if known else None
+                else:
+                    value = found.get((group, name))
+                if value is None:
+                    continue
+                mean, low, high = (100 * part for part in value)
+                axis.bar(
+                    number + (place - 2) * 0.16,
+                    mean,
+                    0.15,
+                    color=colors[name],
+                    label=name if number == 0 or (name == "oracle" and group == groups[1]) else None,
+                    yerr=[[mean - low], [high - mean]],
+                    ecolor="#555555",
+                    error_kw={"linewidth": 0.8},
+                )
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups], fontsize=8)
+        axis.set_title(title_of(results["run"]), fontsize=10)
+        axis.set_ylabel(f"{results['run']['metric']}, points over static", fontsize=8)
+        axis.grid(alpha=0.3, axis="y")
+    named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named.keys(), loc="upper center", ncols=len(named), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def run(model: str, task: str) -> None:
+    """`dms evaluate`, as far as it has not run yet."""
+    out = FOLDER / f"{model}-{task}"
+    if not (out / "results.json").exists():
+        options = [
+            "--model",
+            MODELS[model],
+            "--task",
+            TASKS[task],
+            "--out",
+            str(out),
+            "--samples",
+            str(SAMPLES[model]),
+        ]
+        dms = [sys.executable, "-m", "modeling_dms.training.cli", "evaluate"]
+        subprocess.run([*dms, *options, *shlex.split(GRID), "--resume"], check=True)
+
+
+def main() -> None:
+    names = [f"{model}-{task}" for task in TASKS for model in MODELS]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="Run these alone.")
+    parser.add_argument("--tables", action="store_true", help="Write the document, run nothing.")
+    options = parser.parse_args()
+    for name in options.only if not options.tables else ():
+        run(*name.split("-"))
+    files = [FOLDER / name / "results.json" for name in names]
+    evaluations = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    write_between_markers(DOCUMENT, "left", what_is_left(evaluations))
+    write_between_markers(DOCUMENT, "against", against(evaluations))
+    write_between_markers(DOCUMENT, "groups", "\n\n".join(groups_of(results) for results in evaluations))
+    draw(evaluations, FOLDER / "overview.png")
+
+
+if __name__ == "__main__":
+    main()
