@@ -32,7 +32,8 @@ class Statistics(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape))
+            # whatever precision a model is made in
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
         self.reset()
 
     def reset(self) -> None:

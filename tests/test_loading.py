@@ -228,6 +228,15 @@ def test_dms_config_overrides_the_saved_one(saved):
 
 
 @pytest.mark.parametrize("backbone", tiny.FAMILIES)
+def test_a_vanilla_checkpoint_in_half_precision_is_calibrated_in_single(tmp_path, backbone):
+    model = tiny.build(backbone)
+    tiny.vanilla_of(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert all(buffer.dtype == torch.float32 for buffer in loaded.dms.calibration.buffers())
+
+
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_half_precision_keeps_calibration_exact(saved, backbone):
     model, directory = saved(backbone)
     weights = answer(model, backbone)[1]
