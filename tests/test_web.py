@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -293,7 +292,7 @@ def url():
     else:
         raise AssertionError("".join(said))
     yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # an interrupt is ignored by what a shell runs in the background
     process.wait(30)
 
 

@@ -38,9 +38,12 @@ def draw_sheet(path: Path, panels: Sequence[Panel]) -> None:
         top, bottom = axes[0, column], axes[1, column]
         if image is not None:
             top.imshow(image)
+        top.set_box_aspect(1 if image is None else None)
         top.set_xticks([])
         top.set_yticks([])
-        top.set_title(panel.title.replace(":", ": ").replace("_", " "), fontsize=11, fontweight="bold")
+        top.set_title(
+            panel.title.replace(":", ": ").replace("_", " ").replace("+", "\n"), fontsize=11, fontweight="bold"
+        )
         said = [f"{name}: {said} ({'right' if right else 'wrong'})" for name, (said, right) in panel.answers.items()]
         context = f"“{_wrapped(panel.sample.context or 'no context')}”"
         top.set_xlabel("\n".join([context, _wrapped(panel.sample.question), *said]), fontsize=8.5)
