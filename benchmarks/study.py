@@ -30,11 +30,11 @@ KINDS = "image:invert,image:glitch,text:typos,text:scramble,image:missing,text:m
 METHODS = "static,rule,rule + prior,learned,entropy,energy,mean prior,oracle"
 GRID = (
     f"--data easy-vqa --corruptions seen,unseen,mismatch,image:black+text:missing --kinds {KINDS} --severities 3,5 "
-    f"--seeds 3 --methods '{METHODS}' --training-samples 600 --validation-samples 12 --batch-size 30 --dtype bfloat16"
+    f"--seeds 3 --methods '{METHODS}' --training-samples 600 --validation-samples 12 --batch-size 8 --dtype bfloat16"
 )
 TASKS = {"vqa": "vqa-generate", "caption": "caption"}
-# what a core does in half an hour
-SAMPLES = {"llava": 30, "blip2": 40}
+# what four cores do in a quarter of an hour, in four processes (`accelerate launch`)
+SAMPLES = {"llava": 32, "blip2": 40}
 
 DMS = ("rule", "rule + prior", "learned")
 REFERENCES = ("static", "oracle")
