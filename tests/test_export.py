@@ -15,17 +15,9 @@ from tests import tiny
 BACKBONES = ("llava-llama", "internvl-qwen3", "blip2-t5", "blip2-opt", "retrieval")
 
 # What runs where `modeling_dms` cannot be imported: loads every directory, answers the same inputs, saves again.
-_ELSEWHERE = """
-import sys
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name == "modeling_dms" or name.startswith("modeling_dms."):
-            raise ImportError(f"{name} is blocked")
-
-
-sys.meta_path.insert(0, Blocker())
+_ELSEWHERE = (
+    tiny.BLOCKED
+    + """
 try:
     import modeling_dms
 except ImportError:
@@ -81,6 +73,7 @@ for backbone, job in jobs.items():
             generated = model.generate(**job["inputs"], max_new_tokens=3)
         assert torch.equal(generated, results[backbone]["generated"])
 """
+)
 
 
 @pytest.fixture(scope="module")

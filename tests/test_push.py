@@ -25,17 +25,9 @@ from tests import hub_server, tiny
 REPO = "me/my-model"
 
 # What runs where `modeling_dms` cannot be imported.
-_ELSEWHERE = """
-import sys
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name == "modeling_dms" or name.startswith("modeling_dms."):
-            raise ImportError(f"{name} is blocked")
-
-
-sys.meta_path.insert(0, Blocker())
+_ELSEWHERE = (
+    tiny.BLOCKED
+    + """
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -52,6 +44,7 @@ processor = AutoProcessor.from_pretrained(sys.argv[3])
 logits["token"] = torch.tensor(processor.tokenizer.encode("<image>"))
 torch.save(logits, sys.argv[2])
 """
+)
 
 
 @pytest.fixture

@@ -415,3 +415,18 @@ def table(folder: Path, rows: int = 12) -> Path:
         described.append({"image": f"{number}.png", **row})
     (folder / "table.jsonl").write_text("\n".join(map(json.dumps, described)))
     return folder
+
+
+# begins a script: there `modeling_dms` cannot be imported
+BLOCKED = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "modeling_dms" or name.startswith("modeling_dms."):
+            raise ImportError(f"{name} is blocked")
+
+
+sys.meta_path.insert(0, Blocker())
+"""

@@ -15,7 +15,7 @@ Wherever a checkpoint is named (`dms train --model`), `llava-dinov2s-smollm2-135
 The parts are read as files: none of the packages is imported, and so none of their own requirements is needed. What no
 part has (projector, cross-attention, query tokens) is drawn from a fixed seed and has to be trained. The ViT's
 features have large means and uneven scales: what reads them first starts by standardising them over OpenMoji's
-training drawings, without which training took several times the steps.
+training drawings, without which a projector learns little of images.
 """
 
 import hashlib
