@@ -541,3 +541,57 @@ def test_grids_begin_with_the_defaults(method):
     grid = GRIDS[method.name]
     assert dataclasses.replace(method, **grid[0]) == method
     assert len({dataclasses.replace(method, **choice) for choice in grid}) == len(grid)
+
+
+# --- images read once for all methods
+
+
+@WITH_IMAGES
+@pytest.mark.parametrize("method", [Method(), Fixed(vision=0.05), Fixed(vision=0.9), Scheduled(), AdaptVis()], ids=names)
+def test_images_that_were_read_before_change_no_answer(backbone, method):
+    model, prompt = steered(backbone), with_encoded(steered(backbone), image_first(backbone))
+    read = methods.with_prefix(model, prompt)
+    prefix = read[methods.PREFIX]
+    assert prefix["cache"].get_seq_length() == tiny.IMAGE_TOKENS
+    assert (prefix["modality_ids"][:, : tiny.IMAGE_TOKENS] == 1).all()
+    padded = (prefix["attention_mask"] == 0).any(1)
+    assert padded.any()
+    assert not padded.all()
+    decision = method.decide(model, read)
+    assert_close(decision, method.decide(model, prompt))
+    found = method.log_likelihood(model, read, decision, CONTINUATIONS)
+    assert_close(found, method.log_likelihood(model, prompt, decision, CONTINUATIONS))
+    new = method.generate(model, read, decision, max_new_tokens=3)
+    assert torch.equal(new, method.generate(model, prompt, decision, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "no image", "text in front", "embedding", "t5", "window"])
+def test_images_are_not_read_before_where_that_would_change_what_they_become(kind):
+    backbone = {"t5": "blip2-t5", "window": "llava-mistral"}.get(kind, "llava-llama")
+    model = tiny.build(backbone, fusion="embedding") if kind == "embedding" else steered(backbone)
+    prompt = image_first(backbone)
+    if kind == "mixed":
+        prompt = prompt_of(backbone)
+    if kind == "text in front":
+        prompt = {**prompt, **{name: prompt[name].flip(1) for name in ("input_ids", "modality_ids", "attention_mask")}}
+    if kind == "no image":
+        prompt = {**prompt, "modality_ids": prompt["modality_ids"] * 0}
+    else:
+        prompt = with_encoded(model, prompt)
+    assert methods.with_prefix(model, prompt) is prompt
+
+
+def image_first(backbone):
+    """Prompts that begin with their one image, some padded on the left, and each with text."""
+    inputs = tiny.batch([("i", 6), ("i", 4), ("i", 5)], "left")
+    for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        start = int(mask.argmax())
+        stop = start + 1 + tiny.IMAGE_TOKENS
+        row[start:stop] = row[start:stop].roll(-1)  # the first token goes behind the image
+    ids = tiny.shared(backbone).infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
+    return {**inputs, "modality_ids": ids, "sample_ids": ["a", "b", "c"]}
+
+
+def with_encoded(model, prompt):
+    encoded = model.get_image_features(prompt["pixel_values"], output_hidden_states=True, return_dict=True)
+    return {**prompt, "mm_encoder_outputs": {"image": encoded}}

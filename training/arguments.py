@@ -21,11 +21,11 @@ class ModelArguments:
     """What is trained."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a vanilla or DMS checkpoint."})
-    stage: Literal["bridge", "backbone", "scheduler", "joint"] = field(
+    stage: Literal["align", "bridge", "backbone", "scheduler", "joint"] = field(
         default="scheduler",
         metadata={
             "help": "`scheduler`: the scheduler alone; `backbone`: LoRA with `dms` frozen; `joint`: both; `bridge`: "
-            "the projector or Q-Former alone."
+            "the projector or Q-Former alone; `align`: the same without the language model, by its words' embeddings."
         },
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA; 0 trains the language model's own weights."})

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import Sample
-from modeling_dms.training.methods import Batch, Fixed, Method
+from modeling_dms.training.methods import Batch, Fixed, Method, with_prefix
 from modeling_dms.training.tasks import Task
 
 
@@ -104,11 +104,11 @@ class Cell:
 
 
 def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
-    """The batch with its images encoded once for all methods."""
+    """The batch with its images encoded, and read by the language model, once for all methods."""
     if batch.get("pixel_values") is None or not hasattr(model, "generate"):
         return batch
     encoded = model.get_image_features(pixel_values=batch["pixel_values"], output_hidden_states=True, return_dict=True)
-    return {**batch, "mm_encoder_outputs": {"image": encoded}}
+    return with_prefix(model, {**batch, "mm_encoder_outputs": {"image": encoded}})
 
 
 def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel
 
 
-Stage = Literal["bridge", "backbone", "scheduler", "joint"]
+Stage = Literal["align", "bridge", "backbone", "scheduler", "joint"]
 LoraTargets = Literal["attention", "all"]
 
 # parts between the vision tower and the language model, by model type
@@ -46,6 +46,7 @@ def prepare(
 ) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
+    - `"align"`: what `"bridge"` trains, by `AlignmentTrainer`, which leaves the language model out.
     - `"bridge"`: the projector, or BLIP-2's Q-Former and the projection behind it, alone, where new.
     - `"scheduler"`: the learned scheduler alone. Backbone and unimodal views are frozen, so that the signals it learns
       from stay as they were calibrated.
@@ -53,7 +54,7 @@ def prepare(
     - `"joint"`: both.
 
     Args:
-        model: a DMS model.
+        model: a DMS model, or a `PeftModel` of one, whose adapter is trained further.
         lora_rank: 0 trains the language model's own weights instead.
         train_bridge: also train the projector or the Q-Former.
         lora_targets: `"attention"`, its queries and values; `"all"`, every linear layer.
@@ -62,13 +63,13 @@ def prepare(
         The model, or a `PeftModel` around it whose adapter holds everything that is trained.
 
     Raises:
-        ValueError: for an unknown stage, a bridge to train where the backbone stays frozen, or a scheduler to train
-            that has no parameters.
+        ValueError: for an unknown stage, a bridge to train where the backbone stays frozen, a scheduler to train that
+            has no parameters, or an adapter of another rank or other targets.
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
     bridge = BRIDGES[model.config.model_type]
-    if stage == "bridge":
+    if stage in ("align", "bridge"):
         for name, parameter in model.named_parameters():
             # without `query_tokens`: an adapter that is trained later has all that this stage changed, see below
             parameter.requires_grad_(any(part in name.split(".") for part in bridge if part != "query_tokens"))
@@ -95,13 +96,24 @@ def prepare(
             modules_to_save=[name for name in ("dms", *bridge) if name != "query_tokens"],
             bias="none",
         )
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, config) if not hasattr(model, "peft_config") else _adapted(model, config)
         if stage == "backbone":
             wrapped.base_model.model.dms.requires_grad_(False)
         return wrapped
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_(is_language(name) or any(part in parts for part in whole))
+    return model
+
+
+def _adapted(model: Any, wanted: Any) -> Any:
+    """A `PeftModel` whose adapter is trained further, if it is what a new one would be."""
+    own = model.peft_config["default"]
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
+        there, asked = getattr(own, name), getattr(wanted, name)
+        if there != asked:
+            raise ValueError(f"the adapter to train further has {name}={there!r}, this run asks for {asked!r}")
+    model.set_adapter("default")  # loaded to be used, it is frozen
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, set_seed
 
+from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.card import write_card
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
@@ -98,7 +99,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
     set_seed(training.seed)
-    model, processor = load(choices.model, cast(dict, choices.dms), dtype=choices.dtype)
+    # an adapter is trained further where LoRA is trained, else merged
+    adapts = choices.stage in ("backbone", "joint") and choices.lora_rank > 0
+    model, processor = load(choices.model, cast(dict, choices.dms), merge=not adapts, dtype=choices.dtype)
     samples = load_sources(data.data, "train", data.task, data.max_samples)
     show_progress = training.should_log and not training.disable_tqdm
     samples = readable(samples, show_progress)
@@ -112,7 +115,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, collator, samples, data.calibration_samples, show_progress)
     trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets)
-    trainer = DMSTrainer(
+    trainer = (AlignmentTrainer if choices.stage == "align" else DMSTrainer)(
         model=trained,
         args=training,
         data_collator=collator,
