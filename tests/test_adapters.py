@@ -20,18 +20,42 @@ from modeling_dms.training.train import run_training
 from tests import tiny
 
 
-@pytest.fixture(scope="module", params=["demo-llava", "internvl", "demo-blip2"])
-def run(request, tmp_path_factory):
-    """A short run of LoRA and bridge on a static model, and what it ended with."""
-    folder, model = tmp_path_factory.mktemp("run"), request.param
-    if model == "internvl":
-        model = tiny.save_internvl(tmp_path_factory.mktemp(model))
-    command = f"--model {model} --stage backbone --lora_rank 2 --lora_targets all --train_bridge true "
+def train(model, folder, rank=2):
+    """A short run of LoRA and bridge on a static model."""
+    command = f"--model {model} --stage backbone --lora_rank {rank} --lora_targets all --train_bridge true "
     command += "--calibration_samples 0 --schedule_target none --max_samples 60 --max_steps 2 --use_cpu true "
     command += f"--per_device_train_batch_size 4 --learning_rate 0.01 --report_to none --output_dir {folder}"
     dms = json.dumps({"scheduler": "uniform", "weight_floor": 0.02, "lambda_unimodal": 0.0})
-    trainer = run_training(read_arguments(None, [*command.split(), "--dms", dms]))
-    return folder / "final", trainer.model.eval()
+    return run_training(read_arguments(None, [*command.split(), "--dms", dms])).model.eval()
+
+
+@pytest.fixture(scope="module", params=["demo-llava", "internvl", "demo-blip2"])
+def run(request, tmp_path_factory):
+    """The adapter of a short run, and the model it ended with."""
+    folder, model = tmp_path_factory.mktemp("run"), request.param
+    if model == "internvl":
+        model = tiny.save_internvl(tmp_path_factory.mktemp(model))
+    return folder / "final", train(model, folder)
+
+
+@torch.no_grad()
+def test_an_adapter_is_trained_further(run, tmp_path):
+    folder, trained = run
+    with torch.enable_grad():
+        further = train(folder, tmp_path)
+    before, after = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "final"))
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if ".dms." not in name}
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path / "final")]
+    assert configs[0]["base_model_name_or_path"] == configs[1]["base_model_name_or_path"]
+    model, processor = load(tmp_path / "final")
+    batch = PromptCollator(processor)(load_samples("easy-vqa", "test", limit=3))
+    found = model.eval()(**batch).logits
+    torch.testing.assert_close(found, further(**batch).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, trained(**batch).logits, atol=1e-2)
+    with pytest.raises(ValueError, match="the adapter to train further has r=2, this run asks for 3"):
+        train(folder, tmp_path, rank=3)
 
 
 @torch.no_grad()

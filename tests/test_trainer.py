@@ -134,7 +134,7 @@ def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
 
 def test_nothing_to_train_is_refused():
     model, _ = loaded()
-    with pytest.raises(ValueError, match="stage must be one of bridge, backbone, scheduler, joint, got 'all'"):
+    with pytest.raises(ValueError, match="stage must be one of align, bridge, backbone, scheduler, joint, got 'all'"):
         prepare(model, "all")
     with pytest.raises(ValueError, match="train_bridge must be off"):
         prepare(model, "scheduler", train_bridge=True)

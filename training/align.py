@@ -12,15 +12,17 @@ from modeling_dms.training.trainer import DMSTrainer
 # words of a text that image tokens stand for, one after the other and again from the first; an image with more image
 # tokens says its text several times
 WORDS = 8
+# of cosines, as logits
+SCALE = 20.0
 
 
 class AlignmentTrainer(DMSTrainer):
     """Trains what makes image tokens without running the language model.
 
-    The targets are the input embeddings of the label's first eight tokens (a shorter label goes on with its last one,
-    the end token), and the loss is `alignment_loss`. It takes the place of the language model's part in image-grounded
-    text generation, the first stage of BLIP-2 (Li et al., ICML 2023): as tokens that can be read from the start,
-    queries neither collapse nor wait for the language model. The objective is our own choice.
+    The targets are the label's first eight tokens (a shorter label goes on with its last one, the end token), and the
+    loss is `alignment_loss`. It takes the place of the language model's part in image-grounded text generation, the
+    first stage of BLIP-2 (Li et al., ICML 2023): as tokens that can be read from the start, queries neither collapse
+    nor wait for the language model. The objective is our own choice.
     """
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
@@ -34,21 +36,26 @@ class AlignmentTrainer(DMSTrainer):
                 "`missing` out of image_families"
             )
         tokens = torch.stack(list(unwrapped.get_image_features(pixel_values, return_dict=True).pooler_output))
-        embeddings = unwrapped.get_input_embeddings().weight
-        loss = alignment_loss(tokens, embeddings[words], embeddings.var())
+        loss = alignment_loss(tokens, words, unwrapped.get_input_embeddings().weight)
         return (loss, {"tokens": tokens}) if return_outputs else loss
 
 
-def alignment_loss(tokens: Tensor, targets: Tensor, variance: Tensor) -> Tensor:
-    """Mean squared error of image tokens to the embeddings of words, over the variance of all embeddings.
+def alignment_loss(tokens: Tensor, words: Tensor, embeddings: Tensor) -> Tensor:
+    """Tells each image token's word from the other words of the batch, and brings it to the word's embedding.
+
+    The cross-entropy of 20 cos(token, word) over the words of the batch, and the mean squared error over the variance of
+    all embeddings: the former tells words apart that the latter finds nearly alike, such as two colors.
 
     Args:
         tokens: (B, N, D).
-        targets: (B, W, D); token i has target i mod W.
-        variance: (), of the embeddings: 1 is what tokens that say nothing cost.
+        words: (B, W), token ids; image token i stands for word i mod W.
+        embeddings: (K, D), what the language model reads for each token id.
 
     Returns:
         (), at least 0.
     """
-    repeated = targets[:, torch.arange(tokens.shape[1]) % targets.shape[1]]  # (B, N, D)
-    return F.mse_loss(tokens.float(), repeated.float()) / variance
+    wanted = words[:, torch.arange(tokens.shape[1], device=words.device) % words.shape[1]]  # (B, N)
+    known, place = wanted.unique(return_inverse=True)
+    cosine = F.normalize(tokens.float(), dim=-1) @ F.normalize(embeddings[known].float(), dim=-1).T  # (B, N, k)
+    told = F.cross_entropy(SCALE * cosine.flatten(0, 1), place.flatten())
+    return told + F.mse_loss(tokens.float(), embeddings[wanted].float()) / embeddings.var()
