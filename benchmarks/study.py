@@ -1,7 +1,10 @@
 """The study of the assembled checkpoints: runs `dms evaluate` where it has not finished, and writes the tables and the
 picture of docs/study.md.
 
-    python benchmarks/study.py [--only llava-vqa] [--tables]
+    python benchmarks/study.py [--only llava-scan llava-vqa] [--tables]
+
+`scan` looks, on validation images, for corruptions that the static model does not cope with. The other evaluations take
+those, on test images.
 """
 
 import argparse
@@ -24,17 +27,34 @@ from matplotlib import pyplot
 
 
 FOLDER, DOCUMENT = Path("docs/study"), Path("docs/study.md")
-# the BLIP-2 is not released: `dms train --config blip2-smollm2`, then `dms calibrate`
-MODELS = {"llava": "model_cards/llava-dinov2s-smollm2-135m", "blip2": "runs/blip2-smollm2/calibrated"}
-KINDS = "image:invert,image:glitch,text:typos,text:scramble,image:missing,text:missing,image:mismatch,text:mismatch"
+MODELS = {"llava": "model_cards/llava-dinov2s-smollm2-135m", "blip2": "model_cards/blip2-dinov2s-smollm2-135m"}
+# of families that neither training nor calibration sees
+UNSEEN = {
+    "image": (
+        *("fog", "pixelate", "jpeg", "posterize", "glitch", "jigsaw", "swirl"),
+        *("invert", "dark", "overexposed", "low_contrast", "solarize", "color_cast"),
+    ),
+    "text": ("typos", "scramble"),
+}
+# an image corruption is worth studying where the static model loses so much; of more, the most harmful ones
+LOSS, MOST = 0.1, 6
 METHODS = "static,rule,rule + prior,learned,entropy,energy,mean prior,oracle"
-GRID = (
-    f"--data easy-vqa --corruptions seen,unseen,mismatch,image:black+text:missing --kinds {KINDS} --severities 3,5 "
-    f"--seeds 3 --methods '{METHODS}' --training-samples 600 --validation-samples 12 --batch-size 8 --dtype bfloat16"
-)
-TASKS = {"vqa": "vqa-generate", "caption": "caption"}
-# what four cores do in a quarter of an hour, in four processes (`accelerate launch`)
-SAMPLES = {"llava": 32, "blip2": 40}
+COMMON = "--severities 3,5 --training-samples 600 --dtype bfloat16 --batch-size 16"
+EASY_VQA = f"--data easy-vqa {COMMON}"
+LEFT_OUT = "image:missing,text:missing,image:mismatch,text:mismatch"
+# by name of an evaluation, what `dms evaluate` is told
+EVALUATIONS = {
+    "scan": f"--task vqa {EASY_VQA} --split validation --corruptions unseen --seeds 1 --samples 60 "
+    "--methods static,oracle",
+    "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
+    f"--samples 48 --methods '{METHODS}' --validation-samples 16",
+    "published": f"--task vqa {EASY_VQA} --corruptions unseen --seeds 3 --samples 24 "
+    "--methods 'static,rule,VCD,AdaptVis,oracle' --validation-samples 8",
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 32 "
+    f"--methods '{METHODS}' --validation-samples 8",
+    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 32 "
+    f"--methods '{METHODS}' --validation-samples 8",
+}
 
 DMS = ("rule", "rule + prior", "learned")
 REFERENCES = ("static", "oracle")
@@ -142,34 +162,66 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def run(model: str, task: str) -> None:
+def chosen(scan: dict[str, Any]) -> dict[str, list[str]]:
+    """The unseen corruptions to study, by modality: of images those that the static model does not cope with, the most
+    harmful ones first; of texts both, whether it does or not."""
+    static = [row for row in scan["results"]["conditions"] if row["method"] == "static"]
+    clean = next(row["score"] for row in static if row["condition"] == "clean")
+    loss = {row["condition"]: 0.0 for row in static}
+    for row in static:
+        loss[row["condition"]] = max(loss[row["condition"]], clean - row["score"])
+    images = sorted((name for name in loss if name.startswith("image:")), key=lambda name: -loss[name])
+    harmful = [name for name in images if loss[name] > LOSS - 1e-9]
+    return {"image": harmful[:MOST], "text": [f"text:{kind}" for kind in UNSEEN["text"]]}
+
+
+def scanned(scans: Sequence[dict[str, Any]]) -> str:
+    """What static and oracle make of every unseen corruption, on validation images."""
+    rows = []
+    for scan in scans:
+        scores = {(r["condition"], r["severity"], r["method"]): r["score"] for r in scan["results"]["conditions"]}
+        names = sorted({name for name, *_ in scores if name != "clean"})
+        taken = [name for side in chosen(scan).values() for name in side]
+        for name in names:
+            values = [f"{scores[name, severity, m]:.3f}" for severity in (3, 5) for m in REFERENCES]
+            rows.append([title_of(scan["run"]), name, *values, "yes" if name in taken else ""])
+        rows.append([title_of(scan["run"]), "clean", f"{scores['clean', 0, 'static']:.3f}", "", "", "", ""])
+    return table(["model", "corruption", "static, 3", "oracle, 3", "static, 5", "oracle, 5", "studied"], rows)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """The results of an evaluation, if it has finished."""
+    file = FOLDER / name / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def run(model: str, name: str) -> None:
     """`dms evaluate`, as far as it has not run yet."""
-    out = FOLDER / f"{model}-{task}"
-    if not (out / "results.json").exists():
-        options = [
-            "--model",
-            MODELS[model],
-            "--task",
-            TASKS[task],
-            "--out",
-            str(out),
-            "--samples",
-            str(SAMPLES[model]),
-        ]
-        dms = [sys.executable, "-m", "modeling_dms.training.cli", "evaluate"]
-        subprocess.run([*dms, *options, *shlex.split(GRID), "--resume"], check=True)
+    out, options = FOLDER / f"{model}-{name}", shlex.split(EVALUATIONS[name])
+    if read(out.name) is not None:
+        return
+    kinds = [f"{side}:{kind}" for side, names in UNSEEN.items() for kind in names]
+    if name != "scan":
+        scan = read(f"{model}-scan")
+        if scan is None:
+            raise ValueError(f"{model}-scan must run before {out.name}: it chooses the corruptions")
+        kinds = [*(kind for side in chosen(scan).values() for kind in side), *LEFT_OUT.split(",")]
+    options += ["--kinds", ",".join(kinds), "--model", MODELS[model], "--out", str(out), "--resume"]
+    subprocess.run([sys.executable, "-m", "modeling_dms.training.cli", "evaluate", *options], check=True)
 
 
 def main() -> None:
-    names = [f"{model}-{task}" for task in TASKS for model in MODELS]
+    names = [f"{model}-{name}" for name in EVALUATIONS for model in MODELS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="Run these alone.")
     parser.add_argument("--tables", action="store_true", help="Write the document, run nothing.")
     options = parser.parse_args()
     for name in options.only if not options.tables else ():
         run(*name.split("-"))
-    files = [FOLDER / name / "results.json" for name in names]
-    evaluations = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    found = {name: results for name in names if (results := read(name)) is not None}
+    scans = [results for name, results in found.items() if name.endswith("-scan")]
+    evaluations = [results for name, results in found.items() if not name.endswith("-scan")]
+    write_between_markers(DOCUMENT, "scan", scanned(scans))
     write_between_markers(DOCUMENT, "left", what_is_left(evaluations))
     write_between_markers(DOCUMENT, "against", against(evaluations))
     write_between_markers(DOCUMENT, "groups", "\n\n".join(groups_of(results) for results in evaluations))

@@ -63,6 +63,7 @@ def test_an_adapter_is_merged_into_its_base(run):
     folder, trained = run
     model, processor = load(folder)
     assert not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.config.dms_config.weight_floor == 0.02
     assert model.config.dms_config.scheduler == "uniform"
     assert load(folder, {"weight_floor": 0.03})[0].config.dms_config.weight_floor == 0.03

@@ -62,7 +62,11 @@ def load(
         weights |= load_peft_weights(str(folder), device="cpu")
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         set_peft_model_state_dict(adapted, weights)
-        return adapted.merge_and_unload() if merge else adapted, processor
+        if merge:
+            # as `from_pretrained` leaves weights; besides, torch multiplies the last state of each row by frozen ones
+            # row by row, which on a CPU takes a hundred times as long with a large vocabulary
+            return adapted.merge_and_unload().requires_grad_(True), processor
+        return adapted, processor
     name = _located(name)
     config = _config(name)
     if config.model_type not in MODEL_CLASSES:

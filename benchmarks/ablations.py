@@ -1,0 +1,256 @@
+"""What each part of DMS gives on an assembled checkpoint: one choice changed at a time, on a frozen backbone.
+
+    python benchmarks/ablations.py llava [--out docs/study/llava-ablations.md]
+
+Every variant sees the same test images, questions and corruptions (those that benchmarks/study.py chose on validation
+images). Variants differ in the weights they give, so the images of a batch are encoded and read once for all of them.
+"""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from study import MODELS, chosen, read
+from torch import nn
+from tqdm.auto import tqdm
+
+from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.scheduler import ModalityScheduler
+from modeling_dms.training.baselines import ALONE, fit_scheduler, record
+from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
+from modeling_dms.training.corruptions.registry import seeded
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.documents import table
+from modeling_dms.training.evaluate import one_per_image
+from modeling_dms.training.grid import ORACLE_WEIGHTS, Condition, with_images_encoded
+from modeling_dms.training.loading import load
+from modeling_dms.training.methods import PREFIX, Fixed, Method, Scheduled
+from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
+from modeling_dms.training.tasks import VisualQuestionAnswering
+from modeling_dms.training.train import calibrate
+
+
+SAMPLES, BATCH, SEED = 48, 16, 0
+CALIBRATION = 300  # samples, unless the variant says otherwise
+GROUPS = ("clean", "unseen image", "unseen text", "mismatch text")
+
+
+@dataclass
+class Variant:
+    """A model but for some of its choices.
+
+    Attributes:
+        name: shown in the table.
+        choices: fields of DMSConfig.
+        dms: a `dms` calibrated otherwise, `None` for the model's own.
+        scheduler: a trained one, `None` for the one that the choices give.
+    """
+
+    name: str
+    choices: dict[str, Any] = field(default_factory=dict)
+    dms: nn.Module | None = None
+    scheduler: ModalityScheduler | None = None
+
+    @contextlib.contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """The model as this variant has it."""
+        own, config = model.dms, model.config.dms_config
+        before = {name: getattr(config, name) for name in self.choices}
+        model.dms = own if self.dms is None else self.dms
+        for name, value in self.choices.items():
+            setattr(config, name, value)
+        scheduler = model.dms.scheduler
+        model.dms.scheduler = self.scheduler or ModalityScheduler(config, [0] * len(MODALITIES))
+        try:
+            yield
+        finally:
+            model.dms.scheduler, model.dms = scheduler, own
+            for name, value in before.items():
+                setattr(config, name, value)
+
+
+def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswering) -> list[Variant]:
+    """Every variant, those that need it calibrated or trained."""
+    train = load_easy_vqa("train")
+
+    def recalibrated(count: int = CALIBRATION, level: int = 2, **choices: Any) -> nn.Module:
+        kept = copy.deepcopy(model.dms)
+        with Variant("", choices, kept).applied(model):
+            calibrate(model, collator, train, count, level=level)
+        return kept
+
+    found = [Variant("rule, as released")]
+    for floor in (0.001, 0.05, 0.1, 0.2):
+        found.append(Variant(f"weight floor {floor}", {"weight_floor": floor}))
+    for name, choices in {
+        "fusion by embedding": {"fusion": "embedding"},
+        "consistency additive": {"consistency": "additive"},
+        "conflict prior: vision": {"conflict_prior": "vision"},
+        "kappa 4": {"kappa": 4.0},
+    }.items():
+        found.append(Variant(name, choices))
+    for count in (50, 100, 1000, 2000):
+        found.append(Variant(f"calibrated on {count} samples", dms=recalibrated(count)))
+    found.append(Variant("calibration level 1 alone", dms=recalibrated(level=1)))
+    for choices in ({"mc_samples": 5}, {"mc_samples": 30, "mc_depth": "encoder"}, {"uncertainty": "variance"}):
+        name = ", ".join(f"{key} {value}" for key, value in choices.items())
+        found.append(Variant(name, choices, recalibrated(**choices)))
+
+    families = CorruptionConfig(both_rate=0.15)
+    some = [train[int(i)] for i in seeded("ablations").permutation(len(train))[:600]]
+    dropped = ModalityDropout(
+        some,
+        families.image_rate,
+        families.text_rate,
+        families.image_families,
+        families.text_families,
+        families.both_rate,
+    )
+    drawn = [dropped[index] for index in range(len(some))]
+    recorded = record(model, task, drawn, BATCH)
+    target = (-torch.tensor([sample.damage for sample in drawn]) / 0.1).softmax(1)
+    signals = [*ALONE, "damage"]
+    for left_out in (None, *signals):
+        kept = [name for name in signals if name != left_out]
+        name = "learned, all signals" if left_out is None else f"learned, without {left_out}"
+        # the rule's own scores, which the learned scheduler corrects, hold every signal
+        choices = {"scheduler": "learned", "scheduler_signals": kept, "kappa": 0.0}
+        fitted = {key: value for key, value in choices.items() if key != "scheduler"}
+        found.append(Variant(name, choices, scheduler=fit_scheduler(model, recorded, target, **fitted)))
+    return found
+
+
+def conditions_of(scan: dict[str, Any]) -> list[Condition]:
+    """Clean, the two most harmful unseen corruptions of images and texts at severities 3 and 5, and mismatched contexts."""
+    worst = chosen(scan)
+    found = [Condition("clean", "clean"), Condition("text:mismatch", "mismatch text", 5)]
+    for side, group in (("image", "unseen image"), ("text", "unseen text")):
+        found += [Condition(name, group, severity) for name in worst[side][:2] for severity in (3, 5)]
+    return found
+
+
+@torch.no_grad()
+def measure(model: Any, task: VisualQuestionAnswering, variants: list[Variant], conditions: list[Condition]) -> dict:
+    """Scores (n,) by condition and variant, `static` and `oracle` among them."""
+    samples = one_per_image(load_easy_vqa("test"), SAMPLES, SEED)
+    scores: dict[Condition, dict[str, np.ndarray]] = {}
+    for condition in tqdm(conditions, desc="conditions", unit=""):
+        damaged, _ = condition.apply(samples, SEED)
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for start in range(0, len(damaged), BATCH):
+            batch = with_images_encoded(model, task.collate(damaged[start : start + BATCH]))
+            fixed: list[Method] = [Method()]
+            if condition.damaged is not None:
+                lows = [low if condition.damaged == 0 else 1 - low for low in ORACLE_WEIGHTS]
+                fixed += [Fixed(f"oracle {low}", low) for low in lows]
+            for method in fixed:
+                answers.setdefault(method.name, []).extend(
+                    task.answer(method, model, batch, method.decide(model, batch))
+                )
+            for variant in variants:
+                with variant.applied(model):
+                    weights = Scheduled().decide(model, batch)
+                    # other fusion than by attention changes what the images become
+                    whole = {k: v for k, v in batch.items() if k != PREFIX or "fusion" not in variant.choices}
+                    answers.setdefault(variant.name, []).extend(task.answer(Method(), model, whole, weights))
+        own = {name: task.scores(rows, damaged)["score"] for name, rows in answers.items()}
+        oracles = [own.pop(name) for name in [*own] if name.startswith("oracle")]
+        if oracles:
+            own["oracle"] = max(oracles, key=np.mean)
+        scores[condition] = own
+    return scores
+
+
+def rank_correlation(model: Any, collator: PromptCollator) -> str:
+    """How 20 dropout passes through the head rank samples, as 30 through the encoder do (Spearman)."""
+    samples = one_per_image(load_easy_vqa("test"), SAMPLES, SEED)
+    samples += Condition("image:noise", "seen", 3).apply(samples, SEED)[0]
+    samples += Condition("text:drop_words", "seen", 3).apply(samples[:SAMPLES], SEED)[0]
+    values = []
+    for choices in ({}, {"mc_samples": 30, "mc_depth": "encoder"}):
+        with Variant("", choices).applied(model):
+            rows = []
+            for start in range(0, len(samples), BATCH):
+                batch = collator(samples[start : start + BATCH])
+                batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+                rows.append(model.get_modality_weights(**batch)[1].uncertainty)
+            values.append(torch.cat(rows).numpy())
+    return ", ".join(
+        f"{name} {spearmanr(values[0][:, place], values[1][:, place])[0]:.2f}" for place, name in enumerate(MODALITIES)
+    )
+
+
+def rows_of(scores: dict[Condition, dict[str, np.ndarray]]) -> list[list[str]]:
+    """A variant a row: accuracy on clean samples, and by group the accuracy and the oracle gap closed."""
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    rows = []
+    for name in names:
+        cells = []
+        for group in GROUPS:
+            arrays = {
+                key: np.stack([own[key] for c, own in scores.items() if c.group == group and key in own])
+                for key in ("static", name, "oracle")
+                if any(c.group == group and key in own for c, own in scores.items())
+            }
+            if name not in arrays:
+                cells.append("-")
+                continue
+            cell = f"{arrays[name].mean():.3f}"
+            if (
+                name not in ("static", "oracle")
+                and "oracle" in arrays
+                and arrays["oracle"].sum() > arrays["static"].sum()
+            ):
+                triple = (arrays["static"], arrays[name], arrays["oracle"])
+                low, high = bootstrap_interval(oracle_gap_closed, *triple)
+                cell += f", {oracle_gap_closed(*triple):.2f} [{low:.2f}, {high:.2f}]"
+            cells.append(cell)
+        rows.append([name, *cells])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    scan = read(f"{options.model}-scan")
+    if scan is None:
+        raise ValueError(f"run `python benchmarks/study.py --only {options.model}-scan` first")
+    model, processor = load(MODELS[options.model], dtype="bfloat16")
+    model.eval()
+    collator = PromptCollator(processor)
+    answers = sorted({sample.answers[0] for sample in load_easy_vqa("train")})
+    task = VisualQuestionAnswering(processor, answers)
+    ranked: Callable[[], str] = lambda: rank_correlation(model, collator)  # noqa: E731
+    variants, conditions = variants_of(model, collator, task), conditions_of(scan)
+    rows = rows_of(measure(model, task, variants, conditions))
+    named = ", ".join(f"{c.name} {c.severity}" for c in conditions[1:])
+    text = "\n".join(
+        [
+            f"# Ablations on {Path(MODELS[options.model]).name}",
+            "",
+            f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one question",
+            f"each; {named}. Accuracy, and the share of the oracle gap closed with its 95% bootstrap interval.",
+            "",
+            table(["variant", *GROUPS], rows),
+            "",
+            "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over clean",
+            f"and damaged samples: {ranked()}.",
+            "",
+        ]
+    )
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
