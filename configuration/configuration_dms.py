@@ -1,5 +1,6 @@
 """`DMSConfig`, every choice of Dynamic Modality Scheduling, and the configurations of the backbones that hold it."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -37,8 +38,54 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+class _Checked:
+    """Mixed in before a configuration of transformers: what cannot be read is a `ValueError` that names the field,
+    whatever the library stumbles over."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Raises:
+            ValueError: naming the field that has a wrong type or value.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except Exception as error:
+            if cls._reads(config_dict):  # one of `kwargs` is wrong
+                raise
+            name = ".".join((cls.__name__, *_fault(config_dict, cls._reads)))
+            raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        try:
+            found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not isinstance(found, dict):
+                raise TypeError(f"expected an object of fields, got {type(found).__name__}")
+            return found, rest
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path} holds no {cls.__name__}: {error}") from error
+
+    @classmethod
+    def _reads(cls, config_dict: dict[str, Any]) -> bool:
+        try:
+            super().from_dict(config_dict)
+        except Exception:
+            return False
+        return True
+
+
+def _fault(fields: dict[str, Any], reads: Callable[[dict[str, Any]], bool]) -> tuple[str, ...]:
+    """Path of the field without which the others can be read; empty if there is none, or more than one is wrong."""
+    for name, value in fields.items():
+        if reads({other: fields[other] for other in fields if other != name}):
+            within = isinstance(value, dict)
+            return (name, *(_fault(value, lambda rest, name=name: reads({**fields, name: rest})) if within else ()))
+    return ()
+
+
 @strict
-class DMSConfig(PreTrainedConfig):
+class DMSConfig(_Checked, PreTrainedConfig):
     r"""Choices of Dynamic Modality Scheduling. All are keyword arguments; values outside the stated range raise.
 
     Args:
@@ -190,7 +237,7 @@ _INHERITED = {
 _INHERITED |= {"attn_implementation", "_attn_implementation", "output_attentions"}
 
 
-class _OfVanilla:
+class _OfVanilla(_Checked):
     """Mixed in before a configuration of transformers."""
 
     @classmethod

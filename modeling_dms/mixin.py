@@ -1,9 +1,11 @@
 """What every DMS backbone shares: from inputs to modality weights, and loading and saving."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ from modeling_dms.fusion import embedding_scale, key_bias
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
+from modeling_dms.staging import staged
 from modeling_dms.text_only import layers_of, text_only_states, watch_layers
 from modeling_dms.typicality import token_statistics
 
@@ -414,12 +417,23 @@ class DMSMixin(CalibrationMixin):
         checkpoint's.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the backbone, or a part of a trained `dms`: only all of
-                `dms.*`, its scheduler, and what calibration remembers of images may be new.
+            ValueError: if the checkpoint is broken, has weights of other shapes, or lacks weights of the backbone or
+                a part of a trained `dms`: only all of `dms.*`, its scheduler, and what calibration remembers of
+                images may be new.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
+        if info["mismatched_keys"] and not may_differ:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
+                f"shape, the model's): {sorted(info['mismatched_keys'])[:8]}"
+            )
         missing = set(info["missing_keys"])
         own = {f"dms.{name}" for name in model.dms.state_dict()}
         # a vanilla checkpoint has nothing of `dms`, an older calibration remembers no images, and another scheduler
@@ -435,11 +449,21 @@ class DMSMixin(CalibrationMixin):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the
-        result where this package is not installed."""
+        result where this package is not installed. A save that fails leaves what the folder held before.
+
+        Raises:
+            OSError: if the files cannot be written.
+        """
         self.config.auto_map = auto_map(type(self), type(self.config), self._auto_map_name)
         # today's names: the original ones are found again by the class's registered conversion alone, and the vanilla
         # class, which sees another model type, would load with a random lm_head
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            export_code(type(self), type(self.config), save_directory)
+        if kwargs.get("distributed_checkpoint"):  # all processes write into one folder
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with staged(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                export_code(type(self), type(self.config), folder)

@@ -2,9 +2,14 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import Blip2Processor, CLIPImageProcessorPil
 
+from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.loading import load, room_for_prompts
 from tests import tiny
 
 
@@ -270,3 +275,109 @@ def test_labels_of_an_encoder_decoder_are_no_positions_of_its_prompt(count):
 
     assert torch.equal(ids, model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"]))
     assert (model(**inputs).modality_weights > 0).all()
+
+
+# ---- from files and texts to answers
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"]
+SIZES = [(1, 1), (3, 3), (64, 64), (1, 2_000), (2_000, 7)]
+TEXTS = ["\0", "\U0001f600 \u05e9\u05dc\u05d5\u05dd e\u0301", "\ud800", "<image>", "</s><pad>", " ", "x" * 100_000]
+
+
+@pytest.fixture(scope="module", params=["demo-llava", "demo-blip2", "internvl"])
+def loaded(request, tmp_path_factory):
+    """A model with every signal, and a collator."""
+    name = request.param
+    if name == "internvl":
+        name = tiny.save_internvl(tmp_path_factory.mktemp(name))
+    model, processor = load(name, {"scheduler": "entropy"})
+    return model.eval(), PromptCollator(processor, max_length=min(200, room_for_prompts(model, processor, 2)))
+
+
+def picture(mode, size):
+    gradient = np.linspace(0, 255, size[0] * size[1]).reshape(size[::-1])
+    if mode == "I;16":
+        return Image.fromarray((257 * gradient.round()).astype(np.uint16))
+    return Image.fromarray(gradient.astype(np.uint8)).convert("RGB" if mode == "YCbCr" else "L").convert(mode)
+
+
+def assert_answered(model, collator, samples):
+    """Finite, weights that sum to 1, and each sample as alone."""
+    with torch.no_grad():
+        inputs = collator(samples)
+        out = model(**inputs)
+        assert out.logits.isfinite().all()
+        assert out.modality_weights.isfinite().all()
+        torch.testing.assert_close(out.modality_weights.sum(1), torch.ones(len(samples)))
+        for index in range(0, len(samples), 7):
+            alone = model(**collator([samples[index]]))
+            torch.testing.assert_close(out.modality_weights[index], alone.modality_weights[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(out.logits[index, -1], alone.logits[0, -1], atol=2e-3, rtol=1e-3)
+        generated = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+        torch.testing.assert_close(generated.modality_weights, out.modality_weights)
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_of_every_mode_and_shape_are_answered(loaded, size):
+    samples = [Sample(mode, picture(mode, size), "a red box.", "what is it?") for mode in MODES]
+    out = assert_answered(*loaded, samples)
+    weights = out.modality_weights
+    assert (weights > 0).all()
+    # 16 bits are scaled, not clipped: as 8 bits of grey
+    grey, deep = MODES.index("L"), MODES.index("I;16")
+    torch.testing.assert_close(weights[deep], weights[grey], atol=0.02, rtol=0)
+
+
+def test_texts_of_every_kind_are_answered(loaded):
+    image = picture("RGB", (64, 64))
+    samples = [Sample(f"context {i}", image, text, "what is it?") for i, text in enumerate(TEXTS)]
+    samples += [Sample(f"question {i}", image, "a red box.", text) for i, text in enumerate(TEXTS[:-1])]
+    weights = assert_answered(*loaded, samples).modality_weights
+    blank = TEXTS.index(" ")
+    assert torch.equal(weights[blank], torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"'huge'.*max_length=200"):
+        loaded[1]([Sample("huge", image, "a red box.", TEXTS[-1])])
+
+
+def test_modalities_missing_or_blank_within_a_batch(loaded):
+    image, black = picture("RGB", (64, 64)), Image.new("RGB", (64, 64))
+    cases = [
+        (image, "a red box."),
+        (None, "a red box."),
+        (image, None),
+        (black, "a red box."),
+        (image, " \n"),
+        (black, ""),
+    ]
+    samples = [Sample(str(i), shown, context, "what is it?") for i, (shown, context) in enumerate(cases)]
+    model, collator = loaded
+    weights = assert_answered(model, collator, samples).modality_weights
+    assert torch.equal(weights == 0, torch.tensor([[i is None, not (c or "").strip()] for i, c in cases]))
+    with torch.no_grad():
+        for sample, row in zip(samples, weights, strict=True):
+            torch.testing.assert_close(model(**collator([sample])).modality_weights[0], row, atol=1e-4, rtol=0)
+
+
+def test_a_prompt_that_lost_image_tokens_to_truncation_is_refused(loaded):
+    model, collator = loaded
+    processor = collator.processor
+    text = "question: what? answer:"
+    if not isinstance(processor, Blip2Processor):  # which puts its image tokens in front itself
+        text = processor.image_token + text
+    given = {"images": picture("RGB", (64, 64)), "text": text, "return_tensors": "pt"}
+    inputs = processor(**given)
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+    cut = {name: value[:, :10] if name in ("input_ids", "attention_mask") else value for name, value in inputs.items()}
+    refused(model, cut, r"image\(s\) need \d+ image tokens.*truncation cut some")
+
+
+def test_a_line_of_pixels_is_no_bomb_for_a_processor_that_crops():
+    """It enlarges the shorter side: 112 x 6,720,000 pixels of this one."""
+    _, processor = load("demo-llava")
+    processor.image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 112}, crop_size={"height": 64, "width": 64}
+    )
+    batch = PromptCollator(processor)([Sample("line", Image.new("RGB", (1, 60_000)), "a red box.", "what?")])
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)

@@ -1,6 +1,7 @@
 """Configuration: defaults, what is refused and how, JSON round trips alone and inside the two composites."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Blip2Config, InternVLConfig, LlavaConfig, PreTrainedConfig
 
 from modeling_dms import DMSBlip2Config, DMSConfig, DMSInternVLConfig, DMSLlavaConfig, __version__
+from tests import tiny
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -386,6 +388,62 @@ def test_faults_of_a_nested_configuration_are_named(model_type, logged):
     config = COMPOSITES[model_type](dms_config={"from_the_future": 3, "modeling_dms_version": "9.8.7"})
     assert_warned(logged, "from_the_future", "9.8.7")
     assert "from_the_future" not in config.to_dict()["dms_config"]
+
+
+# ---- any file
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([10**30, 2.5, float("nan"), float("inf"), "", "rule", "llama", "\ud800"])
+    | st.lists(st.none() | st.integers(-1, 2) | st.just("a"), max_size=2)
+    | st.dictionaries(st.sampled_from(["a", "0", "model_type"]), st.none() | st.integers(-1, 2), max_size=1)
+)
+
+
+def places(fields, path=()):
+    """Of every field, also those of nested configurations."""
+    for name, value in fields.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+def changed(fields, path, value):
+    inner = value if len(path) == 1 else changed(fields[path[0]], path[1:], value)
+    return {**fields, path[0]: inner}
+
+
+@functools.cache
+def written(name):
+    """A complete configuration as its file holds it, and the places of its fields."""
+    config = DMSConfig() if name == "dms" else tiny.config(name)
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return type(config), fields, [*places(fields), ("from_the_future",), ("torch_dtype",), ("label2id",)]
+
+
+@pytest.mark.parametrize("name", ["dms", "llava-llama", "internvl-qwen3", "blip2-opt"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), value=VALUES)
+def test_a_changed_field_is_read_or_named(name, data, value):
+    cls, fields, known = written(name)
+    path = data.draw(st.sampled_from(known))
+    try:
+        config, error = cls.from_dict(changed(fields, path, value)), ""
+    except ValueError as raised:
+        config, error = None, str(raised)
+    # of sizes that do not fit each other it may be the other one
+    named = error.split(":")[0].split(".")[:2]
+    assert type(config) is cls or named == [cls.__name__, path[0]], (path, value, error)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '"x"', "{", "[" * 100_000, '{"a":' * 50_000, "\ud83d"])
+@pytest.mark.parametrize("cls", [DMSConfig, *COMPOSITES.values()])
+def test_a_file_that_holds_no_configuration_is_refused(cls, content, tmp_path):
+    (tmp_path / "config.json").write_text(content, errors="surrogatepass")
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
+        cls.from_pretrained(tmp_path)
 
 
 def test_every_choice_is_typed_as_one():

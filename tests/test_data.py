@@ -1,15 +1,22 @@
 """Samples, images of every mode, corruptions and the collator."""
 
+import dataclasses
+import functools
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
 from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.collator import as_text
 from modeling_dms.training.data.samples import to_rgb
 from modeling_dms.training.demo import CHECKPOINTS
 from tests import tiny
@@ -24,11 +31,24 @@ def image(seed=0, size=(64, 64)):
     return Image.fromarray(pixels)
 
 
-@pytest.fixture(scope="module", params=["llava", "internvl", "blip2"])
-def collator(request):
-    if request.param == "internvl":
+def outcome(function, *given):
+    """What it returns, or the message of its `ValueError`; any other error fails the test."""
+    try:
+        return function(*given), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+@functools.cache
+def collator_of(backbone):
+    if backbone == "internvl":
         return PromptCollator(tiny.internvl_processor(64))
-    return PromptCollator(AutoProcessor.from_pretrained(CHECKPOINTS / f"demo-{request.param}"))
+    return PromptCollator(AutoProcessor.from_pretrained(CHECKPOINTS / f"demo-{backbone}"))
+
+
+@pytest.fixture(params=["llava", "internvl", "blip2"])
+def collator(request):
+    return collator_of(request.param)
 
 
 def test_easy_vqa_splits_share_no_image_and_contexts_answer():
@@ -90,20 +110,65 @@ def test_a_phone_photo_is_seen_upright(tmp_path):
         assert Sample("photo", tmp_path / "photo.jpg", None, "").load_image().size == size
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing", "bomb"])
-def test_a_broken_image_names_its_sample(tmp_path, damage, monkeypatch):
-    path = tmp_path / "picture.png"
+@functools.cache
+def encoded(kind="PNG"):
     buffer = io.BytesIO()
-    image().save(buffer, "PNG")
-    content = {"empty": b"", "text": b"not an image", "truncated": buffer.getvalue()[:200]}.get(
-        damage, buffer.getvalue()
-    )
-    if damage != "missing":
-        path.write_bytes(content)
-    if damage == "bomb":
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="sample-7"):
+    image().save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb(side=20_000):
+    """A complete PNG of black pixels, small as a file: a bit each."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes((1 + side // 8) * side), 1)),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "missing", "bomb"])
+def test_a_broken_image_names_its_sample(tmp_path, damage):
+    path = tmp_path / "picture.png"
+    content = {"empty": b"", "text": b"not an image", "truncated": encoded()[:200], "bomb": bomb(), "missing": None}
+    if content[damage] is not None:
+        path.write_bytes(content[damage])
+        assert path.stat().st_size < 1e6
+        with pytest.raises(ValueError, match="sample-8"):
+            Sample("sample-8", content[damage], None, QUESTION).load_image()
+    with pytest.raises(ValueError, match=r"sample-7.*picture\.png"):
         Sample("sample-7", path, None, QUESTION).load_image()
+
+
+Image.init()  # else it knows those that were used
+FORMATS = [kind for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "QOI", "AVIF", "DDS") if kind in Image.SAVE]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(FORMATS),
+    kept=st.none() | st.integers(0, 400),
+    changes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=8),
+)
+def test_a_damaged_file_is_an_image_or_names_its_sample(kind, kept, changes):
+    content = bytearray(encoded(kind)[:kept])
+    for place, value in changes:
+        if place < len(content):
+            content[place] = value
+    found, error = outcome(Sample("sample-7", bytes(content), None, QUESTION).load_image)
+    assert "sample-7" in error if found is None else found.mode == "RGB"
+
+
+def test_of_an_endless_image_the_middle_is_seen():
+    """A processor that enlarges the shorter side to 336 makes 20 GB of the last one."""
+    for size, expected in (((300, 3), (300, 3)), ((1_000, 3), (300, 3)), ((1, 60_000), (1, 100))):
+        wide = Image.new("RGB", size, "red")
+        wide.paste("blue", (size[0] // 2 - 1, size[1] // 2 - 1, size[0] // 2 + 1, size[1] // 2 + 1))
+        found = Sample("s", wide, None, QUESTION).load_image()
+        assert found.size == expected
+        assert found.getpixel((found.width // 2, found.height // 2)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("name", IMAGE_CORRUPTIONS)
@@ -266,3 +331,104 @@ def test_tiles_of_a_large_image():
     assert len(batch["image_keys"]) == 4
     expected = processor(images=[s.image for s in samples], text=[processor.image_token] * 2)["pixel_values"]
     assert torch.equal(batch["pixel_values"], torch.tensor(np.stack(expected)))
+
+
+# ---- texts that nobody expects
+
+SPECIAL = ["<image>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<s>", "</s>", "<pad>"]
+UNUSUAL = [
+    "\0",
+    "\ud83d",
+    "\udc00\ud83d",
+    "\U0001f600",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "e\u0301",
+    "\u202e",
+    "\u200b",
+    "\n",
+]
+
+
+def assert_aligned(collator, batch, images):
+    """As many image tokens as the images need, all of them marked as such, and nothing else is."""
+    tokenizer = collator.processor.tokenizer
+    marked = batch["input_ids"] == tokenizer.convert_tokens_to_ids(str(collator.processor.image_token))
+    assert torch.equal(marked, batch["modality_ids"] == 1)
+    alone = collator([Sample("alone", image(), CONTEXT, QUESTION)])
+    assert int(marked.sum()) == images * int((alone["modality_ids"] == 1).sum())
+    special = torch.isin(batch["input_ids"], torch.tensor(tokenizer.all_special_ids))
+    assert not (special & (batch["modality_ids"] == 2)).any()
+    assert len(batch.get("pixel_values", [])) == images * len(alone["pixel_values"])
+
+
+@pytest.mark.parametrize("typed", SPECIAL)
+def test_typed_special_tokens_are_text(collator, typed):
+    """A placeholder in a sample's text is no image, an end token ends nothing."""
+    labelled = dataclasses.replace(collator, with_labels=True)
+    samples = [
+        Sample("a", image(), f"a {typed} box.", QUESTION, ("box",)),
+        Sample("b", image(1), CONTEXT, f"{typed}what {typed * 3}?", ("box",)),
+        Sample("c", None, typed * 16, typed, (f"{typed} box",)),
+        Sample("d", image(2), CONTEXT, QUESTION, ("box",)),
+    ]
+    for make in (collator, labelled):
+        batch = make(samples)
+        assert_aligned(collator, batch, 3)
+        alone = make(samples[3:])
+        length = alone["input_ids"].shape[1]
+        place = slice(None, length) if make is labelled else slice(-length, None)
+        assert torch.equal(batch["input_ids"][3, place], alone["input_ids"][0])
+    text = collator.processor.tokenizer.decode(collator(samples[:1])["input_ids"][0])
+    assert as_text(collator.processor, f"a {typed} box.") in text
+    ends = labelled(samples)["labels"] == collator.processor.tokenizer.eos_token_id
+    assert ends.sum(1).tolist() == [1, 1, 1, 1]
+
+
+TEXTS = st.lists(st.sampled_from([*SPECIAL, *UNUSUAL, "context: ", "answer:"]) | st.text(max_size=6), max_size=6)
+IMAGES = st.none() | st.tuples(
+    st.sampled_from(["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"]),
+    st.sampled_from([(1, 1), (3, 3), (1, 300), (64, 64), (130, 2)]),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(which=st.sampled_from(["llava", "internvl", "blip2"]), context=TEXTS, question=TEXTS, picture=IMAGES)
+def test_any_text_and_image_are_aligned_or_refused_by_name(which, context, question, picture):
+    collator = collator_of(which)
+    shown = None if picture is None else Image.new(picture[0], picture[1])
+    sample = Sample("sample-7", shown, "".join(context), "".join(question))
+    plain = Sample("plain", None, CONTEXT, QUESTION)
+    batch, error = outcome(collator, [sample, plain])
+    if batch is None:
+        assert "sample-7" in error
+        assert shown is None
+        return
+    tokenizer = collator.processor.tokenizer
+    placeholders = batch["input_ids"] == tokenizer.convert_tokens_to_ids(str(collator.processor.image_token))
+    assert torch.equal(placeholders, batch["modality_ids"] == 1)
+    assert (shown is not None) == bool(placeholders[0].any())
+    assert not placeholders[1].any()
+    read = tokenizer.decode(batch["input_ids"][0][batch["modality_ids"][0] == 2]).split()
+    assert "".join(read) == "".join(as_text(collator.processor, sample.context).split())
+
+
+def test_halves_of_surrogate_pairs_are_replaced_in_every_text(collator):
+    whole, half = "\ud83d\ude00", "\ud83d"
+    sample = Sample(half, None, f"{whole} {half}", half, (half, "b"))
+    assert sample == Sample("\ufffd", None, "\U0001f600 \ufffd", "\ufffd", ("\ufffd", "b"))
+    assert collator([sample])["input_ids"].shape[0] == 1
+
+
+def test_a_huge_question_is_named(collator):
+    sample = Sample("sample-7", image(), CONTEXT, "x" * 100_000)
+    assert collator([sample])["input_ids"].shape[1] > 1_000
+    with pytest.raises(ValueError, match=r"sample-7.*max_length=300"):
+        dataclasses.replace(collator, max_length=300)([sample])
+    cut = dataclasses.replace(collator, max_length=300)([sample.replace(context="x" * 100_000, question=QUESTION)])
+    assert cut["input_ids"].shape[1] == 300
+
+
+def test_a_sample_of_nothing_is_named(collator):
+    for context in (None, "", " \n"):
+        with pytest.raises(ValueError, match=r"sample-7.*neither an image nor a context"):
+            collator([Sample("a", None, CONTEXT, QUESTION), Sample("sample-7", None, context, QUESTION)])

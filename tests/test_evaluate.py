@@ -115,7 +115,7 @@ def test_a_sample_that_cannot_be_corrupted_is_named_and_counts_as_wrong(vqa):
     rest = [place for place in range(14) if place != 2]
     assert np.array_equal(spoilt.metrics["score"][rest], whole.metrics["score"][rest])
     same(spoilt, again)
-    with pytest.raises(ValueError, match="no sample could be corrupted"):
+    with pytest.raises(ValueError, match="no sample could be asked"):
         run_condition(model, task, [Method()], [small], condition, 0, 14)
 
 
@@ -128,6 +128,27 @@ def test_a_sample_of_which_nothing_is_left_counts_as_wrong(vqa):
     cell = run_condition(model, task, [Method()], [samples[0], bare], Condition("image:missing", "seen", 5), 0, 2)[0]
     assert cell.metrics["score"][1] == 0
     assert cell.weights[1].tolist() == [0.5, 0.5]
+
+
+def test_samples_that_cannot_be_asked_are_named_and_count_as_wrong_in_batches_of_any_size(vqa):
+    model, task, samples = vqa
+    short = VisualQuestionAnswering(task.processor, ANSWERS, max_length=300)
+    huge = samples[2].replace(question="x" * 100_000)
+    nothing = samples[5].replace(image=None, context=None)
+    mixed = [*samples[:2], huge, *samples[3:5], nothing, *samples[6:]]
+    (whole,) = run_condition(model, task, [Method()], samples, CLEAN, 0, 14)
+    by_size = [run_condition(model, short, [Method()], mixed, CLEAN, 0, size)[0] for size in (1, 3, 16)]
+    rest = [place for place in range(14) if place not in (2, 5)]
+    for cell in by_size:
+        assert set(cell.failed) == {huge.id, nothing.id}
+        assert huge.id in cell.failed[huge.id]
+        assert "max_length=300" in cell.failed[huge.id]
+        assert "neither an image nor a context" in cell.failed[nothing.id]
+        assert cell.metrics["score"][[2, 5]].tolist() == [0, 0]
+        assert np.array_equal(cell.metrics["score"][rest], whole.metrics["score"][rest])
+        np.testing.assert_allclose(cell.metrics["confidence"][rest], whole.metrics["confidence"][rest], atol=1e-5)
+    with pytest.raises(ValueError, match="no sample could be asked"):
+        run_condition(model, short, [Method()], [huge, nothing], CLEAN, 0, 2)
 
 
 def test_unreadable_samples_are_named(vqa, tmp_path):

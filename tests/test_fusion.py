@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
@@ -241,6 +242,55 @@ def test_weight_0_masks_the_modality_and_uniform_weights_change_nothing(seed, mo
     without[0] &= ids[0] != gone % modality + 1
     plain = scaled_dot_product_attention(q, k, v, attn_mask=additive(without))
     assert torch.equal(steered, plain)
+
+
+def weighed_attention(q, k, v, ids, weights, real):
+    """Causal attention of the real positions (B, L) with the bias, and the gradient of a part of it by the weights."""
+    weights = weights.clone().requires_grad_()
+    keep = causal(*ids.shape) & real[:, None, None]
+    mask = fold_key_bias(keep, key_bias(weights, ids), q.dtype)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    (out.float() * real[:, None, :, None]).pow(2).sum().backward()
+    return out.detach(), weights.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@bounded
+@given(seed=seeds, modality=modalities, length=st.integers(2, 8), left=st.integers(0, 4), right=st.integers(0, 4))
+def test_padding_on_either_side_changes_nothing(dtype, seed, modality, length, left, right):
+    q, k, v = (normal(seed + i, 2, 2, length, 4).to(dtype) for i in range(3))
+    ids, weights = random_ids(seed, 2, length, modality), random_weights(seed, 2, modality)
+    ids[:, 0] = 0
+    whole = torch.ones(2, length, dtype=torch.bool)
+    expected, expected_gradient = weighed_attention(q, k, v, ids, weights, whole)
+
+    def padded(x, value):
+        return F.pad(x, (left, right), value=value)
+
+    # what stands in the padding is of no account
+    rows = (F.pad(x, (0, 0, left, right), value=7.0) for x in (q, k, v))
+    found, gradient = weighed_attention(*rows, padded(ids, 1), weights, padded(whole, False))
+    assert found.isfinite().all()
+    tolerance = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)
+    torch.testing.assert_close(found[:, :, left : left + length], expected, atol=tolerance, rtol=tolerance)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient, expected_gradient, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, length=st.integers(1, 8))
+def test_weights_of_any_precision_and_order(dtype, seed, batch, modality, length):
+    weights = random_weights(seed, batch, modality, absent=True).to(dtype)
+    ids = random_ids(seed, batch, length, modality)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    for function, nothing in ((key_bias, -torch.inf), (embedding_scale, 0.0)):
+        made = function(weights, ids)
+        assert made.dtype == torch.float32
+        gone = F.pad(weights == 0, (1, 0)).gather(1, ids)
+        assert (made[gone] == nothing).all()
+        assert made[~gone].isfinite().all()
+        assert torch.equal(function(weights[order], ids[order]), made[order])
 
 
 # ---- attention implementations

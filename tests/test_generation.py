@@ -215,20 +215,31 @@ def test_embedding_fusion_generates_by_its_weights(backbone):
     assert (uniform.logits[0] - out.logits[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-t5"])
-def test_threads_on_one_model_get_their_own_weights(backbone):
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
+def test_threads_on_one_model_get_their_own_weights(backbone, call):
     model = tiny.shared(backbone, scheduler="learned", stirred=True)
     batches = [tiny.prompts(backbone, "pairs", "left", seed=seed) for seed in (1, 2, 3)]
-    asked = {"return_dict_in_generate": True, "output_logits": True}
-    alone = [generate(model, inputs, **asked) for inputs in batches]
+
+    def answer(inputs):
+        if call == "forward":
+            with torch.no_grad():
+                return model(**inputs)
+        return generate(model, inputs, return_dict_in_generate=True, output_logits=True)
+
+    def logits(out):
+        return out.logits if call == "forward" else torch.stack(out.logits)
+
+    alone = [answer(inputs) for inputs in batches]
     assert not torch.equal(alone[0].modality_weights, alone[1].modality_weights)
+    assert (logits(alone[0]) - logits(alone[1])).abs().max() > 1e-2
     results: list[list] = [[] for _ in batches]
     barrier = threading.Barrier(len(batches))
 
     def run(index):
-        barrier.wait()
-        for _ in range(3):
-            results[index].append(generate(model, batches[index], **asked))
+        for _ in range(4):
+            barrier.wait()
+            results[index].append(answer(batches[index]))
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(batches))]
     for thread in threads:
@@ -236,7 +247,11 @@ def test_threads_on_one_model_get_their_own_weights(backbone):
     for thread in threads:
         thread.join()
     for expected, outputs in zip(alone, results, strict=True):
-        assert len(outputs) == 3, "a thread failed"
+        assert len(outputs) == 4, "a thread failed"
         for out in outputs:
             assert torch.equal(out.modality_weights, expected.modality_weights)
-            torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits(out), logits(expected), rtol=0, atol=1e-4)
+            for name, signal in expected.modality_signals.items():
+                assert torch.equal(out.modality_signals[name], signal), name
+            if call == "generate":
+                assert torch.equal(out.sequences, expected.sequences)

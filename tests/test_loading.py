@@ -1,6 +1,7 @@
 """Loading: vanilla checkpoints lose nothing, DMS checkpoints come back bit for bit, broken ones are refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -349,8 +350,10 @@ def test_mis_shaped_weights_are_refused(tmp_path, name):
         state[found] = state[found][:-1].contiguous()
 
     damage(tmp_path, cut)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=rf"other shapes.*{re.escape(name)}"):
         DMSLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
 
 
 @pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt", "retrieval"])
@@ -367,7 +370,7 @@ def test_truncated_weights_are_refused(tmp_path):
     tiny.build("llava-llama").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"(?i)safetensor|incomplete|header"):
+    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
         DMSLlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 

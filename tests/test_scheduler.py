@@ -191,6 +191,36 @@ def test_gradients_reach_the_scores_even_where_they_are_equal(equal):
     assert (scores.grad[2] == 0).all()  # nothing to choose from
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, floor=floors, scale=scales)
+def test_scores_of_any_precision_give_valid_weights_and_gradients(dtype, seed, batch, modality, floor, scale):
+    mask = random_mask(seed, batch, modality)
+    scores = (scale * normal(seed, batch, modality)).to(dtype).requires_grad_()
+    weights = weights_from_scores(scores, mask, floor)
+    (weights * normal(seed + 1, batch, modality)).sum().backward()
+
+    assert_valid(weights.detach(), mask, floor)
+    assert scores.grad.isfinite().all()
+    assert (scores.grad[~mask] == 0).all()
+    torch.testing.assert_close(weights_from_scores(scores.detach(), mask, floor), weights.detach())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_every_scheduler_takes_signals_of_any_precision(name, dtype, seed, batch, modality):
+    config = DMSConfig(scheduler=name, shared_size=4, conflict_prior="text")
+    mask, scheduler = random_mask(seed, batch, modality), scheduler_of(config, modality)
+    signals = random_signals(seed, batch, modality)
+    rounded = ModalitySignals(**{name: value.to(dtype) for name, value in signals.items()})
+    weights = schedule(config, rounded, mask, seed, scheduler)
+    assert_valid(weights, mask, config.weight_floor if name in ("rule", "learned") else 0)
+    same = ModalitySignals(**{name: value.float() for name, value in rounded.items()})
+    torch.testing.assert_close(weights, schedule(config, same, mask, seed, scheduler), atol=0.1, rtol=0)
+
+
 def test_a_sample_without_any_modality_is_named():
     mask = torch.tensor([[True, False], [False, False], [True, True], [False, False]])
     with pytest.raises(ValueError, match=r"\[1, 3\].*vision.*text"):

@@ -9,7 +9,7 @@ import torch
 
 from modeling_dms.training.data import PromptCollator, Sample
 from modeling_dms.training.demo import calibrate_demo
-from modeling_dms.training.loading import CHECKPOINTS, load
+from modeling_dms.training.loading import CHECKPOINTS, load, room_for_prompts
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 
     if not model.can_generate():
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no answers")
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    room = None
-    if not model.config.is_encoder_decoder:
-        room = model.config.get_text_config(decoder=True).max_position_embeddings - max_new_tokens
-    collator = PromptCollator(processor, max_length=room)
+    collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
     if not Path(name).exists() and name in {folder.name for folder in CHECKPOINTS.iterdir()}:
         calibrate_demo(model, collator, calibration_samples)
     elif not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":

@@ -1,10 +1,15 @@
 """The command line `dms`."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Literal
 
 import typer
+from safetensors import SafetensorError
 
+
+# what went wrong outside of this program: told in one line
+FAULTS = (ValueError, OSError, ImportError, SafetensorError, UnpicklingError)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Dynamic Modality Scheduling.")
 
@@ -54,7 +59,7 @@ def demo(
 
     try:
         serve(model or "demo-llava", port, calibration_samples)
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -68,7 +73,7 @@ def assemble(
 
     try:
         typer.echo(f"wrote {run(name, out)}")
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -83,7 +88,7 @@ def release(
 
     try:
         typer.echo(f"wrote {write(run, base, out)}")
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -103,7 +108,7 @@ def train(
 
     try:
         run_training(read_arguments(config, context.args), resume)
-    except (ValueError, OSError, ImportError, FloatingPointError, HTTPError) as error:
+    except (*FAULTS, FloatingPointError, HTTPError) as error:
         raise _failed(error) from error
 
 
@@ -122,7 +127,7 @@ def calibrate(
 
     try:
         typer.echo(run_calibration(model, data, out, samples, scheduler))
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -193,7 +198,7 @@ def evaluate(
             resume=resume,
         )
         run(config)
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -208,7 +213,7 @@ def report(
 
     try:
         combine(folders, out, readme)
-    except (ValueError, OSError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -229,7 +234,7 @@ def card(
     try:
         path = write_card(folder, results or [], run or [], metadata={"license": license})
         typer.echo(f"wrote {path}")
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -243,7 +248,7 @@ def merge(
 
     try:
         typer.echo(f"wrote {write(model, out)}")
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -258,7 +263,7 @@ def push(
 
     try:
         typer.echo(f"pushed: {run(folder, repo, private)}")
-    except (ValueError, OSError, ImportError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 
@@ -277,7 +282,7 @@ def predict(
 
     try:
         predict_one(question, image, context, model, max_new_tokens)
-    except (ValueError, OSError) as error:
+    except FAULTS as error:
         raise _failed(error) from error
 
 

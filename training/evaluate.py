@@ -24,7 +24,7 @@ from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.grid import Cell, Condition, run_grid
-from modeling_dms.training.loading import load
+from modeling_dms.training.loading import load, room_for_prompts
 from modeling_dms.training.methods import Method
 from modeling_dms.training.report import draw, render, summarize
 from modeling_dms.training.sheet import Panel, draw_sheet
@@ -170,13 +170,16 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     validation = one_per_image(validation, config.validation_samples, 0)
     if config.calibration_samples and not model.dms.calibration.is_calibrated:
-        calibrate(model, PromptCollator(processor), train, config.calibration_samples, state.is_local_main_process)
+        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+        calibrate(model, collator, train, config.calibration_samples, state.is_local_main_process)
 
     def samples_of(seed: int) -> list[Sample]:
         # what is retrieved is the same for every seed
         return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
 
     task = _task(config, processor, train, samples_of(0))
+    if not isinstance(task, ImageTextMatching):
+        task.max_length = room_for_prompts(model, processor, task.longest_answer())
     some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
     methods = make_methods(
         model,
@@ -279,7 +282,7 @@ def draw_samples(
 
 def _task(
     config: EvaluationConfig, processor: ProcessorMixin, train: Sequence[Sample], samples: Sequence[Sample]
-) -> Task:
+) -> Captioning | ImageTextMatching | ImageTextRetrieval | VisualQuestionAnswering:
     if config.task == "caption":
         return Captioning(processor)
     if config.task == "retrieval":

@@ -91,7 +91,8 @@ class Cell:
         weights: (n, M), `None` for a method without.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
             methods, and counted for each.
-        failed: errors by id of samples that could not be corrupted: their metrics are 0, their weights equal.
+        failed: errors by id of samples that could not be corrupted, or asked (too long, or nothing to answer from):
+            their metrics are 0, their weights equal.
     """
 
     method: str
@@ -109,6 +110,21 @@ def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
         return batch
     encoded = model.get_image_features(pixel_values=batch["pixel_values"], output_hidden_states=True, return_dict=True)
     return with_prefix(model, {**batch, "mm_encoder_outputs": {"image": encoded}})
+
+
+def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[str, str]]:
+    """A batch of the samples that the task takes, `None` without any, and of the others the error by id."""
+    try:
+        return task.collate(samples), {}
+    except ValueError:
+        failed = {}
+        for sample in samples:
+            try:
+                task.collate([sample])
+            except ValueError as error:
+                failed[sample.id] = str(error)
+        rest = [sample for sample in samples if sample.id not in failed]
+        return task.collate(rest) if rest else None, failed
 
 
 def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:
@@ -136,15 +152,17 @@ def run_condition(
     """
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)
-    if not corrupted:
-        raise ValueError(f"{condition.name}: no sample could be corrupted, {next(iter(failed.values()))}")
     chosen = methods_of(methods, condition)
     own: list[tuple[int, str, list[dict[str, Any]], list | None, float]] = []
+    unfit: list[tuple[str, str]] = []
     starts = range(0, len(corrupted), batch_size)
     for number, start in enumerate(starts):
         if number % state.num_processes != state.process_index:
             continue
-        batch = task.collate(corrupted[start : start + batch_size])
+        batch, errors = collated(task, corrupted[start : start + batch_size])
+        unfit += errors.items()
+        if batch is None:
+            continue
         batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         began = time.perf_counter()
         batch = with_images_encoded(model, batch)
@@ -157,12 +175,16 @@ def run_condition(
             weights = method.weights(decision)
             own.append((number, method.name, answers, None if weights is None else weights.tolist(), seconds))
     rows = sorted(gather_object(own), key=lambda row: row[0])
+    failed |= dict(gather_object(unfit))
+    if not rows:
+        raise ValueError(f"{condition.name}: no sample could be asked, {next(iter(failed.values()))}")
+    answered = [sample for sample in corrupted if sample.id not in failed]
     cells = []
     for method in chosen:
         mine = [row for row in rows if row[1] == method.name]
         answers = [answer for row in mine for answer in row[2]]
         weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
-        metrics = task.scores(answers, corrupted)
+        metrics = task.scores(answers, answered)
         if failed:
             kept = [place for place, sample in enumerate(samples) if sample.id not in failed]
             metrics = {name: _spread(values, kept, len(samples), 0.0) for name, values in metrics.items()}

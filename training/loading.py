@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import find_adapter_config_file
 
 from modeling_dms import (
@@ -44,15 +45,18 @@ def load(
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ValueError: for another model type, a checkpoint that needs code of its own, or a field that `DMSConfig` does
-            not have or refuses.
+        ValueError: for another model type, a checkpoint that needs code of its own, weights or a configuration that
+            are broken, an adapter with pickled weights, or a field that `DMSConfig` does not have or refuses.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
     adapter = _adapter(name)
     if adapter is not None:
         from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+        from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
         folder = adapter.parent
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # peft would read pickled ones
+            raise ValueError(f"{name} holds no {SAFETENSORS_WEIGHTS_NAME}: adapters are read from safetensors only")
         own = _dms_config(_config(folder)) if (folder / "config.json").exists() else {}
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
@@ -83,9 +87,25 @@ def load(
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
+def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
+    """How many tokens a prompt may have, so that so many new ones fit behind it; `None` where nothing limits it."""
+    if not model.can_generate():  # BLIP-2's retrieval reads texts with its Q-Former
+        return model.config.qformer_config.max_position_embeddings
+    if not model.config.is_encoder_decoder:
+        return model.config.get_text_config(decoder=True).max_position_embeddings - new_tokens
+    # relative positions know no end, but the tokenizer knows what its model was trained on
+    length = processor.tokenizer.model_max_length
+    return length if length < LARGE_INTEGER else None
+
+
 def _config(name: str | Path) -> Any:
-    # left to its default, transformers asks whether to run a checkpoint's code
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    try:
+        # left to its default, transformers asks whether to run a checkpoint's code
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # what transformers stumbles over in a file that is JSON but no configuration
+        raise ValueError(f"the configuration of {name} cannot be read: {error}") from error
 
 
 def _adapter(name: str | Path) -> Path | None:

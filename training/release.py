@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from modeling_dms.staging import staged
 from modeling_dms.training.assemble import RECIPES, digest
 from modeling_dms.training.loading import load
 
@@ -57,6 +58,7 @@ def merge(name: str, out: Path) -> Path:
         as `load`.
     """
     model, processor = load(name)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    with staged(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return out

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, set_seed
 
+from modeling_dms.staging import staged
 from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
-from modeling_dms.training.card import write_card
+from modeling_dms.training.card import CARD, write_card
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
-from modeling_dms.training.loading import load
+from modeling_dms.training.loading import load, room_for_prompts
 from modeling_dms.training.push import push
 from modeling_dms.training.record import write_record
 from modeling_dms.training.resume import last_complete_checkpoint
@@ -108,7 +110,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     collator = PromptCollator(
         processor,
         with_labels=True,
-        max_length=data.max_length,
+        max_length=data.max_length or room_for_prompts(model, processor, 0),
         schedule_temperature=training.schedule_temperature,
         with_ids=True,
     )
@@ -169,12 +171,17 @@ def run_calibration(name: str, data: str, out: Path, count: int = 300, scheduler
 
     Raises:
         ValueError: if no sample can be read, or for an unknown scheduler.
+        OSError: if it cannot be saved; what was in `out` is still there then.
     """
     model, processor = load(name, {"scheduler": scheduler} if scheduler else None, merge=False)
     samples = readable(load_sources(data, "train"))
-    report = calibrate(model, PromptCollator(processor), samples, count)
-    model.save_pretrained(out)
-    if (out / "adapter_config.json").exists():
-        model.base_model.config.save_pretrained(out)
-    processor.save_pretrained(out)
+    collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+    report = calibrate(model, collator, samples, count)
+    with staged(out) as folder:
+        if (out / CARD).exists():
+            shutil.copy(out / CARD, folder)  # peft adds to it
+        model.save_pretrained(folder)
+        if (folder / "adapter_config.json").exists():
+            model.base_model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return report

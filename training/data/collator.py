@@ -1,5 +1,6 @@
 """Samples -> the tensors a BLIP-2, LLaVA or InternVL class takes, with `modality_ids`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,23 @@ from modeling_dms.prompt import TEXT, VISION
 from modeling_dms.training.data.samples import Sample
 
 
+def as_text(processor: ProcessorMixin, text: str) -> str:
+    """A text in which nothing is a special token, so that nobody types an image placeholder or an end token: each one
+    gets a space behind its first character, as in `< image>`."""
+    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {*processor.tokenizer.all_special_tokens, str(processor.image_token)}
+    found = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1 and token in text]
+    return re.sub("|".join(found), lambda match: f"{match[0][0]} {match[0][1:]}", text) if found else text
+
+
 @dataclass
 class PromptCollator:
     """Builds `context: ... question: ... answer:` prompts, tokenizes, pads and marks what each position holds.
 
     Image placeholders get modality 1, the tokens of the context passage 2, everything else (the question, special
     tokens, padding, the answer) 0: the scheduler weighs the image against the context and leaves the question alone.
-    A sample without an image gets no placeholder, one without a context no passage, also mixed within a batch.
+    A sample without an image gets no placeholder, one without a context no passage, also mixed within a batch. Special
+    tokens in a sample's texts are read as text, see `as_text`.
 
     Attributes:
         processor: a `LlavaProcessor`, `InternVLProcessor` or `Blip2Processor`.
@@ -44,8 +55,8 @@ class PromptCollator:
         is an image, and `labels` (B, L) if asked for.
 
         Raises:
-            ValueError: naming the sample whose image cannot be read, which has no answer to train on, or which is
-                longer than `max_length` even without its context.
+            ValueError: naming the sample whose image cannot be read, which has neither image nor context, no answer to
+                train on, or is longer than `max_length` even without its context.
         """
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
@@ -53,11 +64,14 @@ class PromptCollator:
         for sample in samples:
             image = sample.load_image()
             ids, modality_ids, tiles = self._encode(sample, image)
+            if not any(modality_ids):
+                raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
             answer: list[Any] = []
             if self.with_labels:
                 if not sample.answers:
                     raise ValueError(f"sample {sample.id!r} has no answer to train on")
-                answer = tokenizer(f" {sample.answers[0]}", add_special_tokens=False)["input_ids"]
+                text = as_text(self.processor, sample.answers[0])
+                answer = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
                 answer = [*answer, tokenizer.eos_token_id]
             if self.max_length is not None:
                 ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
@@ -104,9 +118,9 @@ class PromptCollator:
     def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int], list[Tensor]]:
         """Ids and modality ids of a prompt, and its image (3, H, W), or the tiles that the processor cuts it into."""
         before = "context: "
-        context = (sample.context or "").strip()
+        context = as_text(self.processor, (sample.context or "").strip())
         prompt = f"{before}{context} " if context else ""
-        prompt += f"question: {sample.question.strip()} answer:"
+        prompt += f"question: {as_text(self.processor, sample.question.strip())} answer:"
         is_blip2 = isinstance(self.processor, Blip2Processor)
         placeholder = "" if image is None or is_blip2 else self.processor.image_token
         encoded = self.processor(images=image, text=placeholder + prompt, return_offsets_mapping=True)

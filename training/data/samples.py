@@ -21,6 +21,8 @@ HELD_OUT_SPLITS = SPLITS[1:]
 CAPTION_QUESTION = "describe the picture."
 # pixels of the longer side of a rendered drawing: no supported checkpoint takes larger images, so none is enlarged
 SVG_SIZE = 384
+# longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
+MAX_ASPECT = 100
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Sample:
         answers: accepted answers, the first one is the training target.
         task: `"vqa"`, `"caption"` or `"retrieval"`.
         damage: of image and context, 0 (clean) to 1 (missing or another sample's); set by `corrupt`.
+
+    Halves of surrogate pairs, which JSON may hold and neither tokenizers nor files take, become U+FFFD in all texts.
     """
 
     id: str
@@ -46,8 +50,16 @@ class Sample:
     task: str = "vqa"
     damage: tuple[float, float] = (0.0, 0.0)
 
+    def __post_init__(self):
+        for name in ("id", "context", "question", "answers"):
+            value = getattr(self, name)
+            fine = tuple(map(_well_formed, value)) if isinstance(value, tuple) else value and _well_formed(value)
+            if fine != value:
+                object.__setattr__(self, name, fine)
+
     def load_image(self) -> Image.Image | None:
-        """The image as RGB, upright: transparency over white, 16-bit grey scaled to 8 bits.
+        """The image as RGB, upright: transparency over white, 16-bit grey scaled to 8 bits. One that is more than
+        `MAX_ASPECT` times as long as wide loses its ends.
 
         Raises:
             ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode.
@@ -56,8 +68,10 @@ class Sample:
         if self.image is None:
             return None
         try:
-            return to_rgb(_upright(_open(self.image)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return trimmed(to_rgb(_upright(_open(self.image))))
+        except ImportError:
+            raise
+        except Exception as error:  # Pillow's decoders stumble over broken files in every way, IndexErrors too
             given = f"of {len(self.image)} bytes" if isinstance(self.image, bytes) else self.image
             raise ValueError(f"sample {self.id!r}: image {given} cannot be read: {error}") from error
 
@@ -76,6 +90,10 @@ def split_of(sample_id: str) -> str:
 def held_out_split_of(sample_id: str) -> str:
     """`"validation"` or `"test"`, a half each, by a hash: for what is never trained on."""
     return HELD_OUT_SPLITS[hashlib.sha256(sample_id.encode()).digest()[0] % 2]
+
+
+def _well_formed(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _open(image: Path | Image.Image | bytes) -> Image.Image:
@@ -103,6 +121,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # whatever Pillow's parser stumbles over: broken EXIF data are no reason to lose the pixels
         return image
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `MAX_ASPECT` times as long as wide; any other as it is."""
+    longest = MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, (side - longest) // 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.data.collator import as_text
 from modeling_dms.training.methods import Batch, Method
 
 
@@ -24,7 +25,7 @@ class Task(Protocol):
         """A batch with `sample_ids`, as methods take it.
 
         Raises:
-            ValueError: naming the sample whose image cannot be read.
+            ValueError: naming the sample whose image cannot be read, or that cannot be asked.
         """
         ...
 
@@ -45,17 +46,24 @@ class PromptedTask:
     Attributes:
         processor: of the checkpoint.
         max_new_tokens: longest generated answer.
+        max_length: longest prompt, see `PromptCollator`.
     """
 
     processor: ProcessorMixin
     max_new_tokens: int = field(default=10, kw_only=True)
+    max_length: int | None = field(default=None, kw_only=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return PromptCollator(self.processor, with_ids=True)(samples)
+        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True)(samples)
 
     def tokens(self, text: str) -> list[int]:
         """A text as it follows a prompt, without an end token."""
+        text = as_text(self.processor, text)
         return self.processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+
+    def longest_answer(self) -> int:
+        """In tokens."""
+        return self.max_new_tokens
 
     def generated(self, method: Method, model: PreTrainedModel, batch: Batch, decision: Tensor) -> list[str]:
         """What the model goes on with."""

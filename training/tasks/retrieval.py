@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.data.collator import as_text
 from modeling_dms.training.methods import Batch, Method
 from modeling_dms.training.metrics.retrieval import recall_at_k
 from modeling_dms.training.tasks.base import score_candidates
@@ -90,15 +91,28 @@ class ImageTextRetrieval(_Retrieval):
 
     The decision is one a prompt, made before any text is seen: the modalities are image and context. A prompt without
     context holds one modality alone, and weights change nothing.
+
+    Attributes:
+        max_length: longest prompt, see `PromptCollator`.
     """
 
+    max_length: int | None = field(default=None, kw_only=True)
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return PromptCollator(self.processor, with_ids=True)(samples)
+        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True)(samples)
+
+    def tokens(self) -> list[list[int]]:
+        """Of each text, as it follows a prompt."""
+        texts = [f" {as_text(self.processor, text)}" for text in self.texts]
+        return self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def longest_answer(self) -> int:
+        """In tokens."""
+        return max(map(len, self.tokens()))
 
     def answer(self, method: Method, model: PreTrainedModel, batch: Batch, decision: Tensor) -> list[dict[str, Any]]:
         """`similarity` (T,)."""
-        tokens = self.processor.tokenizer([f" {text}" for text in self.texts], add_special_tokens=False)["input_ids"]
-        similarity = score_candidates(method, model, batch, decision, tokens, normalize=True)
+        similarity = score_candidates(method, model, batch, decision, self.tokens(), normalize=True)
         return [{"similarity": row} for row in similarity.tolist()]
 
 
@@ -140,7 +154,7 @@ class ImageTextMatching(_Retrieval):
     def _encoded(self, texts: list[str]) -> Batch:
         """`input_ids` and `attention_mask`, behind image placeholders if the processor makes them."""
         encoded = self.processor.tokenizer(
-            texts,
+            [as_text(self.processor, text) for text in texts],
             padding=True,
             padding_side="right",
             truncation=True,

@@ -27,6 +27,11 @@ class VisualQuestionAnswering(PromptedTask):
     name: str = "vqa"
     metric: str = "VQA accuracy"
 
+    def longest_answer(self) -> int:
+        if self.candidates is None:
+            return self.max_new_tokens
+        return max((len(self.tokens(answer)) for answer in self.candidates), default=0)
+
     def answer(self, method: Method, model: PreTrainedModel, batch: Batch, decision: Tensor) -> list[dict[str, Any]]:
         """`prediction`, and its `confidence` among the candidates if there are any."""
         if self.candidates is None:
