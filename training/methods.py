@@ -30,6 +30,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from modeling_dms._compat import CACHE
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.prompt import VISION
 from modeling_dms.scheduler import ModalityScheduler
@@ -73,7 +74,7 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
         return decoded(prompt["input_ids"].new_empty(1, 0))[:, 0, 0], lambda tokens: decoded(tokens)[:, :, 1:]
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    read_once = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    read_once = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
     out = model(**inputs, modality_weights=weights, **read_once)
 
     def continued(tokens: Tensor) -> Tensor:
@@ -84,10 +85,10 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
         logits = model(
             input_ids=tokens.repeat(rows, 1),
             attention_mask=F.pad(attended, (0, tokens.shape[1]), value=1),
-            past_key_values=copied,
             # as the prefill left them: an absent modality has no weight
             modality_weights=out.modality_weights.repeat_interleave(count, 0),
             modality_ids=out.modality_ids.repeat_interleave(count, 0),
+            **{CACHE: copied},
         ).logits
         return logits.unflatten(0, (rows, count))
 
