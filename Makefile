@@ -1,11 +1,11 @@
-# `make demo` and `make test` make their own environment in .venv if there is none.
+# `make demo` and `make test` make their own environment in .venv if there is none, `make test-lower` one in .venv-lower.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: parts demo docs site results test lint build benchmark clean
+.PHONY: parts demo docs site results test test-lower lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,20 @@ results: $(VENV)/dev
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+# where the supported versions of transformers, peft and accelerate differ, with the lowest ones
+LOWER = versions configuration fusion identities generation export calibrate lora trainer
+LOWER_BIN = $(VENV)-lower/bin
+
+$(VENV)-lower/dev: setup.py constraints-lower.txt
+	test -x $(LOWER_BIN)/python || $(PYTHON) -m venv $(VENV)-lower
+	$(LOWER_BIN)/python -m pip install --quiet --constraint constraints-lower.txt --editable ".[eval]" \
+		hypothesis peft pytest pytest-xdist
+	@touch $@
+
+test-lower: $(VENV)-lower/dev
+	$(LOWER_BIN)/python -m pip freeze | grep -E '^(torch|transformers|huggingface_hub|peft|accelerate)=='
+	$(LOWER_BIN)/python -m pytest -n 2 --dist loadfile $(LOWER:%=tests/test_%.py)
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +74,4 @@ benchmark: $(VENV)/dev
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(VENV)-lower build dist site *.egg-info

@@ -77,7 +77,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    install_requires=["torch>=2.10", "transformers>=5.23,<6"],
+    install_requires=["torch>=2.10", "transformers>=5.20,<6"],
     extras_require={
         "demo": DEMO,
         "eval": EVAL,

@@ -48,6 +48,7 @@ from modeling_dms import (
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
+from modeling_dms._compat import CACHE
 from modeling_dms.dms import ModalityFeatures, read_out
 from modeling_dms.fusion import key_bias
 from modeling_dms.text_only import text_only_states
@@ -223,7 +224,7 @@ def train_step(model: Any, setting: str, inputs: dict[str, Tensor]) -> None:
 
 def decoder(family: str, model: Any, setting: str, inputs: dict[str, Tensor], output: Any) -> Callable[[], Any]:
     """One decoding step per call, as `generate` does it: the cache grows, weights and bias stay the prefill's."""
-    cache = output.past_key_values if family == "llava" else output.language_model_outputs.past_key_values
+    cache = output[CACHE] if family == "llava" else output.language_model_outputs[CACHE]
     token = inputs["input_ids"][:, -1:]
     state = {"mask": inputs["attention_mask"]}
     extra: dict[str, Any] = {}
@@ -239,7 +240,7 @@ def decoder(family: str, model: Any, setting: str, inputs: dict[str, Tensor], ou
         state["mask"] = torch.cat([state["mask"], torch.ones_like(token)], 1)
         return stepped(
             input_ids=token,
-            past_key_values=cache,
+            **{CACHE: cache},
             attention_mask=state["mask"],
             use_cache=True,
             logits_to_keep=1,

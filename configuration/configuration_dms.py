@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+# an exported copy begins here: before a name that too old a version lacks, its version is named
+from modeling_dms._compat import require  # noqa: F401
+
+
+# isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import Blip2Config, InternVLConfig, LlavaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec

@@ -2,6 +2,8 @@
 
 from pathlib import Path as _Path
 
+from modeling_dms import _compat  # noqa: F401  (names a version that is too old before its first missing name does)
+
 
 # Installed, `configuration` and `training` lie inside this package (setup.py maps them). Run from the repository's
 # root they lie beside it: without this line the root's `modeling_dms` would shadow an installed one and lack both.

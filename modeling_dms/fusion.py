@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
+from modeling_dms._compat import CACHE
 from modeling_dms.attention import SDPA_KEY_BIAS
 
 
@@ -81,7 +82,7 @@ def biased_attention(
     bias: Tensor,
     inputs: Tensor,
     attention_mask: Tensor | dict[str, Tensor] | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: Tensor | None,
 ) -> dict[str, Any]:
     """Keyword arguments that make a decoder-only language model attend with the key bias.
@@ -104,15 +105,15 @@ def biased_attention(
     query_length = inputs.shape[1]
     if config._attn_implementation == "flex_attention":
         keys, first = (query_length, 0)
-        if past_key_values is not None:
-            keys, first = past_key_values.get_mask_sizes(query_length, 0)
+        if cache is not None:
+            keys, first = cache.get_mask_sizes(query_length, 0)
         bias = F.pad(bias, (0, max(0, first + keys - bias.shape[-1])))
         bias = bias[:, None, None, first : first + keys].to(inputs.dtype)
         # exp(-1e4) is 0 in every dtype, and unlike -inf it leaves a fully masked row finite
         bias = bias.clamp_min(-1e4)
         heads = config.num_attention_heads
         return {"attention_mask": attention_mask, "position_bias": bias.expand(-1, heads, query_length, -1)}
-    if config._attn_implementation == SDPA_KEY_BIAS and bias.requires_grad and past_key_values is None:
+    if config._attn_implementation == SDPA_KEY_BIAS and bias.requires_grad and cache is None:
         return {"attention_mask": attention_mask, "key_bias": bias}
     masks = attention_mask
     if not isinstance(masks, dict) and not (masks is not None and masks.ndim == 4):
@@ -120,8 +121,8 @@ def biased_attention(
             config=config,
             inputs_embeds=inputs,
             attention_mask=masks,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
 
     def fold(mask: Tensor | None) -> Tensor:
@@ -130,12 +131,12 @@ def biased_attention(
                 config=config,
                 inputs_embeds=inputs,
                 attention_mask=None,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 allow_is_causal_skip=False,
+                **{CACHE: cache},
             )
             mask = cast(Tensor, causal)
-        return fold_key_bias(mask, bias, inputs.dtype, _first_key(past_key_values, query_length, mask.shape[-1]))
+        return fold_key_bias(mask, bias, inputs.dtype, _first_key(cache, query_length, mask.shape[-1]))
 
     return {"attention_mask": {k: fold(m) for k, m in masks.items()} if isinstance(masks, dict) else fold(masks)}
 

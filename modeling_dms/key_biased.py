@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modeling_dms._compat import CACHE
 from modeling_dms.fusion import biased_attention
 
 
@@ -20,32 +21,31 @@ class KeyBiased:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         key_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        cache = kwargs.get(CACHE)
         if key_bias is not None:
             inputs = input_ids if input_ids is not None else inputs_embeds
             inputs = torch.empty(*inputs.shape[:2], 0, dtype=self.dtype, device=inputs.device)
             if position_ids is None and self.config.model_type == "opt":
                 # OPT derives its positions from a 2D mask, which the biased 4D mask no longer shows
-                position_ids = _positions(inputs, attention_mask, past_key_values)
-            steered = biased_attention(self.config, key_bias, inputs, attention_mask, past_key_values, None)
+                position_ids = _positions(inputs, attention_mask, cache)
+            steered = biased_attention(self.config, key_bias, inputs, attention_mask, cache, None)
             attention_mask = steered.pop("attention_mask")
             kwargs.update(steered)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
 
-def _positions(inputs: Tensor, attention_mask: Tensor | None, past_key_values: Any) -> Tensor:
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+def _positions(inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+    past = cache.get_seq_length() if cache is not None else 0
     length = inputs.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         mask = attention_mask.long()

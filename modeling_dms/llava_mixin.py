@@ -11,6 +11,7 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from modeling_dms._compat import CACHE, image_fields, kept_hidden_states, takes_cache
 from modeling_dms.fusion import biased_attention
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.outputs import DMSLlavaOutput, with_weights
@@ -41,7 +42,7 @@ class LlavaMixin(DMSMixin):
         self._check_images(pixel_values)
         outputs = self.get_image_features(
             pixel_values=pixel_values,
-            output_hidden_states=[*self._vision_layers, *self._feature_layers(**kwargs)],
+            output_hidden_states=kept_hidden_states([*self._vision_layers, *self._feature_layers(**kwargs)]),
             return_dict=True,
             **kwargs,
         )
@@ -65,13 +66,14 @@ class LlavaMixin(DMSMixin):
         return EncodedImages(outputs, tokens, states, encode, projector.linear_1.in_features)
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -101,9 +103,9 @@ class LlavaMixin(DMSMixin):
             ValueError: for inputs that do not fit together, pixels that are not finite, a sample without any modality,
                 or an attention implementation that takes no bias.
         """
-        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        decoding = cache is not None and cache.get_seq_length() > 0
         given = modality_weights is not None or modality_mask is not None or modality_ids is not None
-        schedule, bias, image_hidden_states = None, None, None
+        schedule, bias, of_images = None, None, {}
         if decoding:
             if modality_weights is not None and modality_ids is not None:
                 bias = self._key_bias(modality_weights, modality_ids)
@@ -129,7 +131,7 @@ class LlavaMixin(DMSMixin):
             inputs_embeds = self._scaled(schedule)
             if images is not None:
                 pooled = images.outputs.pooler_output
-                image_hidden_states = pooled if isinstance(pooled, Tensor) else torch.cat(pooled)
+                of_images = image_fields(images.outputs, pooled if isinstance(pooled, Tensor) else torch.cat(pooled))
             input_ids, pixel_values, mm_encoder_outputs = None, None, None
 
         if bias is not None:
@@ -137,7 +139,7 @@ class LlavaMixin(DMSMixin):
             # only its shape, dtype and device are read
             inputs = torch.empty(*inputs.shape[:2], 0, dtype=self.dtype, device=inputs.device)
             language = self.config.get_text_config(decoder=True)
-            steered = biased_attention(language, bias, inputs, attention_mask, past_key_values, position_ids)
+            steered = biased_attention(language, bias, inputs, attention_mask, cache, position_ids)
             attention_mask = steered.pop("attention_mask")
             kwargs.update(steered)
         outputs = super().forward(
@@ -145,7 +147,6 @@ class LlavaMixin(DMSMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -154,10 +155,11 @@ class LlavaMixin(DMSMixin):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
+            **{CACHE: cache},
             **kwargs,
         )
-        if image_hidden_states is not None:
-            outputs.image_hidden_states = image_hidden_states
+        for name, value in of_images.items():
+            outputs[name] = value
         return self._with_dms(
             DMSLlavaOutput, outputs, schedule, labels, schedule_target, kwargs.get("num_items_in_batch")
         )
@@ -165,11 +167,12 @@ class LlavaMixin(DMSMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         ids = inputs.get("modality_ids")
-        if ids is not None and inputs.get("past_key_values") is None:  # without a cache the prompt grows
+        if ids is not None and inputs.get(CACHE) is None:  # without a cache the prompt grows
             inputs["modality_ids"] = F.pad(ids, (0, max(0, input_ids.shape[1] - ids.shape[1])))
         return inputs
 
     @torch.no_grad()
+    @takes_cache
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
@@ -180,7 +183,9 @@ class LlavaMixin(DMSMixin):
         """
         input_ids = kwargs.pop("input_ids", inputs)
         kwargs["generation_config"] = generation_config
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            kwargs[CACHE] = cache
         continued = cache is not None and cache.get_seq_length() > 0
         if continued or (input_ids is None and kwargs.get("modality_ids") is None):
             return super().generate(input_ids, **kwargs)

@@ -13,6 +13,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from modeling_dms._compat import CACHE, kept_hidden_states, takes_cache
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
 from modeling_dms.dms import read_out
 from modeling_dms.fusion import check_attention, fold_key_bias, relative_weights
@@ -48,9 +49,8 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         self._check_images(pixel_values)
-        outputs = self.get_image_features(
-            pixel_values, output_hidden_states=self._vision_layers, return_dict=True, **kwargs
-        )
+        kept = kept_hidden_states(self._vision_layers)
+        outputs = self.get_image_features(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
         return self._encoded(outputs)
 
     def _encoded(self, outputs: BaseModelOutputWithVisionQformerOutputs) -> EncodedImages:
@@ -84,6 +84,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         return {"attention_mask": fold_key_bias(mask, bias, self.language_model.dtype)}
 
     @can_return_tuple
+    @takes_cache
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -118,7 +119,9 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         """
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("pass either `pixel_values` or `mm_encoder_outputs`, not both")
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            kwargs[CACHE] = cache
         if self.config.use_decoder_only_language_model and cache is not None and cache.get_seq_length() > 0:
             return self._decode(input_ids, inputs_embeds, attention_mask, modality_ids, modality_weights, **kwargs)
         images = None
@@ -165,7 +168,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
             raise ValueError(CACHED_WITHOUT_WEIGHTS)
         embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None:
-            length = kwargs["past_key_values"].get_seq_length() + embeddings.shape[1]
+            length = kwargs[CACHE].get_seq_length() + embeddings.shape[1]
             attention_mask = torch.ones(len(embeddings), length, dtype=torch.long, device=embeddings.device)
         outputs = self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         return DMSBlip2Output(logits=outputs.logits, language_model_outputs=outputs)
@@ -245,9 +248,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         self._check_images(pixel_values)
-        outputs = self.vision_model(
-            pixel_values=pixel_values, output_hidden_states=self._vision_layers, return_dict=True, **kwargs
-        )
+        kept = kept_hidden_states(self._vision_layers)
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
         features = outputs.last_hidden_state
 
         def queries(images: Tensor) -> Tensor:

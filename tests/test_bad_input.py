@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import Blip2Processor, CLIPImageProcessorPil
 
+from modeling_dms._compat import CACHE
 from modeling_dms.training.data import PromptCollator, Sample
 from modeling_dms.training.loading import load, room_for_prompts
 from tests import tiny
@@ -248,11 +249,11 @@ def test_cached_decoding_without_weights(backbone):
         model = tiny.shared(backbone, scheduler="learned", stirred=True)
         with torch.no_grad():
             out = model(**inputs, use_cache=True)
-            cache = out.get("past_key_values") or out.language_model_outputs.past_key_values
+            cache = out.get(CACHE) or out.language_model_outputs[CACHE]
             with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
-                model(**step, **given, past_key_values=cache)
+                model(**step, **given, **{CACHE: cache})
             with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
-                model(**step, **given, past_key_values=cache, modality_weights=out.modality_weights)
+                model(**step, **given, **{CACHE: cache}, modality_weights=out.modality_weights)
 
 
 @pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)
@@ -261,8 +262,8 @@ def test_cached_decoding_of_a_static_model_needs_no_weights(backbone):
     logits = []
     for model in (tiny.shared(backbone, scheduler="uniform"), tiny.vanilla(backbone)):
         with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
-            logits.append(model(input_ids=torch.full((3, 1), 10), past_key_values=cache).logits)
+            cache = model(**inputs, use_cache=True)[CACHE]
+            logits.append(model(input_ids=torch.full((3, 1), 10), **{CACHE: cache}).logits)
     assert torch.equal(*logits)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
+from modeling_dms._compat import CACHE
 from tests import tiny
 
 
@@ -94,10 +95,10 @@ def test_static_weights_are_the_vanilla_class_with_a_cache(backbone, attention, 
         carried = {}
         if scheduler == "rule":
             carried = {"modality_weights": out.modality_weights, "modality_ids": out.modality_ids}
-        cache: Cache = out.past_key_values
+        cache: Cache = out[CACHE]
         for step in tokens:
             mask = F.pad(mask, (0, 1), value=1)
-            out = model(input_ids=step, attention_mask=mask, past_key_values=cache, **carried)
+            out = model(input_ids=step, attention_mask=mask, **{CACHE: cache}, **carried)
             logits.append(out.logits)
         results.append(torch.cat(logits, 1))
     assert torch.equal(results[1], results[0])
@@ -122,10 +123,14 @@ def test_every_field_of_the_vanilla_output_survives(backbone):
             for index, value in enumerate(wanted):
                 assert_same(actual[index], value, f"{name}.{index}")
 
-    skipped = {"vision_outputs"}  # DMS keeps hidden states there that the vanilla class does not
+    # DMS keeps hidden states there that the vanilla class does not
+    skipped = {"vision_outputs", "image_outputs"}
     for name, value in expected.items():
+        assert name in out
         if name not in skipped:
             assert_same(out[name], value, name)
+    if "image_outputs" in expected:
+        assert_same(out.image_outputs.pooler_output, expected.image_outputs.pooler_output, "pooler_output")
     as_tuple = tiny.shared(backbone, "eager")(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], expected.logits)
@@ -331,16 +336,16 @@ def test_flex_attention_agrees(backbone, padding):
 def test_cached_equals_uncached(backbone, attention, padding):
     inputs = tiny.prompts(backbone, "mixed", padding)
     model = tiny.shared(backbone, attention, scheduler="learned", stirred=True)
-    prefill = model(**inputs, past_key_values=DynamicCache(config=model.config.get_text_config()))
+    prefill = model(**inputs, **{CACHE: DynamicCache(config=model.config.get_text_config())})
     carried = {"modality_weights": prefill.modality_weights, "modality_ids": prefill.modality_ids}
     assert prefill.modality_weights.sub(0.5).abs().min() > 1e-3
-    cache, logits = prefill.past_key_values, [prefill.logits[:, -1:]]
+    cache, logits = prefill[CACHE], [prefill.logits[:, -1:]]
     whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     for step in torch.arange(10, 10 + 3 * len(inputs["input_ids"])).view(3, -1, 1):
         whole["input_ids"] = torch.cat([whole["input_ids"], step], 1)
         whole["attention_mask"] = F.pad(whole["attention_mask"], (0, 1), value=1)
-        out = model(input_ids=step, attention_mask=whole["attention_mask"], past_key_values=cache, **carried)
-        cache = out.past_key_values
+        out = model(input_ids=step, attention_mask=whole["attention_mask"], **{CACHE: cache}, **carried)
+        cache = out[CACHE]
         logits.append(out.logits)
     carried["modality_ids"] = F.pad(carried["modality_ids"], (0, 3))
     uncached = model(**whole, pixel_values=inputs["pixel_values"], use_cache=False, **carried)
@@ -353,18 +358,18 @@ def test_cached_equals_uncached(backbone, attention, padding):
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("backbone", ["blip2-opt", "blip2-llama"])
 def test_cached_equals_uncached_blip2(backbone, padding, scheduler):
-    """`Blip2ForConditionalGeneration.forward` hands `past_key_values` on to its language model."""
+    """`Blip2ForConditionalGeneration.forward` hands the cache on to its language model."""
     inputs = tiny.prompts(backbone, "mixed", padding)
     for attention in ATTENTION:
         model = tiny.shared(backbone, attention, scheduler=scheduler, stirred=True)
         prefill = model(**inputs, use_cache=True)
         carried = {"modality_weights": prefill.modality_weights, "modality_ids": prefill.modality_ids}
-        cache, logits = prefill.language_model_outputs.past_key_values, []
+        cache, logits = prefill.language_model_outputs[CACHE], []
         whole = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         for step in torch.arange(10, 10 + 3 * len(inputs["input_ids"])).view(3, -1, 1):
             whole["input_ids"] = torch.cat([whole["input_ids"], step], 1)
             whole["attention_mask"] = F.pad(whole["attention_mask"], (0, 1), value=1)
-            out = model(input_ids=step, attention_mask=whole["attention_mask"], past_key_values=cache, **carried)
+            out = model(input_ids=step, attention_mask=whole["attention_mask"], **{CACHE: cache}, **carried)
             logits.append(out.logits)
         carried["modality_ids"] = F.pad(carried["modality_ids"], (0, 3))
         uncached = model(**whole, pixel_values=inputs["pixel_values"], use_cache=False, **carried)
@@ -387,7 +392,7 @@ def test_a_cache_of_chunks_equals_one_prefill():
     second = model(
         input_ids=ids[:, 8:],
         attention_mask=mask,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         modality_weights=weights,
         modality_ids=whole.modality_ids,
     )

@@ -74,7 +74,11 @@ def test_the_model_does_not_know_the_training(path):
 @pytest.mark.parametrize("path", sources("configuration"))
 def test_the_configuration_knows_neither(path):
     names = touches(imports(ROOT / path), "modeling_dms", "training", "configuration")
-    assert not {name for name in names if not name.startswith("modeling_dms.configuration")}
+    assert not {n for n in names if not n.startswith(("modeling_dms.configuration", "modeling_dms._compat"))}
+
+
+def test_what_differs_between_versions_knows_nothing_of_the_package():
+    assert not touches(imports(ROOT / "modeling_dms/_compat.py"), "modeling_dms", "transformers", "torch")
 
 
 @pytest.mark.parametrize("name", ["signals", "scheduler", "fusion", "losses", "typicality", "calibration", "dms"])

@@ -43,8 +43,8 @@ class AlignmentTrainer(DMSTrainer):
 def alignment_loss(tokens: Tensor, words: Tensor, embeddings: Tensor) -> Tensor:
     """Tells each image token's word from the other words of the batch, and brings it to the word's embedding.
 
-    The cross-entropy of 20 cos(token, word) over the words of the batch, and the mean squared error over the variance of
-    all embeddings: the former tells words apart that the latter finds nearly alike, such as two colors.
+    The cross-entropy of 20 cos(token, word) over the words of the batch, and the mean squared error over the variance
+    of all embeddings: the former tells words apart that the latter finds nearly alike, such as two colors.
 
     Args:
         tokens: (B, N, D).

@@ -17,6 +17,7 @@ from modeling_dms import (
     DMSInternVLForConditionalGeneration,
     DMSLlavaForConditionalGeneration,
 )
+from modeling_dms._compat import require
 from modeling_dms.calibration import REMEMBERED
 
 
@@ -51,6 +52,7 @@ def load(
     """
     adapter = _adapter(name)
     if adapter is not None:
+        require("peft")
         from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
         from peft.utils import SAFETENSORS_WEIGHTS_NAME
 

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from modeling_dms._compat import CACHE
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.prompt import VISION
 from modeling_dms.scheduler import ModalityScheduler
@@ -72,9 +73,9 @@ def with_prefix(model: PreTrainedModel, prompt: Batch) -> Batch:
     model(
         **{name: value[:, :count] for name, value in moved.items()},
         mm_encoder_outputs=prompt["mm_encoder_outputs"],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{CACHE: cache},
         modality_weights=Method().decide(model, prompt),
     )
     return {**prompt, PREFIX: {**moved, "cache": cache}}
@@ -89,11 +90,11 @@ def _read_on(model: PreTrainedModel, prefix: Batch, weights: Tensor) -> tuple[Te
         input_ids=prefix["input_ids"][:, count:],
         attention_mask=attended,
         position_ids=(attended.cumsum(1) - 1)[:, count:],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
         modality_weights=weights,
         modality_ids=ids,
+        **{CACHE: cache},
     )
     return out.logits[:, -1], weights, cache
 
@@ -134,7 +135,7 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
         modality_ids, mask = prefix["modality_ids"], prefix["attention_mask"]
     else:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        read_once = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        read_once = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
         out = model(**inputs, modality_weights=weights, **read_once)
         # as the prefill left them: an absent modality has no weight
         first, used, modality_ids = out.logits[:, -1], out.modality_weights, out.modality_ids
@@ -150,10 +151,10 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
         logits = model(
             input_ids=tokens.repeat(rows, 1),
             attention_mask=attended,
-            past_key_values=copied,
             position_ids=own,
             modality_weights=used.repeat_interleave(count, 0),
             modality_ids=modality_ids.repeat_interleave(count, 0),
+            **{CACHE: copied},
         ).logits
         return logits.unflatten(0, (rows, count))
 

@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
+from modeling_dms._compat import require
+
 
 Stage = Literal["align", "bridge", "backbone", "scheduler", "joint"]
 LoraTargets = Literal["attention", "all"]
@@ -86,6 +88,7 @@ def prepare(
         return model
     whole = [*(["dms"] if stage == "joint" else []), *bridge]
     if lora_rank:
+        require("peft")
         from peft import LoraConfig, get_peft_model
 
         # `query_tokens` is a bare parameter, which peft cannot copy as a module

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from modeling_dms._compat import require
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.losses import leave_one_out_target
 from modeling_dms.scheduler import uniform_weights
@@ -41,6 +42,7 @@ class DMSTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        require("accelerate")
         super().__post_init__()
         self.remove_unused_columns = False
         if self.schedule_temperature <= 0:
