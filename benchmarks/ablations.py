@@ -9,7 +9,7 @@ images). Variants differ in the weights they give, so the images of a batch are 
 import argparse
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
 
 
 def conditions_of(scan: dict[str, Any]) -> list[Condition]:
-    """Clean, the two most harmful unseen corruptions of images and texts at severities 3 and 5, and mismatched contexts."""
+    """Clean, the two most harmful unseen corruptions of images and of texts at severities 3 and 5, and mismatch."""
     worst = chosen(scan)
     found = [Condition("clean", "clean"), Condition("text:mismatch", "mismatch text", 5)]
     for side, group in (("image", "unseen image"), ("text", "unseen text")):
@@ -229,7 +229,6 @@ def main() -> None:
     collator = PromptCollator(processor)
     answers = sorted({sample.answers[0] for sample in load_easy_vqa("train")})
     task = VisualQuestionAnswering(processor, answers)
-    ranked: Callable[[], str] = lambda: rank_correlation(model, collator)  # noqa: E731
     variants, conditions = variants_of(model, collator, task), conditions_of(scan)
     rows = rows_of(measure(model, task, variants, conditions))
     named = ", ".join(f"{c.name} {c.severity}" for c in conditions[1:])
@@ -237,13 +236,13 @@ def main() -> None:
         [
             f"# Ablations on {Path(MODELS[options.model]).name}",
             "",
-            f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one question",
-            f"each; {named}. Accuracy, and the share of the oracle gap closed with its 95% bootstrap interval.",
+            f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one",
+            f"question each; {named}. Accuracy, and the share of the oracle gap closed with its 95% bootstrap interval.",
             "",
             table(["variant", *GROUPS], rows),
             "",
-            "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over clean",
-            f"and damaged samples: {ranked()}.",
+            "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over",
+            f"clean and damaged samples: {rank_correlation(model, collator)}.",
             "",
         ]
     )

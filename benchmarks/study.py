@@ -3,8 +3,8 @@ picture of docs/study.md.
 
     python benchmarks/study.py [--only llava-scan llava-vqa] [--tables]
 
-`scan` looks, on validation images, for corruptions that the static model does not cope with. The other evaluations take
-those, on test images.
+`scan` looks, on validation images, for corruptions that the static model does not cope with. The other evaluations
+take those, on test images.
 """
 
 import argparse
