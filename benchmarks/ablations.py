@@ -237,7 +237,7 @@ def main() -> None:
             f"# Ablations on {Path(MODELS[options.model]).name}",
             "",
             f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one",
-            f"question each; {named}. Accuracy, and the share of the oracle gap closed with its 95% bootstrap interval.",
+            f"question each; {named}. Accuracy, and the share of the oracle gap closed, with a 95% interval.",
             "",
             table(["variant", *GROUPS], rows),
             "",

@@ -37,7 +37,7 @@ UNSEEN = {
     "text": ("typos", "scramble"),
 }
 # an image corruption is worth studying where the static model loses so much; of more, the most harmful ones
-LOSS, MOST = 0.1, 6
+LOSS, MOST = 0.1, 4
 METHODS = "static,rule,rule + prior,learned,entropy,energy,mean prior,oracle"
 COMMON = "--severities 3,5 --training-samples 600 --dtype bfloat16 --batch-size 16"
 EASY_VQA = f"--data easy-vqa {COMMON}"
@@ -47,12 +47,12 @@ EVALUATIONS = {
     "scan": f"--task vqa {EASY_VQA} --split validation --corruptions unseen --seeds 1 --samples 60 "
     "--methods static,oracle",
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
-    f"--samples 48 --methods '{METHODS}' --validation-samples 16",
+    f"--samples 40 --methods '{METHODS}' --validation-samples 16",
     "published": f"--task vqa {EASY_VQA} --corruptions unseen --seeds 3 --samples 24 "
     "--methods 'static,rule,VCD,AdaptVis,oracle' --validation-samples 8",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 32 "
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods '{METHODS}' --validation-samples 8",
-    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 32 "
+    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods '{METHODS}' --validation-samples 8",
 }
 

@@ -91,7 +91,7 @@ def test_an_adapter_that_remembers_no_images_is_loaded(run, tmp_path):
 def test_calibrating_an_adapter_leaves_an_adapter(run, tmp_path):
     folder, _ = run
     command = ["calibrate", "--model", str(folder), "--data", "easy-vqa", "--samples", "50", "--out", str(tmp_path)]
-    command += ["--scheduler", "rule"]
+    command += ["--scheduler", "rule", "--dms", '{"weight_floor": 0.03}']
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "AUROC" in done.output
@@ -100,7 +100,7 @@ def test_calibrating_an_adapter_leaves_an_adapter(run, tmp_path):
     before, processor = load(folder, {"scheduler": "rule"})
     after, _ = load(tmp_path)
     assert after.config.dms_config.scheduler == "rule"
-    assert after.config.dms_config.weight_floor == 0.02
+    assert after.config.dms_config.weight_floor == 0.03
     assert not before.dms.calibration.is_calibrated
     assert after.dms.calibration.is_calibrated
     batch = PromptCollator(processor)(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import typer
 from safetensors import SafetensorError
@@ -121,12 +121,15 @@ def calibrate(
     scheduler: Annotated[
         str | None, typer.Option(help="rule, learned, ... instead of the checkpoint's; a vanilla one has the rule.")
     ] = None,
+    dms: Annotated[str, typer.Option(help="Other fields of DMSConfig, as a JSON object.")] = "{}",
 ) -> None:
     """Fits what clean data look like, so that DMS can tell damaged images and contexts from them."""
+    from modeling_dms.training.arguments import ModelArguments
     from modeling_dms.training.train import run_calibration
 
     try:
-        typer.echo(run_calibration(model, data, out, samples, scheduler))
+        choices = {**cast(dict, ModelArguments(model, dms=dms).dms), **({"scheduler": scheduler} if scheduler else {})}
+        typer.echo(run_calibration(model, data, out, samples, choices))
     except FAULTS as error:
         raise _failed(error) from error
 

@@ -160,20 +160,20 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     return trainer
 
 
-def run_calibration(name: str, data: str, out: Path, count: int = 300, scheduler: str | None = None) -> Any:
+def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict | None = None) -> Any:
     """Calibrates a checkpoint on the first clean training images of `data` and saves it; an adapter as an adapter.
 
     Args:
-        scheduler: of DMSConfig, instead of the checkpoint's.
+        dms: fields of DMSConfig, instead of the checkpoint's.
 
     Returns:
         The report, which can be printed.
 
     Raises:
-        ValueError: if no sample can be read, or for an unknown scheduler.
+        ValueError: if no sample can be read, or for a field that `DMSConfig` does not have or refuses.
         OSError: if it cannot be saved; what was in `out` is still there then.
     """
-    model, processor = load(name, {"scheduler": scheduler} if scheduler else None, merge=False)
+    model, processor = load(name, dms, merge=False)
     samples = readable(load_sources(data, "train"))
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     report = calibrate(model, collator, samples, count)
