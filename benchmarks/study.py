@@ -225,7 +225,8 @@ def main() -> None:
     write_between_markers(DOCUMENT, "left", what_is_left(evaluations))
     write_between_markers(DOCUMENT, "against", against(evaluations))
     write_between_markers(DOCUMENT, "groups", "\n\n".join(groups_of(results) for results in evaluations))
-    draw(evaluations, FOLDER / "overview.png")
+    if evaluations:
+        draw(evaluations, FOLDER / "overview.png")
 
 
 if __name__ == "__main__":

@@ -565,13 +565,18 @@ def test_images_that_were_read_before_change_no_answer(backbone, method):
     assert torch.equal(new, method.generate(model, prompt, decision, max_new_tokens=3))
 
 
-@pytest.mark.parametrize("kind", ["mixed", "no image", "text in front", "embedding", "t5", "window"])
+@pytest.mark.parametrize("kind", ["mixed", "short text", "no image", "text in front", "embedding", "t5", "window"])
 def test_images_are_not_read_before_where_that_would_change_what_they_become(kind):
     backbone = {"t5": "blip2-t5", "window": "llava-mistral"}.get(kind, "llava-llama")
     model = tiny.build(backbone, fusion="embedding") if kind == "embedding" else steered(backbone)
     prompt = image_first(backbone)
     if kind == "mixed":
         prompt = prompt_of(backbone)
+    if kind == "short text":
+        one = image_first(backbone)
+        for name in ("input_ids", "attention_mask", "modality_ids"):
+            one[name][1] = one[name][1] * (torch.arange(one[name].shape[1]) >= one[name].shape[1] - 2)
+        prompt = {**one, "pixel_values": one["pixel_values"][::2]}
     if kind == "text in front":
         prompt = {**prompt, **{name: prompt[name].flip(1) for name in ("input_ids", "modality_ids", "attention_mask")}}
     if kind == "no image":

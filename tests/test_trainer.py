@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from modeling_dms.training import train
@@ -81,6 +82,7 @@ STAGES = {
     "bridge": {"stage": "bridge"},
     "scheduler": {"stage": "scheduler"},
     "backbone-lora": {"stage": "backbone", "lora_rank": 2},
+    "backbone-lora_kept": {"stage": "backbone", "lora_rank": 2, "save_bridge": True},
     "joint-lora": {"stage": "joint", "lora_rank": 2},
     "joint-lora_all": {"stage": "joint", "lora_rank": 2, "lora_targets": "all"},
     "joint-lora-bridge": {"stage": "joint", "lora_rank": 2, "train_bridge": True},
@@ -113,6 +115,13 @@ def meant_to_train(name, backbone, choice):
     return any(part in name.split(".") for part in parts)
 
 
+def _inside(name, modules):
+    """What peft calls a weight of a module that it saves whole, while it is trained."""
+    for module in modules:
+        name = name.replace(f".{module}.", f".{module}.modules_to_save.default.")
+    return name
+
+
 @pytest.mark.parametrize("choice", STAGES)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
@@ -123,8 +132,15 @@ def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
     assert expected
     assert set(trainable(model)) == expected
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trainer_of(tmp_path, model, processor, damaged(samples(12))).train()
+    trainer = trainer_of(tmp_path, model, processor, damaged(samples(12)))
+    trainer.train()
     after = state_of(model)
+    if choice == "backbone-lora_kept":
+        trainer.save_model()
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        kept = {name for name in saved if any(part in name.split(".") for part in BRIDGE[backbone])}
+        assert kept
+        assert all(torch.equal(saved[n], after[_inside(n, BRIDGE[backbone])]) for n in kept)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert sorted(moved - expected) == []
     assert sorted(expected - moved) == []

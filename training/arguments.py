@@ -33,6 +33,10 @@ class ModelArguments:
         default="attention", metadata={"help": "Queries and values, or every linear layer of the language model."}
     )
     train_bridge: bool = field(default=False, metadata={"help": "Also train the projector or Q-Former."})
+    save_bridge: bool = field(
+        default=False,
+        metadata={"help": "The adapter also holds the projector or Q-Former that an earlier stage has trained."},
+    )
     # with `None` among the types `HfArgumentParser` reads a string; it calls `dict` on it otherwise
     dms: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Fields of DMSConfig (a JSON object on the command line)."}

@@ -36,6 +36,7 @@ def draw_curves(history: Sequence[dict], path: Path) -> None:
     right.set(xlabel="step", ylabel="modality weight", ylim=(0, 1), title="Weights: mean and spread over samples")
     if right.lines:
         right.legend(fontsize=8, frameon=False)
+    right.set_visible(bool(right.lines))  # a stage that aligns image tokens weighs nothing
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -64,7 +64,8 @@ def with_prefix(model: PreTrainedModel, prompt: Batch) -> Batch:
         return prompt
     columns, padding = torch.arange(ids.shape[1], device=ids.device), padding[:, None]
     behind = torch.where(columns < count + padding, columns - count, columns)
-    order = torch.where(columns < count, columns + padding, behind)
+    # a short prompt without an image has more padding than there is room behind as many places: it is refused below
+    order = torch.where(columns < count, columns + padding, behind).clamp_max(ids.shape[1] - 1)
     moved = {name: prompt[name].gather(1, order) for name in ("input_ids", "attention_mask", "modality_ids")}
     images = moved["modality_ids"][:, :count] == VISION
     if not bool(images.all()) or bool((moved["modality_ids"][:, count:] == VISION).any()):

@@ -45,6 +45,7 @@ def prepare(
     lora_rank: int = 16,
     train_bridge: bool = False,
     lora_targets: LoraTargets = "attention",
+    save_bridge: bool = False,
 ) -> Any:
     """Freezes what a stage does not train; wraps the model with peft where it trains LoRA.
 
@@ -60,6 +61,8 @@ def prepare(
         lora_rank: 0 trains the language model's own weights instead.
         train_bridge: also train the projector or the Q-Former.
         lora_targets: `"attention"`, its queries and values; `"all"`, every linear layer.
+        save_bridge: the adapter holds the projector or the Q-Former though it is not trained, because an earlier stage
+            has trained it.
 
     Returns:
         The model, or a `PeftModel` around it whose adapter holds everything that is trained.
@@ -86,6 +89,7 @@ def prepare(
         model.requires_grad_(False)
         model.dms.scheduler.requires_grad_(True)
         return model
+    kept = BRIDGES[model.config.model_type] if save_bridge else bridge
     whole = [*(["dms"] if stage == "joint" else []), *bridge]
     if lora_rank:
         require("peft")
@@ -96,12 +100,15 @@ def prepare(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
             target_modules=LORA_TARGETS[lora_targets][model.config.model_type],
-            modules_to_save=[name for name in ("dms", *bridge) if name != "query_tokens"],
+            modules_to_save=[name for name in ("dms", *kept) if name != "query_tokens"],
             bias="none",
         )
         wrapped = get_peft_model(model, config) if not hasattr(model, "peft_config") else _adapted(model, config)
-        if stage == "backbone":
-            wrapped.base_model.model.dms.requires_grad_(False)
+        # peft trains all that it saves
+        frozen = {"dms", *kept}.difference(whole)
+        for name, parameter in wrapped.named_parameters():
+            if frozen.intersection(name.split(".")):
+                parameter.requires_grad_(False)
         return wrapped
     for name, parameter in model.named_parameters():
         parts = name.split(".")

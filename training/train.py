@@ -116,7 +116,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     )
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, collator, samples, data.calibration_samples, show_progress)
-    trained = prepare(model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets)
+    trained = prepare(
+        model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets, choices.save_bridge
+    )
     trainer = (AlignmentTrainer if choices.stage == "align" else DMSTrainer)(
         model=trained,
         args=training,
