@@ -424,7 +424,7 @@ def written(name):
 
 
 @pytest.mark.parametrize("name", ["dms", "llava-llama", "internvl-qwen3", "blip2-opt"])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@bounded
 @given(data=st.data(), value=VALUES)
 def test_a_changed_field_is_read_or_named(name, data, value):
     cls, fields, known = written(name)
