@@ -33,6 +33,7 @@ PARTS = ["gguf>=0.10", "onnx>=1.16", *TRAIN]
 # the site; ruff formats the signatures on its API pages
 DOCS = ["latex2mathml>=3.77,<4", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.12"]
 DEV = [
+    "bitsandbytes>=0.50",
     "build",
     "hypothesis>=6",
     "pycocoevalcap>=1.2",
@@ -41,6 +42,7 @@ DEV = [
     "pytest-xdist>=3",
     "selenium>=4.20",
     "setuptools>=77",
+    "torchao>=0.18",
     "trl>=1",
     "wheel",
     *DOCS,

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -54,6 +55,8 @@ class DMSMixin(CalibrationMixin):
         # with a random lm_head
         mapping = None
         if issubclass(cls, PreTrainedModel):
+            # quantisers leave alone what stays in single precision, whatever their own list of exceptions
+            cls._keep_in_fp32_modules = [*(cls._keep_in_fp32_modules or ()), "dms"]
             mapping = get_checkpoint_conversion_mapping(cls.config_class.vanilla_model_type())
         if mapping:
             register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
@@ -88,6 +91,8 @@ class DMSMixin(CalibrationMixin):
         # sharded by itself (FSDP2) it is still a plain layer, whose weight is whole after a gather; its module would
         # train it, and keep its output besides
         plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
+        # torchao puts a weight of its own into a plain layer
+        plain = plain and (isinstance(head.weight, DTensor) or not is_traceable_wrapper_subclass(head.weight))
         if plain and not head.weight.is_meta:
             bias = None if head.bias is None else _whole(head.bias)
             return read_out(states, _whole(head.weight), bias, tokens)
