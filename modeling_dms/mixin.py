@@ -314,7 +314,8 @@ class DMSMixin(CalibrationMixin):
         self, images: EncodedImages | None, placeholders: Tensor, modality_ids: Tensor
     ) -> ModalityFeatures:
         layers = self.dms.calibration.modalities[0].mean.shape
-        batch, device = len(placeholders), placeholders.device
+        # not `len`, which is one number for all that a program of `torch.export` is given
+        batch, device = placeholders.shape[0], placeholders.device
         if images is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
             return ModalityFeatures(
@@ -344,7 +345,7 @@ class DMSMixin(CalibrationMixin):
             ).to(device)
             # the images of one sample count together
             of_row = torch.div(placeholders.sum(1), images.tokens.shape[1], rounding_mode="floor")
-            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=len(per_image))
+            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=per_image.shape[0])
             statistics = torch.zeros(batch, *per_image.shape[1:], device=device).index_add_(0, owner, per_image)
             statistics = statistics / of_row.clamp_min(1)[:, None, None]
         return ModalityFeatures(
