@@ -24,6 +24,7 @@ TRAIN = [
 ]
 # earlier releases refuse huggingface_hub 2
 WEB = ["gradio>=6.29,<7", *DEMO]
+SERVE = ["transformers[serving]", *DEMO]
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
@@ -48,6 +49,7 @@ DEV = [
     *DOCS,
     *EVAL,
     *PARTS,
+    *SERVE,
     *WEB,
 ]
 
@@ -86,6 +88,7 @@ setup(
         "train": TRAIN,
         "parts": PARTS,
         "web": WEB,
+        "serve": SERVE,
         "lmms-eval": LMMS_EVAL,
         "docs": DOCS,
         "dev": DEV,
