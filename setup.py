@@ -24,6 +24,7 @@ TRAIN = [
 ]
 # earlier releases refuse huggingface_hub 2
 WEB = ["gradio>=6.29,<7", *DEMO]
+SERVE = ["transformers[serving]", *DEMO]
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
@@ -33,19 +34,24 @@ PARTS = ["gguf>=0.10", "onnx>=1.16", *TRAIN]
 # the site; ruff formats the signatures on its API pages
 DOCS = ["latex2mathml>=3.77,<4", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.12"]
 DEV = [
+    "bitsandbytes>=0.50",
     "build",
     "hypothesis>=6",
+    "ipykernel>=6",
+    "nbclient>=0.10",
     "pycocoevalcap>=1.2",
     "pyright>=1.1.400",
     "pytest>=8",
     "pytest-xdist>=3",
     "selenium>=4.20",
     "setuptools>=77",
+    "torchao>=0.18",
     "trl>=1",
     "wheel",
     *DOCS,
     *EVAL,
     *PARTS,
+    *SERVE,
     *WEB,
 ]
 
@@ -84,6 +90,7 @@ setup(
         "train": TRAIN,
         "parts": PARTS,
         "web": WEB,
+        "serve": SERVE,
         "lmms-eval": LMMS_EVAL,
         "docs": DOCS,
         "dev": DEV,

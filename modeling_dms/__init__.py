@@ -10,7 +10,11 @@ from modeling_dms import _compat  # noqa: F401  (names a version that is too old
 if (_Path(__file__).parent.parent / "configuration" / "configuration_dms.py").is_file():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from modeling_dms.configuration.configuration_dms import (
     DMSBlip2Config,
@@ -24,13 +28,18 @@ from modeling_dms.modeling_dms_internvl import DMSInternVLForConditionalGenerati
 from modeling_dms.modeling_dms_llava import DMSLlavaForConditionalGeneration
 
 
-AutoConfig.register("dms_llava", DMSLlavaConfig, exist_ok=True)
-AutoConfig.register("dms_internvl", DMSInternVLConfig, exist_ok=True)
-AutoConfig.register("dms_blip_2", DMSBlip2Config, exist_ok=True)
+for _class in (
+    DMSLlavaForConditionalGeneration,
+    DMSInternVLForConditionalGeneration,
+    DMSBlip2ForConditionalGeneration,
+):
+    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+    for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto.register(_class.config_class, _class, exist_ok=True)
+    # pipelines and `transformers serve` know classes by these names alone
+    for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        _names[_class.config_class.model_type] = _class.__name__
 AutoModel.register(DMSBlip2Config, DMSBlip2ForImageTextRetrieval, exist_ok=True)
-AutoModelForImageTextToText.register(DMSBlip2Config, DMSBlip2ForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(DMSLlavaConfig, DMSLlavaForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(DMSInternVLConfig, DMSInternVLForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "DMSBlip2Config",

@@ -61,7 +61,8 @@ class LlavaMixin(DMSMixin):
             features = self._projector_inputs(outputs, layers, strategy)
             return projector(features[None] * masks[:, None, None].to(features))  # (T, I, N, D)
 
-        tokens = torch.stack(list(cast(Iterable[Tensor], outputs.pooler_output)))
+        pooled = outputs.pooler_output
+        tokens = pooled if isinstance(pooled, Tensor) else torch.stack(list(cast(Iterable[Tensor], pooled)))
         states = self._vision_states(outputs.hidden_states)
         return EncodedImages(outputs, tokens, states, encode, projector.linear_1.in_features)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -54,6 +55,8 @@ class DMSMixin(CalibrationMixin):
         # with a random lm_head
         mapping = None
         if issubclass(cls, PreTrainedModel):
+            # quantisers leave alone what stays in single precision, whatever their own list of exceptions
+            cls._keep_in_fp32_modules = [*(cls._keep_in_fp32_modules or ()), "dms"]
             mapping = get_checkpoint_conversion_mapping(cls.config_class.vanilla_model_type())
         if mapping:
             register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
@@ -88,6 +91,8 @@ class DMSMixin(CalibrationMixin):
         # sharded by itself (FSDP2) it is still a plain layer, whose weight is whole after a gather; its module would
         # train it, and keep its output besides
         plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
+        # torchao puts a weight of its own into a plain layer
+        plain = plain and (isinstance(head.weight, DTensor) or not is_traceable_wrapper_subclass(head.weight))
         if plain and not head.weight.is_meta:
             bias = None if head.bias is None else _whole(head.bias)
             return read_out(states, _whole(head.weight), bias, tokens)
@@ -309,7 +314,8 @@ class DMSMixin(CalibrationMixin):
         self, images: EncodedImages | None, placeholders: Tensor, modality_ids: Tensor
     ) -> ModalityFeatures:
         layers = self.dms.calibration.modalities[0].mean.shape
-        batch, device = len(placeholders), placeholders.device
+        # not `len`, which is one number for all that a program of `torch.export` is given
+        batch, device = placeholders.shape[0], placeholders.device
         if images is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
             return ModalityFeatures(
@@ -339,7 +345,7 @@ class DMSMixin(CalibrationMixin):
             ).to(device)
             # the images of one sample count together
             of_row = torch.div(placeholders.sum(1), images.tokens.shape[1], rounding_mode="floor")
-            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=len(per_image))
+            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=per_image.shape[0])
             statistics = torch.zeros(batch, *per_image.shape[1:], device=device).index_add_(0, owner, per_image)
             statistics = statistics / of_row.clamp_min(1)[:, None, None]
         return ModalityFeatures(

@@ -58,7 +58,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
 
         def encode(masks: Tensor) -> Tensor:
             passes = (features[None] * masks[:, None, None].to(features)).flatten(0, 1)  # (T I, N, D')
-            queries = self.query_tokens.expand(len(passes), -1, -1)
+            queries = self.query_tokens.expand(passes.shape[0], -1, -1)
             out = self.qformer(query_embeds=queries, encoder_hidden_states=passes, return_dict=True).last_hidden_state
             return self.language_projection(out.to(features.dtype)).unflatten(0, (len(masks), -1))
 

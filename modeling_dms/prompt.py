@@ -77,10 +77,11 @@ def compact(where: Tensor) -> tuple[Tensor, Tensor]:
         where: (B, L).
 
     Returns:
-        Indices (B, N) and a mask (B, N) of the real ones, with N >= 1 the largest count.
+        Indices (B, N) and a mask (B, N) of the real ones, with N >= 1 the largest count; in a program of
+        `torch.export`, whose shapes cannot hang on data, N = L.
     """
     count = where.sum(1)
-    size = max(1, int(count.max()))
+    size = where.shape[1] if torch.compiler.is_exporting() else max(1, int(count.max()))
     order = (~where).long().argsort(dim=1, stable=True)[:, :size]
     return order, torch.arange(size, device=where.device) < count[:, None]
 

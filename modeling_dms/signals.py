@@ -6,9 +6,11 @@ independently: a batch gives the same as its rows.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def predictive_entropy(logits: Tensor, normalize: bool = True) -> Tensor:
@@ -57,8 +59,10 @@ def dropout_masks(samples: int, size: int, p: float, seed: int, device: torch.de
     matters, and the same seed gives the same masks on every device. All samples share them: the batch size cannot
     matter either.
     """
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.rand(samples, size, generator=generator) >= p
+    # drawn before a program of `torch.export` runs: it would go on with the generator, and draw others each time
+    with _disable_current_modes() if torch.compiler.is_exporting() else nullcontext():
+        generator = torch.Generator().manual_seed(seed)
+        keep = torch.rand(samples, size, generator=generator) >= p
     return (keep.float() / (1 - p)).to(device)
 
 

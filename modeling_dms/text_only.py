@@ -17,7 +17,7 @@ _collected: ContextVar[list[Tensor] | None] = ContextVar("text_only_states", def
 
 def _collect(module: nn.Module, args: tuple, output: Any) -> None:
     # dynamo cannot trace a ContextVar; compiled code never runs inside `text_only_states`
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     states = _collected.get()
     if states is not None:
@@ -25,6 +25,8 @@ def _collect(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+    # `torch.export` loses track of modules that are left by an exception; of the layers behind, which then run, it
+    # keeps nothing
     if not torch.compiler.is_compiling() and _collected.get() is not None:
         raise _Reached
 

@@ -34,7 +34,11 @@ PAGES = {
 LANGUAGES = ("python", "bash", "yaml", "json", "text", "math", "bibtex", "")
 
 # a page that goes on from what another one left in the folder
-BEFORE = {"docs/fine-tune.md": "docs/calibrate.md", "docs/evaluate.md": "docs/fine-tune.md"}
+BEFORE = {
+    "docs/fine-tune.md": "docs/calibrate.md",
+    "docs/evaluate.md": "docs/fine-tune.md",
+    "docs/clients.md": "docs/calibrate.md",
+}
 
 # in snippets, for what they name
 REPLACED = {
@@ -64,6 +68,8 @@ NOT_RUN = {
     "pip install ": "needs the network",
     "lmms-eval ": "its package brings torchvision, see setup.py; tests/test_lmms_eval.py runs the plugin",
     "dms demo --web": "serves until it is interrupted; tests/test_web.py runs it",
+    "dms serve my-model": "serves until it is interrupted; tests/test_clients.py runs it",
+    "curl http://localhost": "asks the server of the line before; tests/test_clients.py asks it",
     "dms train --config llava-smollm2": "its model has 157 million parameters; tests/test_assemble.py builds it",
     "dms calibrate --model runs/llava-smollm2/": "needs the model of the line before",
     "dms release ": "needs the model of the line before; tests/test_adapters.py",
@@ -224,6 +230,24 @@ def test_every_fence_is_found_and_has_a_known_language():
 def test_what_is_not_run_is_there():
     shown = [replaced(c) for page in PAGES for s in snippets(page) if s.language == "bash" for c in commands(s)]
     assert {reason_not_to_run(command) for command in shown} - {None} == set(NOT_RUN)
+
+
+# ---- the notebook
+
+
+def test_the_notebook_runs():
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in cells if cell.outputs or cell.execution_count]
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    said = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    (expected,) = (snippet.text for snippet in snippets("docs/quickstart.md") if snippet.title == "output")
+    assert expected.rstrip() in said
+    assert {"AUROC", "damage"} <= set(said.split())
 
 
 # ---- what the text names

@@ -270,6 +270,20 @@ def push(
         raise _failed(error) from error
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a DMS checkpoint.")],
+) -> None:
+    """Serves a checkpoint by OpenAI's API, with any option of `transformers serve`, such as `--port`."""
+    from modeling_dms.training.serve import serve as run
+
+    try:
+        run(model, context.args)
+    except (ValueError, OSError, ImportError) as error:
+        raise _failed(error) from error
+
+
 @app.command()
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],

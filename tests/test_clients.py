@@ -1,0 +1,203 @@
+"""Programs that know transformers and not DMS: pipelines, and `transformers serve` behind the client of OpenAI."""
+
+import base64
+import functools
+import io
+import logging
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM, pipeline
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+from typer.testing import CliRunner
+
+from modeling_dms.training.cli import app
+from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.demo import one_per_image
+from modeling_dms.training.loading import CHECKPOINTS, load
+from tests import tiny
+
+
+ROOT = Path(__file__).resolve().parent.parent
+# the processor of BLIP-2 puts its placeholders in front of any prompt by itself
+PLACEHOLDER = {"demo-llava": "<image>", "demo-blip2": ""}
+# which the processor of BLIP-2 does not keep
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def text_of(sample):
+    return f"context: {sample.context} question: {sample.question} answer:"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints with a chat template, calibrated on such prompts: the image is weighed against the whole text."""
+
+    @functools.cache
+    def save(name):
+        folder = tmp_path_factory.mktemp(name)
+        model, processor = load(name)
+        samples = one_per_image(load_easy_vqa("train"), 100)
+        texts = [PLACEHOLDER[name] + text_of(sample) for sample in samples]
+        images = [sample.load_image() for sample in samples]
+        batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        model.calibrate([batch], show_progress=False)
+        processor.chat_template = TEMPLATE
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return one_per_image(load_easy_vqa("test"), 40)
+
+
+def answers(model, processor, name, sample, **kwargs):
+    inputs = processor(images=sample.load_image(), text=PLACEHOLDER[name] + text_of(sample), return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, **kwargs)
+    return processor.decode(out.sequences[0, -1:]).strip(), out.modality_weights
+
+
+@pytest.fixture(scope="module")
+def rescued(saved, samples):
+    """A held-out sample under a color cast of which DMS is right and static wrong, for each checkpoint."""
+
+    @functools.cache
+    def search(name):
+        model, processor = load(saved(name))
+        for sample in samples:
+            damaged, right = corrupt(sample, "image:color_cast", 5), sample.answers[0]
+            dms, weights = answers(model, processor, name, damaged)
+            static, _ = answers(model, processor, name, damaged, modality_weights=torch.full((1, 2), 0.5))
+            if dms == right != static and weights[0, 0] < 0.1:
+                return damaged
+        raise AssertionError("there is none")
+
+    return search
+
+
+# ---- pipelines
+
+
+@pytest.mark.parametrize("name", PLACEHOLDER)
+def test_a_pipeline_answers_prompts(saved, samples, rescued, caplog, name):
+    # that a class is not supported is only logged
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        pipe = pipeline("image-text-to-text", model=str(saved(name)))
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "not supported" not in caplog.text
+    model, processor = load(saved(name))
+    assert type(pipe.model) is type(model)
+    damaged = rescued(name)
+    for sample in (*samples[:4], damaged):
+        prompt = PLACEHOLDER[name] + text_of(sample)
+        (found,) = pipe(images=sample.load_image(), text=prompt, max_new_tokens=1, return_full_text=False)
+        expected, _ = answers(model, processor, name, sample)
+        assert found["generated_text"].strip() == expected
+    assert expected == damaged.answers[0]
+
+
+def test_a_pipeline_answers_chats(saved, samples, rescued):
+    pipe = pipeline("image-text-to-text", model=str(saved("demo-llava")))
+    model, processor = load(saved("demo-llava"))
+    damaged = rescued("demo-llava")
+    for sample in (*samples[:4], damaged):
+        content = [{"type": "image", "image": sample.load_image()}, {"type": "text", "text": text_of(sample)}]
+        messages = [{"role": "user", "content": content}]
+        (found,) = pipe(text=messages, max_new_tokens=1)
+        expected, _ = answers(model, processor, "demo-llava", sample)
+        assert found["generated_text"][-1]["role"] == "assistant"
+        assert found["generated_text"][-1]["content"].strip() == expected
+    assert expected == damaged.answers[0]
+
+
+# ---- serving
+
+
+def test_servers_find_every_class_that_generates():
+    for backbone in tiny.FAMILIES:
+        config, model_class = tiny.config(backbone), tiny.model_class(backbone)
+        assert type(AutoModelForMultimodalLM.from_config(config)) is model_class
+        for names in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+            assert names[config.model_type] == model_class.__name__
+
+
+@pytest.fixture(scope="module")
+def client(saved, tmp_path_factory):
+    """A client of a server, which ends with the tests whoever started them."""
+    openai = pytest.importorskip("openai")
+    for needed in ("fastapi", "uvicorn"):
+        pytest.importorskip(needed)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address, said = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "modeling_dms.training.cli", "serve", str(saved("demo-llava"))]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with said.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < end, said.read_text()
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    finally:
+        process.terminate()  # an interrupt is ignored by what a shell runs in the background
+        process.wait(30)
+
+
+def test_a_server_answers_about_an_image(client, saved, samples, rescued):
+    model, processor = load(saved("demo-llava"))
+    damaged = rescued("demo-llava")
+    for sample in (*samples[:2], damaged):
+        png = io.BytesIO()
+        sample.load_image().save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text_of(sample)}]
+        asked = {
+            "model": str(saved("demo-llava")),
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 1,
+            "temperature": 0,
+        }
+        whole = client.chat.completions.create(**asked).choices[0].message.content
+        stream = client.chat.completions.create(**asked, stream=True)
+        parts = [chunk.choices[0].delta.content or "" for chunk in stream]
+        expected, _ = answers(model, processor, "demo-llava", sample)
+        assert whole.strip() == "".join(parts).strip() == expected
+    assert expected == damaged.answers[0]
+
+
+def test_a_server_wants_a_whole_checkpoint_with_dms(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for name, message in (
+        (CHECKPOINTS / "demo-llava", "is a 'llava' checkpoint, expected one of dms_llava, dms_internvl, dms_blip_2"),
+        (tmp_path, "is an adapter: make it a whole checkpoint by `dms merge` first"),
+    ):
+        result = CliRunner().invoke(app, ["serve", str(name)])
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
