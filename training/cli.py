@@ -122,6 +122,7 @@ def calibrate(
 
     try:
         typer.echo(run_calibration(model, data, out, samples, scheduler))
+        typer.echo(f"wrote {out}")
     except (ValueError, OSError, ImportError) as error:
         raise _failed(error) from error
 
@@ -163,14 +164,14 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
 ) -> None:
     """Measures a checkpoint, clean and corrupted, against baselines on the same samples and corruptions."""
-    from modeling_dms.training.baselines import METHODS
-    from modeling_dms.training.evaluate import EvaluationConfig
-    from modeling_dms.training.evaluate import evaluate as run
-
-    chosen = _listed(methods) or []
-    if chosen == ["all"]:
-        chosen = [name for name in METHODS if name != "own"]
     try:
+        from modeling_dms.training.baselines import METHODS
+        from modeling_dms.training.evaluate import EvaluationConfig
+        from modeling_dms.training.evaluate import evaluate as run
+
+        chosen = _listed(methods) or []
+        if chosen == ["all"]:
+            chosen = [name for name in METHODS if name != "own"]
         levels = [int(part) for part in _listed(severities) or []]
         config = EvaluationConfig(
             model=model,
@@ -277,7 +278,7 @@ def predict(
 
     try:
         predict_one(question, image, context, model, max_new_tokens)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise _failed(error) from error
 
 

@@ -47,6 +47,7 @@ def load(
     Raises:
         ValueError: for another model type, a checkpoint that needs code of its own, or a field that `DMSConfig` does
             not have or refuses.
+        OSError: naming a checkpoint that is neither here nor to be had.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
     adapter = _adapter(name)
@@ -82,8 +83,11 @@ def load(
 
 
 def _config(name: str | Path) -> Any:
-    # left to its default, transformers asks whether to run a checkpoint's code
-    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    try:
+        # left to its default, transformers asks whether to run a checkpoint's code
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:  # which does not always say what it looked for
+        raise OSError(f"{name}: {error}") from error
 
 
 def _adapter(name: str | Path) -> Path | None:
