@@ -5,12 +5,14 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: parts demo docs site results test test-lower lint build benchmark clean
+.PHONY: install parts demo docs site results test test-lower lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	@touch $@
+
+install: $(BIN)/dms
 
 $(VENV)/dev: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

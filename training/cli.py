@@ -130,6 +130,7 @@ def calibrate(
     try:
         choices = {**cast(dict, ModelArguments(model, dms=dms).dms), **({"scheduler": scheduler} if scheduler else {})}
         typer.echo(run_calibration(model, data, out, samples, choices))
+        typer.echo(f"wrote {out}")
     except FAULTS as error:
         raise _failed(error) from error
 
@@ -171,14 +172,14 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
 ) -> None:
     """Measures a checkpoint, clean and corrupted, against baselines on the same samples and corruptions."""
-    from modeling_dms.training.baselines import METHODS
-    from modeling_dms.training.evaluate import EvaluationConfig
-    from modeling_dms.training.evaluate import evaluate as run
-
-    chosen = _listed(methods) or []
-    if chosen == ["all"]:
-        chosen = [name for name in METHODS if name != "own"]
     try:
+        from modeling_dms.training.baselines import METHODS
+        from modeling_dms.training.evaluate import EvaluationConfig
+        from modeling_dms.training.evaluate import evaluate as run
+
+        chosen = _listed(methods) or []
+        if chosen == ["all"]:
+            chosen = [name for name in METHODS if name != "own"]
         levels = [int(part) for part in _listed(severities) or []]
         config = EvaluationConfig(
             model=model,

@@ -48,6 +48,7 @@ def load(
     Raises:
         ValueError: for another model type, a checkpoint that needs code of its own, weights or a configuration that
             are broken, an adapter with pickled weights, or a field that `DMSConfig` does not have or refuses.
+        OSError: naming a checkpoint that is neither here nor to be had.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
     adapter = _adapter(name)
@@ -104,7 +105,9 @@ def _config(name: str | Path) -> Any:
     try:
         # left to its default, transformers asks whether to run a checkpoint's code
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+    except OSError as error:  # which does not always say what it looked for
+        raise OSError(f"{name}: {error}") from error
+    except (ValueError, ImportError):
         raise
     except Exception as error:  # what transformers stumbles over in a file that is JSON but no configuration
         raise ValueError(f"the configuration of {name} cannot be read: {error}") from error

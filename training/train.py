@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, set_seed
 
+from modeling_dms.calibration_fit import MIN_SAMPLES
 from modeling_dms.staging import staged
 from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
@@ -41,12 +42,12 @@ def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Samp
         ValueError: if none is left.
     """
     good, failed = split_readable(samples, show_progress)
+    if not good:
+        raise ValueError(f"none of the {len(samples)} samples can be read; {next(iter(failed.values()))}")
     for error in failed.values():
         logger.warning(f"left out: {error}")
     if failed:
         logger.warning(f"{len(failed)} of {len(samples)} samples left out: their images cannot be read")
-    if not good:
-        raise ValueError(f"none of the {len(samples)} samples can be read")
     return good
 
 
@@ -62,8 +63,18 @@ def calibrate(
 
     In batches of a fixed size: the self-made corruptions are drawn batch by batch, and the same data must give the
     same statistics whatever the batch and the number of processes of a training step.
+
+    Raises:
+        ValueError: for too few images or contexts, or as `model.calibrate`.
     """
     distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
+    with_image = sum(sample.image is not None for sample in distinct)
+    with_context = sum(bool((sample.context or "").strip()) for sample in distinct)
+    if min(with_image, with_context) < MIN_SAMPLES:
+        raise ValueError(
+            f"calibration needs {MIN_SAMPLES} different images and {MIN_SAMPLES} contexts to weigh them against, got "
+            f"{with_image} and {with_context}; without contexts, docs/calibrate.md weighs images against questions"
+        )
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
     return model.calibrate(batches, level, count, show_progress)
@@ -175,8 +186,8 @@ def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict
         ValueError: if no sample can be read, or for a field that `DMSConfig` does not have or refuses.
         OSError: if it cannot be saved; what was in `out` is still there then.
     """
+    samples = readable(load_sources(data, "train"))  # first: a mistake in a table costs no loading of billions
     model, processor = load(name, dms, merge=False)
-    samples = readable(load_sources(data, "train"))
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     report = calibrate(model, collator, samples, count)
     with staged(out) as folder:
