@@ -80,9 +80,9 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
     """Every variant, those that need it calibrated or trained."""
     train = load_easy_vqa("train")
 
-    def recalibrated(count: int = CALIBRATION, level: int = 2, **choices: Any) -> nn.Module:
+    def recalibrated(count: int = CALIBRATION, level: int = 2, choices: dict[str, Any] | None = None) -> nn.Module:
         kept = copy.deepcopy(model.dms)
-        with Variant("", choices, kept).applied(model):
+        with Variant("", choices or {}, kept).applied(model):
             calibrate(model, collator, train, count, level=level)
         return kept
 
@@ -101,7 +101,7 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
     found.append(Variant("calibration level 1 alone", dms=recalibrated(level=1)))
     for choices in ({"mc_samples": 5}, {"mc_samples": 30, "mc_depth": "encoder"}, {"uncertainty": "variance"}):
         name = ", ".join(f"{key} {value}" for key, value in choices.items())
-        found.append(Variant(name, choices, recalibrated(**choices)))
+        found.append(Variant(name, choices, recalibrated(choices=choices)))
 
     families = CorruptionConfig(both_rate=0.15)
     some = [train[int(i)] for i in seeded("ablations").permutation(len(train))[:600]]

@@ -1,6 +1,7 @@
 """Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL."""
 
 from pathlib import Path as _Path
+from typing import cast as _cast
 
 from modeling_dms import _compat  # noqa: F401  (names a version that is too old before its first missing name does)
 
@@ -38,7 +39,7 @@ for _class in (
         _auto.register(_class.config_class, _class, exist_ok=True)
     # pipelines and `transformers serve` know classes by these names alone
     for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-        _names[_class.config_class.model_type] = _class.__name__
+        _cast(dict, _names)[_class.config_class.model_type] = _class.__name__
 AutoModel.register(DMSBlip2Config, DMSBlip2ForImageTextRetrieval, exist_ok=True)
 
 __all__ = [

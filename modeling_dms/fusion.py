@@ -115,14 +115,14 @@ def biased_attention(
         return {"attention_mask": attention_mask, "position_bias": bias.expand(-1, heads, query_length, -1)}
     if config._attn_implementation == SDPA_KEY_BIAS and bias.requires_grad and cache is None:
         return {"attention_mask": attention_mask, "key_bias": bias}
-    masks = attention_mask
+    masks, cached = attention_mask, cast(dict[str, Any], {CACHE: cache})
     if not isinstance(masks, dict) and not (masks is not None and masks.ndim == 4):
         masks = create_masks_for_generate(
             config=config,
             inputs_embeds=inputs,
             attention_mask=masks,
             position_ids=position_ids,
-            **{CACHE: cache},
+            **cached,
         )
 
     def fold(mask: Tensor | None) -> Tensor:
@@ -133,7 +133,7 @@ def biased_attention(
                 attention_mask=None,
                 position_ids=position_ids,
                 allow_is_causal_skip=False,
-                **{CACHE: cache},
+                **cached,
             )
             mask = cast(Tensor, causal)
         return fold_key_bias(mask, bias, inputs.dtype, _first_key(cache, query_length, mask.shape[-1]))

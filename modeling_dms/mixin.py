@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -95,7 +95,7 @@ class DMSMixin(CalibrationMixin):
         plain = plain and (isinstance(head.weight, DTensor) or not is_traceable_wrapper_subclass(head.weight))
         if plain and not head.weight.is_meta:
             bias = None if head.bias is None else _whole(head.bias)
-            return read_out(states, _whole(head.weight), bias, tokens)
+            return read_out(states, _whole(cast(Tensor, head.weight)), bias, tokens)
         # quantised, wrapped or offloaded: only the module itself knows how
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
