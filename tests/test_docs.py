@@ -72,7 +72,7 @@ NOT_RUN = {
     "dms serve my-model": "serves until it is interrupted; tests/test_clients.py runs it",
     "curl http://localhost": "asks the server of the line before; tests/test_clients.py asks it",
     "dms train --config llava-smollm2": "its model has 157 million parameters; tests/test_assemble.py builds it",
-    "dms calibrate --model runs/llava-smollm2/": "needs the model of the line before",
+    "dms calibrate --model runs/llava-smollm2": "needs the model of the line before",
     "dms release ": "needs the model of the line before; tests/test_adapters.py",
     "dms evaluate --model my-adapter ": "needs the model of the line before",
     "dms merge my-adapter ": "needs the model of the line before",
