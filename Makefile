@@ -12,7 +12,12 @@ $(BIN)/dms: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	@touch $@
 
-install: $(BIN)/dms
+# what `dms calibrate` and `dms predict` take; `dms demo` takes less
+$(VENV)/eval: $(BIN)/dms
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
+	@touch $@
+
+install: $(VENV)/eval
 
 $(VENV)/dev: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
