@@ -75,7 +75,7 @@ class _Checked:
     def _reads(cls, config_dict: dict[str, Any]) -> bool:
         try:
             super().from_dict(config_dict)
-        except Exception:
+        except Exception:  # whatever the library stumbles over: only whether it does is asked
             return False
         return True
 
