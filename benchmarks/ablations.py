@@ -103,16 +103,8 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
         name = ", ".join(f"{key} {value}" for key, value in choices.items())
         found.append(Variant(name, choices, recalibrated(choices=choices)))
 
-    families = CorruptionConfig(both_rate=0.15)
     some = [train[int(i)] for i in seeded("ablations").permutation(len(train))[:600]]
-    dropped = ModalityDropout(
-        some,
-        families.image_rate,
-        families.text_rate,
-        families.image_families,
-        families.text_families,
-        families.both_rate,
-    )
+    dropped = ModalityDropout.of(some, CorruptionConfig(both_rate=0.15))
     drawn = [dropped[index] for index in range(len(some))]
     recorded = record(model, task, drawn, BATCH)
     target = (-torch.tensor([sample.damage for sample in drawn]) / 0.1).softmax(1)

@@ -38,7 +38,8 @@ UNSEEN = {
 }
 # an image corruption is worth studying where the static model loses so much; of more, the most harmful ones
 LOSS, MOST = 0.1, 4
-METHODS = "static,rule,rule + prior,learned,entropy,energy,mean prior,oracle"
+METHODS = "static,rule,rule + prior,rule + text prior,learned,entropy,energy,mean prior,oracle"
+PUBLISHED = "static,rule,rule + prior,rule + text prior,entropy,energy,mean prior,VCD,AdaptVis,oracle"
 COMMON = "--severities 3,5 --training-samples 600 --dtype bfloat16 --batch-size 16"
 EASY_VQA = f"--data easy-vqa {COMMON}"
 LEFT_OUT = "image:missing,text:missing,image:mismatch,text:mismatch"
@@ -56,7 +57,7 @@ EVALUATIONS = {
     f"--methods '{METHODS}' --validation-samples 8",
 }
 
-DMS = ("rule", "rule + prior", "learned")
+DMS = ("rule", "rule + prior", "rule + text prior", "learned")
 REFERENCES = ("static", "oracle")
 GROUPS = ("clean", "seen", "unseen image", "unseen text", "mismatch image", "mismatch text", "both")
 # what is left of a sample, by the condition that leaves it
@@ -123,7 +124,11 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(evaluations) :]:
         axis.set_visible(False)
     colors = dict(
-        zip((*DMS, "best baseline", "oracle"), ("#d98324", "#4f9d69", "#7a6fc4", "#3b6fb6", "#bbbbbb"), strict=True)
+        zip(
+            (*DMS, "best baseline", "oracle"),
+            ("#d98324", "#4f9d69", "#a3c585", "#7a6fc4", "#3b6fb6", "#bbbbbb"),
+            strict=True,
+        )
     )
     for axis, results in zip(axes.flat, evaluations, strict=False):
         found = {(row["group"], row["method"]): row["minus_static"] for row in results["results"]["groups"]}
@@ -141,9 +146,9 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
                     continue
                 mean, low, high = (100 * part for part in value)
                 axis.bar(
-                    number + (place - 2) * 0.16,
+                    number + (place - 2.5) * 0.14,
                     mean,
-                    0.15,
+                    0.13,
                     color=colors[name],
                     label=name if number == 0 or (name == "oracle" and group == groups[1]) else None,
                     yerr=[[mean - low], [high - mean]],

@@ -97,10 +97,9 @@ class DMSConfig(_Checked, PreTrainedConfig):
         scheduler (`str`, defaults to `"rule"`): how signals become weights. `"uniform"`: all equal, the static
             backbone. `"rule"`: training-free; exactly uniform until `calibrate` has run and wherever nothing is
             suspicious. `"learned"`: the rule's scores, corrected by an MLP over all signals that is 0 at
-            initialisation; it decides where the rule is silent or undecided but cannot overrule clear evidence. In a
-            disagreement, here and with a `conflict_prior`, weaker evidence against an image is its distance to the
-            clean images that calibration remembers. With `kappa=0` the MLP is alone. `"entropy"`: softmax of negative
-            unimodal entropy (as in MLA). `"energy"`: softmax of the log-sum-exp of unimodal logits (as in QMF).
+            initialisation; it decides where the rule is silent or undecided but cannot overrule clear evidence. With
+            `kappa=0` the MLP is alone. `"entropy"`: softmax of negative unimodal entropy (as in MLA). `"energy"`:
+            softmax of the log-sum-exp of unimodal logits (as in QMF).
         fusion (`str`, defaults to `"attention"`): `"attention"` adds log(M * w_m) to the attention scores of modality
             m's keys. `"embedding"` multiplies its input embeddings by M * w_m (an ablation: pre-norm language models
             divide it out).
@@ -125,7 +124,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
         kappa (`float`, defaults to 16.0): how strongly the rule reacts to evidence of damage beyond the threshold.
-        arbitration_rate (`float`, defaults to 0.2): where the modalities disagree, the share of clean samples whose
+        arbitration_rate (`float`, defaults to 0.05): where the modalities disagree, the share of clean samples whose
             evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
             clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
@@ -163,7 +162,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
     text_layers: list[int] | None = None
     subspace_size: int = 64
     kappa: float | int = 16.0
-    arbitration_rate: float | int = 0.2
+    arbitration_rate: float | int = 0.05
     weight_floor: float | int = 0.01
     conflict_prior: Literal["vision", "text"] | None = None
     false_alarm_rate: float | int = 0.01

@@ -23,8 +23,8 @@ print(model.calibrate(clean(samples[start : start + 50]) for start in range(0, 3
 model.requires_grad_(False)
 model.dms.requires_grad_(True)
 
-families = CorruptionConfig()
-data = ModalityDropout(samples, 0.3, 0.3, families.image_families, families.text_families, both_rate=0.15)
+families = CorruptionConfig(both_rate=0.15)
+data = ModalityDropout.of(samples, families)
 trainer = Trainer(
     model,
     TrainingArguments(

@@ -15,8 +15,8 @@ from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.typicality import MEMORY, canonical_coordinates, evidence, unfamiliarity
 
 
-# buffers of what calibration remembers of clean images, which older checkpoints lack
-REMEMBERED = ("memory_bank", "unfamiliarity_location", "unfamiliarity_scale", "unfamiliarity_threshold")
+# buffers of what calibration remembers of clean samples
+REMEMBERED = ("memory_bank", "unfamiliarity_location", "unfamiliarity_scale")
 SCALARS = ("confidence", "uncertainty", "energy")
 
 
@@ -75,12 +75,11 @@ class ModalityCalibration(Statistics):
     intercept: Tensor
     emptiness_scale: Tensor
     threshold: Tensor
-    arbitration_threshold: Tensor
+    suspicion_threshold: Tensor
     canonical: Tensor
     memory_bank: Tensor
     unfamiliarity_location: Tensor
     unfamiliarity_scale: Tensor
-    unfamiliarity_threshold: Tensor
     level: Tensor
 
     def __init__(self, layers: int, size: int, components: int):
@@ -103,15 +102,13 @@ class ModalityCalibration(Statistics):
                 "emptiness_scale": (),
                 # of the log-odds and of emptiness
                 "threshold": (2,),
-                # the lower thresholds that count where the modalities disagree
-                "arbitration_threshold": (2,),
+                # the same with unfamiliarity, where the modalities disagree
+                "suspicion_threshold": (2,),
                 "canonical": (components, components),
                 # canonical coordinates of clean samples; all zeros if none are remembered
                 "memory_bank": (MEMORY, components),
                 "unfamiliarity_location": (2,),
                 "unfamiliarity_scale": (2,),
-                # of the sum of both, where the modalities disagree
-                "unfamiliarity_threshold": (),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
             }
@@ -123,8 +120,8 @@ class ModalityCalibration(Statistics):
         return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual", "canonical")}
 
     def unfamiliarity(self, shared: Tensor) -> Tensor:
-        """`unfamiliarity` by the memory bank: (B, K) -> (B, 2)."""
-        return unfamiliarity(shared, {name: getattr(self, name) for name in REMEMBERED})
+        """`unfamiliarity` by the memory bank: (B, K) -> (B, 2), 0 where no clean samples are remembered."""
+        return self.memory_bank.any() * unfamiliarity(shared, {name: getattr(self, name) for name in REMEMBERED})
 
     def standardize(self, scalars: Tensor) -> Tensor:
         """Scalar signals (B, 3) over their clean location and scale."""
@@ -206,31 +203,26 @@ class ModalityCalibration(Statistics):
         short = (self.distance_location[-1] - distances[:, -1]) / self.distance_scale[-1]
         return torch.where(self.canonical.any(), short * self.emptiness_scale, -torch.inf)
 
-    def damage(self, distances: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much the criteria exceed their thresholds, and the lower ones for a disagreement: (B,) each.
-
-        Above 0 is flagged; `-inf` before calibration.
-        """
-        criteria = self.criteria(distances, scalars)
-        damage, suspicion = (
-            torch.where(self.level > 0, (criteria - threshold).amax(1), -torch.inf)
-            for threshold in (self.threshold, self.arbitration_threshold)
-        )
-        return damage, suspicion
-
-    def arbitration(self, unfamiliarity: Tensor, damage: Tensor, suspicion: Tensor) -> Tensor:
-        """What counts against the modality in a disagreement in which a side must be taken: unfamiliarity beyond its
-        threshold, or clear damage; where no clean samples are remembered, suspicion.
+    def damage(self, distances: Tensor, scalars: Tensor, unfamiliarity: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much the criteria exceed their thresholds; and what counts in a disagreement, where unfamiliarity is
+        added to the first criterion and the thresholds are others: (B,) each.
 
         Args:
             unfamiliarity: (B, 2).
-            damage, suspicion: (B,), from `damage`.
 
         Returns:
-            (B,), above 0 counts.
+            Above 0 is flagged; `-inf` before calibration. What is damaged is suspicious too.
         """
-        strange = torch.maximum(damage, unfamiliarity.sum(1) - self.unfamiliarity_threshold)
-        return torch.where(self.memory_bank.any(), strange, suspicion)
+        criteria = self.criteria(distances, scalars)
+        damage = (criteria - self.threshold).amax(1)
+        suspicion = (with_unfamiliarity(criteria, unfamiliarity) - self.suspicion_threshold).amax(1)
+        found = (damage, torch.maximum(damage, suspicion))
+        return tuple(torch.where(self.level > 0, value, -torch.inf) for value in found)  # type: ignore[return-value]
+
+
+def with_unfamiliarity(criteria: Tensor, unfamiliarity: Tensor) -> Tensor:
+    """Criteria of damage (n, 2), the first one plus the unfamiliarity by Euclidean distance, of (n, 2)."""
+    return criteria + F.pad(unfamiliarity[:, 1:], (0, 1))
 
 
 class Agreement(Statistics):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modeling_dms.calibration import SCALARS, Agreement, Calibration, ModalityCalibration
+from modeling_dms.calibration import SCALARS, Agreement, Calibration, ModalityCalibration, with_unfamiliarity
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.typicality import (
     auroc,
@@ -267,9 +267,8 @@ def _fit_modality(
         for values in (found, *bad_found.values()):
             values[:, 1] *= modality.emptiness_scale
     modality.threshold.copy_(_joint(found, config.false_alarm_rate))
-    weaker = max(config.arbitration_rate, config.false_alarm_rate)
-    modality.arbitration_threshold.copy_(_joint(found, weaker))
-    modality.unfamiliarity_threshold.copy_(_upper(judged.unfamiliarity.sum(1), weaker))
+    rate = max(config.arbitration_rate, config.false_alarm_rate)
+    modality.suspicion_threshold.copy_(_joint(with_unfamiliarity(found, judged.unfamiliarity), rate))
     alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
     odds = (found - modality.threshold).amax(1)
     bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}

@@ -190,15 +190,15 @@ class DynamicModalityScheduling(nn.Module):
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
     ) -> tuple[ModalitySignals, list[Tensor]]:
         calibration = self.calibration
-        typicality, damage, suspicion, arbitration, calibrated = [], [], [], [], []
+        typicality, damage, suspicion, calibrated = [], [], [], []
         shared = [calibration.shared(i, feature.statistics.float()) for i, feature in enumerate(features)]
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
             unfamiliarity = modality.unfamiliarity(shared[index])
             typicality.append(modality.typicality(distances))
-            for values, value in zip((damage, suspicion), modality.damage(distances, scalars[:, index]), strict=True):
+            evidence = modality.damage(distances, scalars[:, index], unfamiliarity)
+            for values, value in zip((damage, suspicion), evidence, strict=True):
                 values.append(value)
-            arbitration.append(modality.arbitration(unfamiliarity, damage[-1], suspicion[-1]))
             calibrated.append(modality.scheduler_inputs(distances, scalars[:, index], unfamiliarity))
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
@@ -215,7 +215,6 @@ class DynamicModalityScheduling(nn.Module):
             typicality=torch.stack(typicality, 1) * present * (calibration.modalities[0].level > 0),
             damage=torch.stack(damage, 1).masked_fill(~modality_mask, -torch.inf),
             suspicion=torch.stack(suspicion, 1).masked_fill(~modality_mask, -torch.inf),
-            arbitration=torch.stack(arbitration, 1).masked_fill(~modality_mask, -torch.inf),
             conflict=conflict,
             disagreement=conflict + calibration.agreement.threshold - calibration.agreement.arbitration_threshold,
         )

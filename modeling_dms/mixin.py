@@ -18,7 +18,7 @@ from transformers.conversion_mapping import (
 )
 
 from modeling_dms.attention import SDPA_KEY_BIAS
-from modeling_dms.calibration import REMEMBERED, Statistics
+from modeling_dms.calibration import Statistics
 from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
@@ -424,8 +424,7 @@ class DMSMixin(CalibrationMixin):
 
         Raises:
             ValueError: if the checkpoint is broken, has weights of other shapes, or lacks weights of the backbone or
-                a part of a trained `dms`: only all of `dms.*`, its scheduler, and what calibration remembers of
-                images may be new.
+                a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
@@ -442,10 +441,8 @@ class DMSMixin(CalibrationMixin):
             )
         missing = set(info["missing_keys"])
         own = {f"dms.{name}" for name in model.dms.state_dict()}
-        # a vanilla checkpoint has nothing of `dms`, an older calibration remembers no images, and another scheduler
-        # than the saved one starts anew
-        late = tuple(f".{name}" for name in REMEMBERED)
-        anew = {name for name in own if name.startswith("dms.scheduler.") or name.endswith(late)}
+        # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
+        anew = {name for name in own if name.startswith("dms.scheduler.")}
         new = own if own <= missing else anew
         if missing - new:
             raise ValueError(

@@ -30,10 +30,8 @@ class ModalitySignals(ModelOutput):
         until calibrated.
     conflict: calibrated disagreement relative to its threshold, one number for all modalities: above 0 is flagged.
     suspicion, disagreement: damage and conflict relative to lower thresholds, which count where both are exceeded: on
-        clean samples that is as rare as clear damage.
-    arbitration: what a scheduler that takes sides (`"learned"`, or with a `conflict_prior`) goes by in place of
-        suspicion: how unlike the clean samples that calibration remembers, or clear damage. Suspicion itself for a
-        modality of which it remembers none: texts, and before calibration.
+        clean samples that is as rare as clear damage. Suspicion also heeds how unlike the clean samples that
+        calibration remembers a sample is; it is never less than damage.
     """
 
     confidence: torch.Tensor | None = None
@@ -45,7 +43,6 @@ class ModalitySignals(ModelOutput):
     suspicion: torch.Tensor | None = None
     conflict: torch.Tensor | None = None
     disagreement: torch.Tensor | None = None
-    arbitration: torch.Tensor | None = None
 
 
 @dataclass

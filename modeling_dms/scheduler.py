@@ -154,20 +154,15 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
     that calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they
     disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where even that
-    finds nothing, `conflict_prior` decides, if it is set. Where both are clearly damaged the scores are equal.
-
-    A scheduler that takes sides where nothing is suspicious, by its prior or by training, goes by `arbitration` in a
-    disagreement: it must not blame a clean image for a wrong context. Without sides to take, suspicion finds more
-    damage. This is our own choice.
+    finds nothing, `conflict_prior` decides, if it is set. Where both are clearly damaged the scores are equal. This is
+    our own choice.
 
     Returns:
         (B, M).
     """
     evidence = cast(Tensor, signals.damage)
     if config.consistency == "sharpen":
-        takes_sides = config.scheduler == "learned" or config.conflict_prior is not None
-        weaker = signals.arbitration if takes_sides else signals.suspicion
-        evidence = torch.where(signals.disagreement > 0, cast(Tensor, weaker), evidence)
+        evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
     evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
     if config.consistency == "additive":
         return signals.consistency - evidence

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from modeling_dms import DMSConfig, calibration_fit, typicality
 from modeling_dms.calibration import REMEMBERED, Calibration
@@ -291,7 +290,7 @@ def test_calibration_is_saved(backbone, calibrated, tmp_path):
     for inputs in (fresh(backbone), tiny.noisy(fresh(backbone), strength=0.3)):
         expected, out = answer(model, inputs), answer(loaded, inputs)
         assert torch.equal(out.modality_weights, expected.modality_weights)
-        for name in ("damage", "suspicion", "arbitration"):
+        for name in ("damage", "suspicion"):
             assert torch.equal(out.modality_signals[name], expected.modality_signals[name]), name
 
 
@@ -322,38 +321,39 @@ def inputs_that_disagree(backbone):
     """Clean, damaged and mismatched samples in one batch."""
     clean = fresh(backbone)
     swapped = {**clean, "pixel_values": clean["pixel_values"].roll(1, 0)}
-    kinds = (clean, tiny.noisy(clean, 0.3), swapped, tiny.noisy(swapped, 0.3), random_words(clean))
+    kinds = (
+        clean,
+        tiny.noisy(clean, 0.03),
+        tiny.noisy(clean, 0.3),
+        swapped,
+        tiny.noisy(swapped, 0.3),
+        random_words(clean),
+    )
     return {name: torch.cat([kind[name] for kind in kinds]) for name in clean}
 
 
-@pytest.mark.parametrize("scheduler", ["uniform", "rule", "entropy", "energy"])
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt"])
-def test_schedulers_that_take_no_sides_do_not_look_at_them(scheduler, backbone):
-    model, _ = calibrate(backbone, scheduler=scheduler)
-    inputs = inputs_that_disagree(backbone)
+@pytest.mark.parametrize("scheduler", ["uniform", "entropy", "energy"])
+def test_other_schedulers_do_not_look_at_them(scheduler):
+    model, _ = calibrate("blip2-opt", scheduler=scheduler)
+    inputs = inputs_that_disagree("blip2-opt")
     out, other = answer(model, inputs), answer(forgetful(model), inputs)
     assert torch.equal(out.modality_weights, other.modality_weights)
     assert torch.equal(out.logits, other.logits)
-    if scheduler == "rule":
-        assert (out.modality_signals.disagreement > 0).any()
-        assert not torch.equal(out.modality_signals.arbitration, other.modality_signals.arbitration)
 
 
-@pytest.mark.parametrize(
-    "choice", [{"scheduler": "learned"}, {"conflict_prior": "vision"}, {"conflict_prior": "text"}]
-)
-def test_schedulers_that_take_sides_do(choice):
+@pytest.mark.parametrize("choice", [{}, {"scheduler": "learned"}, {"conflict_prior": "text"}])
+def test_they_count_where_the_modalities_disagree(choice):
     model, _ = calibrate("blip2-opt", **choice)
     inputs = inputs_that_disagree("blip2-opt")
     out, other = answer(model, inputs), answer(forgetful(model), inputs)
+    signals = out.modality_signals
     changed = (out.modality_weights != other.modality_weights).any(1)
     assert changed.any()
-    assert (out.modality_signals.disagreement[changed] > 0).all()
-    signals = other.modality_signals
-    assert torch.equal(signals.arbitration, signals.suspicion)
-    signals = out.modality_signals
-    assert torch.equal(signals.arbitration[:, 1], signals.suspicion[:, 1])
-    assert (signals.arbitration[:, 0] >= signals.damage[:, 0]).all()
+    assert (signals.disagreement[changed] > 0).all()
+    assert torch.equal(signals.damage, other.modality_signals.damage)
+    # no text is remembered
+    assert torch.equal(signals.suspicion[:, 1], other.modality_signals.suspicion[:, 1])
+    assert (signals.suspicion >= signals.damage).all()
 
 
 def test_the_learned_scheduler_sees_unfamiliarity_in_place_of_deviations():
@@ -369,24 +369,6 @@ def test_the_learned_scheduler_sees_unfamiliarity_in_place_of_deviations():
     assert not inputs[:, 2 : modality.deviations].any()
     assert torch.equal(inputs[:, modality.deviations :], before[:, modality.deviations :])
     assert torch.equal(before[:, :-3], modality.detector_inputs(distances, scalars)[:, : modality.deviations])
-
-
-@pytest.mark.parametrize("choice", [{"scheduler": "learned", "stirred": True}, {"conflict_prior": "vision"}])
-def test_a_checkpoint_from_before_answers_as_before(choice, tmp_path):
-    model, _ = calibrate("llava-llama", **choice)
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    state = load_file(path)
-    kept = {name: value for name, value in state.items() if not name.endswith(REMEMBERED)}
-    assert len(state) == len(kept) + 2 * len(REMEMBERED)
-    save_file(kept, path, metadata={"format": "pt"})
-    loaded, expected = tiny.realigned(type(model).from_pretrained(tmp_path)), forgetful(model)
-    assert loaded.dms.calibration.is_calibrated
-    inputs = inputs_that_disagree("llava-llama")
-    out, reference = answer(loaded, inputs), answer(expected, inputs)
-    assert torch.equal(out.modality_weights, reference.modality_weights)
-    assert torch.equal(out.modality_signals.arbitration, reference.modality_signals.suspicion)
-    assert not torch.equal(out.modality_weights, answer(model, inputs).modality_weights)
 
 
 def test_no_calibration_image_is_its_own_neighbour(monkeypatch):
@@ -409,33 +391,29 @@ def test_no_calibration_image_is_its_own_neighbour(monkeypatch):
         assert getattr(vision, name).isfinite().all()
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
-def test_unfamiliar_images_are_as_rare_as_asked_for(rate):
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.4])
+def test_suspicious_images_are_as_rare_as_asked_for(rate):
     clean = records(400, 0)
     calibration = fitted_on(clean, arbitration_rate=rate)
-    vision = calibration.modalities[0]
 
     def flagged(record):
-        strange = vision.unfamiliarity(calibration.shared(0, record.statistics)).sum(1)
-        return float((strange > vision.unfamiliarity_threshold).float().mean())
+        return float((damage_of(calibration, 0, record)[1] > 0).float().mean())
 
     assert flagged(records(800, 5)[0]) == pytest.approx(rate, abs=0.06)
-    # one that is remembered is judged as if it were not
-    assert flagged(clean[0]) == pytest.approx(rate, abs=0.06)
     # a thing between the strong and the weak ones that are common
     assert flagged(records(400, 6, shared=0.0)[0]) > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_arbitration_of_a_batch_is_finite_and_equals_that_of_its_rows(dtype, calibrated):
+def test_suspicion_of_a_batch_is_finite_and_equals_that_of_its_rows(dtype, calibrated):
     model = copy.deepcopy(calibrated("llava-llama")[0]).to(dtype)
     assert model.dms.calibration.modalities[0].memory_bank.dtype == torch.float32
     inputs = {name: value[::53] for name, value in inputs_that_disagree("llava-llama").items()}
-    out = answer(model, inputs).modality_signals.arbitration
+    out = answer(model, inputs).modality_signals.suspicion
     assert out.dtype == torch.float32
     assert out.isfinite().all()
     if dtype == torch.float32:
-        rows = [answer(model, tiny.row(inputs, i)).modality_signals.arbitration for i in range(len(out))]
+        rows = [answer(model, tiny.row(inputs, i)).modality_signals.suspicion for i in range(len(out))]
         torch.testing.assert_close(torch.cat(rows), out, atol=1e-3, rtol=1e-3)
 
 
@@ -547,6 +525,13 @@ def fitted_on(clean, **config):
     return calibration
 
 
+def damage_of(calibration, index, record):
+    """Damage and suspicion (n,) of a record of modality `index`."""
+    modality = calibration.modalities[index]
+    strange = modality.unfamiliarity(calibration.shared(index, record.statistics))
+    return modality.damage(calibration.distances(index, record.statistics), record.scalars, strange)
+
+
 def test_a_modality_with_nothing_to_say_is_damaged():
     """As near to the center as can be, and so typical by every other measure."""
     clean = records(400, 0)
@@ -556,14 +541,11 @@ def test_a_modality_with_nothing_to_say_is_damaged():
     report = fit_calibration(calibration, clean, noisy, torch.ones(400, 2, dtype=torch.bool))
     vision = calibration.modalities[0]
 
-    def damage(record):
-        return vision.damage(calibration.distances(0, record.statistics), record.scalars)
-
     fresh, empty = records(400, 5)[0], records(400, 6, shared=0.0)[0]
-    flagged, suspected = ((values > 0).float().mean() for values in damage(fresh))
+    flagged, suspected = ((values > 0).float().mean() for values in damage_of(calibration, 0, fresh))
     assert flagged <= 0.04
     assert flagged <= suspected <= 0.2
-    assert (damage(empty)[0] > 0).float().mean() > 0.9
+    assert (damage_of(calibration, 0, empty)[0] > 0).float().mean() > 0.9
     assert report.achieved_false_alarm_rate["vision"] <= 0.03
     # without the criterion nobody would have noticed
     criteria = vision.criteria(calibration.distances(0, empty.statistics), empty.scalars)
@@ -578,7 +560,7 @@ def test_an_empty_modality_is_found_though_the_map_found_nothing():
     vision = calibration.modalities[0]
     assert not vision.coefficients.any()
     for record, low, high in ((records(400, 5)[0], 0, 0.04), (records(400, 6, shared=0.0)[0], 0.9, 1)):
-        damage, _ = vision.damage(calibration.distances(0, record.statistics), record.scalars)
+        damage, _ = damage_of(calibration, 0, record)
         assert low <= (damage > 0).float().mean() <= high
 
 
@@ -592,5 +574,5 @@ def test_without_pairs_nothing_is_empty():
     for index, modality in enumerate(calibration.modalities):
         distances = calibration.distances(index, clean[index].statistics)
         assert modality.emptiness(distances).eq(-torch.inf).all()
-        for values in modality.damage(distances, clean[index].scalars):
+        for values in damage_of(calibration, index, clean[index]):
             assert values.isfinite().all()

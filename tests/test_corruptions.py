@@ -263,7 +263,7 @@ def test_the_default_configuration_divides_all_families():
     assert set(groups.values()) == {"seen", "held out"}
     assert groups["image:imagenet_c/shot_noise"] == groups["text:shuffle_words"] == groups["image:missing"] == "seen"
     assert groups["image:jigsaw"] == groups["text:typos"] == groups["image:mismatch"] == "held out"
-    ModalityDropout([sample()], config.image_rate, config.text_rate, config.image_families, config.text_families)
+    ModalityDropout.of([sample()], config)
 
 
 def test_calibrations_families_count_as_seen_even_where_training_does_not_see_them():

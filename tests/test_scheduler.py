@@ -27,7 +27,6 @@ SIGNALS = [
     "typicality",
     "damage",
     "suspicion",
-    "arbitration",
     "conflict",
     "disagreement",
 ]
@@ -88,11 +87,9 @@ def ruled(
     agreement=0.0,
     seed=0,
     suspicion=None,
-    arbitration=None,
     **config,
 ):
-    """Weights (M,) that the rule gives a sample. Lower thresholds equal the upper ones unless `suspicion` is given;
-    arbitration is suspicion unless given."""
+    """Weights (M,) that the rule gives a sample. Lower thresholds equal the upper ones unless `suspicion` is given."""
     suspicion = damage if suspicion is None else suspicion
     signals = random_signals(
         seed,
@@ -100,7 +97,6 @@ def ruled(
         len(damage),
         damage=torch.tensor([damage]),
         suspicion=torch.tensor([suspicion]),
-        arbitration=torch.tensor([suspicion if arbitration is None else arbitration]),
         conflict=torch.full((1, len(damage)), float(conflict)),
         disagreement=torch.full((1, len(damage)), float(conflict)),
         consistency=torch.tensor([agreement] * len(damage)).view(1, -1)
@@ -313,7 +309,6 @@ def test_the_learned_scheduler_starts_exactly_as_the_rule(seed, batch, modality,
         DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=embeddings) for name in ("learned", "rule")
     ]
     mask, signals = random_mask(seed, batch, modality), random_signals(seed, batch, modality)
-    signals.suspicion = signals.arbitration
     learned, rule = (schedule(config, signals, mask, seed) for config in configs)
 
     assert torch.equal(learned, rule)
@@ -337,7 +332,7 @@ def test_the_learned_scheduler_cannot_overrule_clear_evidence_but_decides_withou
 
     def weight(first, second):
         pair = torch.tensor([[first, second] if damaged == VISION else [second, first]])
-        signals = random_signals(seed, 1, 2, damage=pair, arbitration=pair)
+        signals = random_signals(seed, 1, 2, damage=pair, suspicion=pair)
         return schedule(config, signals, mask, seed, scheduler)[0, damaged].item()
 
     assert weight(5.0, -1.0) < 0.02
@@ -354,7 +349,7 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
     damage = torch.full((8, modality), -4.0)
     damage[torch.arange(8), torch.arange(8) % modality] = -0.5
     signals, mask = (
-        random_signals(0, 8, modality, damage=damage, arbitration=damage),
+        random_signals(0, 8, modality, damage=damage, suspicion=damage),
         torch.ones(8, modality, dtype=torch.bool),
     )
     calibrated, h = normal(1, 8, modality, 3).unbind(1), normal(2, 8, modality, 4)
@@ -575,38 +570,26 @@ def test_weak_evidence_counts_only_where_the_modalities_disagree():
 
 
 @pytest.mark.parametrize(
-    ("config", "takes_sides"),
+    ("config", "heeds"),
     [
-        ({"scheduler": "rule"}, False),
+        ({"scheduler": "rule"}, True),
         ({"scheduler": "rule", "conflict_prior": "vision"}, True),
-        ({"scheduler": "rule", "conflict_prior": "text"}, True),
         ({"scheduler": "learned"}, True),
-        ({"scheduler": "uniform", "conflict_prior": "vision"}, False),
-        ({"scheduler": "entropy", "conflict_prior": "vision"}, False),
-        ({"scheduler": "energy", "conflict_prior": "vision"}, False),
+        ({"scheduler": "rule", "consistency": "additive"}, False),
+        ({"scheduler": "uniform"}, False),
+        ({"scheduler": "entropy"}, False),
+        ({"scheduler": "energy"}, False),
     ],
 )
-def test_only_those_that_take_sides_go_by_arbitration(config, takes_sides):
-    """The others do not look at it; these do not look at suspicion."""
+def test_suspicion_counts_where_the_modalities_disagree_and_nowhere_else(config, heeds):
     config, mask = DMSConfig(shared_size=4, **config), torch.ones(64, 2, dtype=torch.bool)
     scheduler, signals = scheduler_of(config, 2), random_signals(0, 64, 2)
     before = schedule(config, signals, mask, scheduler=scheduler)
-    arbitrated = ModalitySignals(**{**signals, "arbitration": normal(9, 64, 2)})
     suspected = ModalitySignals(**{**signals, "suspicion": normal(9, 64, 2)})
     agree = (signals.disagreement <= 0).all(1)
-    after = schedule(config, arbitrated, mask, scheduler=scheduler)
-    assert torch.equal(after, before) != takes_sides
+    after = schedule(config, suspected, mask, scheduler=scheduler)
+    assert torch.equal(after, before) != heeds
     assert torch.equal(after[agree], before[agree])
-    ruled_by_suspicion = config.scheduler == "rule" and not takes_sides
-    assert torch.equal(schedule(config, suspected, mask, scheduler=scheduler), before) != ruled_by_suspicion
-
-
-def test_arbitration_decides_before_the_prior():
-    weak = {"damage": (-0.5, -3.0), "suspicion": (0.5, -2.0), "conflict": 0.1}
-
-    assert ruled(**weak)[VISION] < 0.5
-    assert ruled(**weak, arbitration=(-0.1, -2.0), conflict_prior="vision")[VISION] > 0.5
-    assert ruled(**weak, arbitration=(0.1, -2.0), conflict_prior="vision")[VISION] < 0.5
 
 
 @bounded

@@ -135,19 +135,13 @@ def make_methods(
         "static": Method(),
         "rule": Scheduled("rule", _like(model, scheduler="rule")),
         "rule + prior": Scheduled("rule + prior", _like(model, scheduler="rule", conflict_prior="vision")),
+        "rule + text prior": Scheduled("rule + text prior", _like(model, scheduler="rule", conflict_prior="text")),
         "own": Scheduled("own"),
         "oracle": Method("oracle"),
     }
     wanted = [name for name in names if name.startswith("learned")]
     if wanted:
-        dropped = ModalityDropout(
-            train,
-            corruptions.image_rate,
-            corruptions.text_rate,
-            corruptions.image_families,
-            corruptions.text_families,
-            corruptions.both_rate,
-        )
+        dropped = ModalityDropout.of(train, corruptions)
         drawn = [dropped[index] for index in range(len(train))]
         recorded = record(model, task, drawn, batch_size)
         target = (-torch.tensor([sample.damage for sample in drawn]) / temperature).softmax(1)
@@ -169,11 +163,9 @@ def make_methods(
     return [found[name] for name in names]
 
 
+UNTRAINED = ("static", "rule", "rule + prior", "rule + text prior", "own", "oracle")
 METHODS = (
-    "static",
-    "rule",
-    "rule + prior",
-    "own",
+    *UNTRAINED[:-1],
     "learned",
     *(f"learned: {name}" for name in ALONE),
     "entropy",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_dms import __version__
 from modeling_dms._compat import require
-from modeling_dms.training.baselines import make_methods
+from modeling_dms.training.baselines import UNTRAINED, make_methods
 from modeling_dms.training.corruptions import CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
@@ -168,7 +168,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     test, failed = split_readable(test, state.is_local_main_process)
     if not test:
         raise ValueError(f"none of the samples of {config.data!r} can be read")
-    needs_training = any(name not in ("static", "rule", "rule + prior", "own", "oracle") for name in config.methods)
+    needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     validation = one_per_image(validation, config.validation_samples, 0)
     if config.calibration_samples and not model.dms.calibration.is_calibrated:

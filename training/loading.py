@@ -18,7 +18,6 @@ from modeling_dms import (
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms._compat import require
-from modeling_dms.calibration import REMEMBERED
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -63,12 +62,16 @@ def load(
         own = _dms_config(_config(folder)) if (folder / "config.json").exists() else {}
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
-        # an older one does not know what calibration remembers of images; peft takes no adapter that lacks anything
-        remembered = {k: v for k, v in model.dms.state_dict().items() if k.endswith(REMEMBERED)}
-        weights = {f"base_model.model.dms.{k}": v for k, v in remembered.items()}
-        weights |= load_peft_weights(str(folder), device="cpu")
+        weights = load_peft_weights(str(folder), device="cpu")
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
-        set_peft_model_state_dict(adapted, weights)
+        try:
+            set_peft_model_state_dict(adapted, weights)
+        except KeyError as error:
+            raise ValueError(f"{name} lacks the weights {error}: it is damaged, or of an older version") from error
+        # peft trains a copy of `dms`, whose configuration would no longer be the model's
+        for module in adapted.modules():
+            if isinstance(getattr(module, "config", None), DMSConfig):
+                module.config = model.config.dms_config  # type: ignore[assignment]
         if merge:
             # as `from_pretrained` leaves weights; besides, torch multiplies the last state of each row by frozen ones
             # row by row, which on a CPU takes a hundred times as long with a large vocabulary

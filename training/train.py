@@ -134,15 +134,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         model=trained,
         args=training,
         data_collator=collator,
-        train_dataset=ModalityDropout(
-            samples,
-            corruptions.image_rate,
-            corruptions.text_rate,
-            corruptions.image_families,
-            corruptions.text_families,
-            corruptions.both_rate,
-            seed=training.seed,
-        ),
+        train_dataset=ModalityDropout.of(samples, corruptions, seed=training.seed),
         processing_class=processor,
         callbacks=[EpochCallback()],
     )

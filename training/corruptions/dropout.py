@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from modeling_dms.training.corruptions.families import check_rates, names_in
+from modeling_dms.training.corruptions.families import CorruptionConfig, check_rates, names_in
 from modeling_dms.training.corruptions.registry import MODALITIES, corrupt, seeded
 from modeling_dms.training.data.samples import Sample
 
@@ -89,6 +90,12 @@ class ModalityDropout(Dataset):
         self.bounds = np.cumsum(list(rates.values()))
         # shared with the workers, which may outlive an epoch
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], config: CorruptionConfig, **kwargs: Any) -> "ModalityDropout":
+        """With what a configuration says that training sees."""
+        shared = ("image_rate", "text_rate", "image_families", "text_families", "both_rate")
+        return cls(samples, **{name: getattr(config, name) for name in shared}, **kwargs)
 
     def __len__(self) -> int:
         return len(self.samples)
