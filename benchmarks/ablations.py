@@ -9,10 +9,11 @@ images). Variants differ in the weights they give, so the images of a batch are 
 import argparse
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from study import MODELS, chosen, read
 from torch import nn
 from tqdm.auto import tqdm
 
+from modeling_dms.calibration_fit import fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.scheduler import ModalityScheduler
 from modeling_dms.training.baselines import ALONE, fit_scheduler, record
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.corruptions.registry import seeded
-from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.documents import table
 from modeling_dms.training.evaluate import one_per_image
 from modeling_dms.training.grid import ORACLE_WEIGHTS, Condition, with_images_encoded
@@ -38,13 +40,14 @@ from modeling_dms.training.train import calibrate
 
 
 SAMPLES, BATCH, SEED = 48, 16, 0
-CALIBRATION = 300  # samples, unless the variant says otherwise
-GROUPS = ("clean", "unseen image", "unseen text", "mismatch text")
+# samples of calibration: by default, and tried
+CALIBRATION, SIZES = 300, (50, 100, 1000, 2000)
+GROUPS = ("clean", "unseen image", "unseen text", "mismatch image", "mismatch text")
 
 
 @dataclass
 class Variant:
-    """A model but for some of its choices.
+    """The released model but for some of its choices.
 
     Attributes:
         name: shown in the table.
@@ -62,10 +65,12 @@ class Variant:
     def applied(self, model: Any) -> Iterator[None]:
         """The model as this variant has it."""
         own, config = model.dms, model.config.dms_config
-        before = {name: getattr(config, name) for name in self.choices}
         model.dms = own if self.dms is None else self.dms
+        before = {name: getattr(config, name) for name in self.choices}
         for name, value in self.choices.items():
             setattr(config, name, value)
+            # a copied `dms` has a configuration of its own
+            setattr(model.dms.config, name, value)
         scheduler = model.dms.scheduler
         model.dms.scheduler = self.scheduler or ModalityScheduler(config, [0] * len(MODALITIES))
         try:
@@ -76,32 +81,49 @@ class Variant:
                 setattr(config, name, value)
 
 
+def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], most: int) -> Callable[..., nn.Module]:
+    """A function that gives the `dms` calibrated otherwise; what calibration records is recorded once."""
+    with mock.patch("modeling_dms.calibration_mixin.fit_calibration") as fit:
+        calibrate(model, collator, train, most)
+    _, clean, corrupted, present, _ = fit.call_args.args
+
+    def recalibrated(count: int = CALIBRATION, level: int = 2, **choices: Any) -> nn.Module:
+        kept, rows = copy.deepcopy(model.dms), torch.arange(min(count, len(present)))
+        for name, value in choices.items():
+            setattr(kept.config, name, value)
+        families = [{name: record[rows] for name, record in own.items()} for own in corrupted]
+        fit_calibration(kept.calibration, [record[rows] for record in clean], families, present[rows], level)
+        return kept
+
+    return recalibrated
+
+
 def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswering) -> list[Variant]:
     """Every variant, those that need it calibrated or trained."""
     train = load_easy_vqa("train")
-
-    def recalibrated(count: int = CALIBRATION, level: int = 2, choices: dict[str, Any] | None = None) -> nn.Module:
-        kept = copy.deepcopy(model.dms)
-        with Variant("", choices or {}, kept).applied(model):
-            calibrate(model, collator, train, count, level=level)
-        return kept
+    recalibrated = recalibrations(model, collator, train, max(SIZES))
 
     found = [Variant("rule, as released")]
-    for floor in (0.001, 0.05, 0.1, 0.2):
+    for floor in (0.001, 0.01, 0.1, 0.2):
         found.append(Variant(f"weight floor {floor}", {"weight_floor": floor}))
     for name, choices in {
         "fusion by embedding": {"fusion": "embedding"},
         "consistency additive": {"consistency": "additive"},
         "conflict prior: vision": {"conflict_prior": "vision"},
+        "conflict prior: text": {"conflict_prior": "text"},
         "kappa 4": {"kappa": 4.0},
     }.items():
         found.append(Variant(name, choices))
-    for count in (50, 100, 1000, 2000):
+    for rate in (0.01, 0.2):
+        found.append(Variant(f"arbitration rate {rate}", dms=recalibrated(arbitration_rate=rate)))
+    for count in SIZES:
         found.append(Variant(f"calibrated on {count} samples", dms=recalibrated(count)))
     found.append(Variant("calibration level 1 alone", dms=recalibrated(level=1)))
     for choices in ({"mc_samples": 5}, {"mc_samples": 30, "mc_depth": "encoder"}, {"uncertainty": "variance"}):
-        name = ", ".join(f"{key} {value}" for key, value in choices.items())
-        found.append(Variant(name, choices, recalibrated(choices=choices)))
+        name, kept = ", ".join(f"{key} {value}" for key, value in choices.items()), copy.deepcopy(model.dms)
+        with Variant(name, choices, kept).applied(model):
+            calibrate(model, collator, train, CALIBRATION)
+        found.append(Variant(name, choices, kept))
 
     some = [train[int(i)] for i in seeded("ablations").permutation(len(train))[:600]]
     dropped = ModalityDropout.of(some, CorruptionConfig(both_rate=0.15))
@@ -120,9 +142,10 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
 
 
 def conditions_of(scan: dict[str, Any]) -> list[Condition]:
-    """Clean, the two most harmful unseen corruptions of images and of texts at severities 3 and 5, and mismatch."""
+    """Clean, the two most harmful unseen corruptions of images and of texts at severities 3 and 5, and mismatches."""
     worst = chosen(scan)
-    found = [Condition("clean", "clean"), Condition("text:mismatch", "mismatch text", 5)]
+    found = [Condition("clean", "clean")]
+    found += [Condition(f"{side}:mismatch", f"mismatch {side}", 5) for side in ("image", "text")]
     for side, group in (("image", "unseen image"), ("text", "unseen text")):
         found += [Condition(name, group, severity) for name in worst[side][:2] for severity in (3, 5)]
     return found

@@ -51,10 +51,10 @@ EVALUATIONS = {
     f"--samples 40 --methods '{METHODS}' --validation-samples 16",
     "published": f"--task vqa {EASY_VQA} --corruptions unseen --seeds 3 --samples 24 "
     "--methods 'static,rule,VCD,AdaptVis,oracle' --validation-samples 8",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 20 "
-    f"--methods '{METHODS}' --validation-samples 8",
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
+    f"--methods '{PUBLISHED}' --validation-samples 8",
     "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
-    f"--methods '{METHODS}' --validation-samples 8",
+    f"--methods '{PUBLISHED}' --validation-samples 8",
 }
 
 DMS = ("rule", "rule + prior", "rule + text prior", "learned")

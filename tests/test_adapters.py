@@ -1,10 +1,11 @@
 """What `dms train` leaves behind with LoRA, and `dms calibrate`: adapters that `load` merges into their base."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
@@ -73,6 +74,17 @@ def test_an_adapter_is_merged_into_its_base(run):
     torch.testing.assert_close(found, trained(**batch).logits, atol=1e-4, rtol=1e-4)
     base, _ = load(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     assert not torch.allclose(found, base.eval()(**batch).logits, atol=1e-2)
+
+
+def test_an_adapter_that_lacks_weights_is_refused(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = load_file(folder / "adapter_model.safetensors")
+    lost = "base_model.model.dms.calibration.modalities.0.suspicion_threshold"
+    del state[lost]
+    save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=lost):
+        load(tmp_path)
 
 
 @torch.no_grad()

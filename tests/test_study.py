@@ -1,0 +1,88 @@
+"""The study of the assembled checkpoints (`benchmarks/`), on the demo's LLaVA: what its tables are made of."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.grid import Condition
+from modeling_dms.training.loading import load
+from modeling_dms.training.tasks import VisualQuestionAnswering
+from modeling_dms.training.train import calibrate
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import ablations
+import study
+
+
+CLEAN, BLANK = Condition("clean", "clean"), Condition("image:black", "unseen image", 5)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model, processor = load("demo-llava", {"scheduler": "rule"})
+    collator = PromptCollator(processor)
+    calibrate(model.eval(), collator, load_easy_vqa("train"), 60, show_progress=False)
+    return model, collator
+
+
+def test_a_recorded_calibration_is_the_one_that_calibrate_makes(calibrated):
+    model, collator = calibrated
+    again = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)
+    found = again(60).calibration.state_dict()
+    for name, value in model.dms.calibration.state_dict().items():
+        assert torch.equal(value, found[name]), name
+    assert again(60, level=1).calibration.modalities[0].level == 1
+    stricter = again(60, arbitration_rate=0.4).calibration.modalities[0].suspicion_threshold
+    assert (stricter < model.dms.calibration.modalities[0].suspicion_threshold).any()
+    assert model.config.dms_config.arbitration_rate == 0.05
+
+
+def test_a_variant_leaves_the_model_as_it_was(calibrated):
+    model, collator = calibrated
+    dms, config = model.dms, model.config.dms_config.to_dict()
+    other = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)(60)
+    with ablations.Variant("", {"weight_floor": 0.2}, other).applied(model):
+        assert model.dms is other
+        assert model.config.dms_config.weight_floor == other.config.weight_floor == 0.2
+    assert model.dms is dms
+    assert model.config.dms_config.to_dict() == config
+
+
+def test_what_is_measured(calibrated, monkeypatch):
+    model, collator = calibrated
+    monkeypatch.setattr(ablations, "SAMPLES", 6)
+    task = VisualQuestionAnswering(collator.processor, ["yes", "no", "red", "circle"])
+    variants = [
+        ablations.Variant("rule"),
+        ablations.Variant("uniform", {"scheduler": "uniform"}),
+        ablations.Variant("equal", {"weight_floor": 0.49}),
+    ]
+    scores = ablations.measure(model, task, variants, [CLEAN, BLANK])
+    assert set(scores[CLEAN]) == {"static", "rule", "uniform", "equal"}
+    assert set(scores[BLANK]) == {"static", "rule", "uniform", "equal", "oracle"}
+    for own in scores.values():
+        assert {values.shape for values in own.values()} == {(6,)}
+        assert np.array_equal(own["uniform"], own["static"])
+    head = ["variant", *ablations.GROUPS]
+    for row in ablations.rows_of(scores):
+        assert len(row) == len(head)
+        assert row[1] == f"{scores[CLEAN][row[0]].mean():.3f}" if row[0] in scores[CLEAN] else row[1] == "-"
+
+
+def scan_of(losses):
+    rows = [{"condition": "clean", "severity": 0, "method": "static", "score": 0.9}]
+    for name, loss in losses.items():
+        rows.append({"condition": name, "severity": 5, "method": "static", "score": 0.9 - loss})
+    return {"results": {"conditions": rows}}
+
+
+def test_only_images_that_static_does_not_cope_with_are_studied():
+    scan = scan_of({"image:fog": 0.3, "image:dark": 0.05, "image:jpeg": 0.1, "text:typos": 0.0, "text:scramble": 0.2})
+    assert study.chosen(scan) == {"image": ["image:fog", "image:jpeg"], "text": ["text:typos", "text:scramble"]}
+    many = scan_of({f"image:{name}": 0.1 + 0.01 * place for place, name in enumerate(study.UNSEEN["image"])})
+    assert study.chosen(many)["image"] == [f"image:{name}" for name in study.UNSEEN["image"][:-5:-1]]
