@@ -55,6 +55,9 @@ results: $(VENV)/dev
 	done
 	$(BIN)/dms report $(RESULTS) --out docs/results.md --readme README.md
 
+# two processes of one thread each: with two, the threads wait for each other and tests take twenty times as long
+test test-lower: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
