@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from modeling_dms.training import grid
-from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record
+from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record, scorer
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import EvaluationConfig, conditions_of, evaluate, one_per_image
 from modeling_dms.training.grid import ORACLE, Cell, Condition, run_condition, run_grid
 from modeling_dms.training.loading import load
-from modeling_dms.training.methods import Fixed, Method, Scheduled
+from modeling_dms.training.methods import ContrastiveDecoding, Fixed, Method, Scheduled
 from modeling_dms.training.report import Results, render, summarize
 from modeling_dms.training.tasks import VisualQuestionAnswering
 from tests import tiny
@@ -305,6 +305,13 @@ def test_a_scheduler_fitted_on_recorded_signals_weighs_as_in_the_model(vqa):
     weights = torch.cat(weights)
     torch.testing.assert_close(weights, fitted(*recorded), atol=1e-5, rtol=1e-4)
     assert weights[14:28, 0].mean() < 0.2 < 0.8 < weights[28:, 0].mean()
+
+
+def test_candidates_scored_together_score_as_alone(vqa):
+    model, task, samples = vqa
+    score = scorer(model, task, samples[:6], [CLEAN, BLACK], 4)
+    candidates = [Fixed(vision=0.5), Fixed(vision=0.01), ContrastiveDecoding(), ContrastiveDecoding(alpha=0.2)]
+    assert score(candidates) == [score([candidate])[0] for candidate in candidates]
 
 
 def test_methods_by_name(vqa):

@@ -531,9 +531,8 @@ def test_an_encoder_decoder_has_no_last_token_to_scale():
 
 def test_search_takes_the_first_of_the_best():
     candidates = [Fixed(vision=vision) for vision in (0.5, 0.2, 0.4)]
-    assert search(candidates, lambda method: 1.0) is candidates[0]
-    assert search(candidates, lambda method: method.vision < 0.5) is candidates[1]
-    assert search(candidates, lambda method: -method.vision) is candidates[1]
+    for score, best in ((lambda vision: 1.0, 0), (lambda vision: vision < 0.5, 1), (lambda vision: -vision, 1)):
+        assert search(candidates, lambda methods, score=score: [score(m.vision) for m in methods]) is candidates[best]
 
 
 @pytest.mark.parametrize("method", [ContrastiveDecoding(), AdaptVis(), Fixed()], ids=names)

@@ -98,12 +98,13 @@ def fit_scheduler(
 
 def scorer(
     model: PreTrainedModel, task: Task, samples: Sequence[Sample], conditions: Sequence[Condition], batch_size: int
-) -> Callable[[Method], float]:
-    """A method -> its mean score over conditions."""
+) -> Callable[[Sequence[Method]], list[float]]:
+    """Methods -> for each the sum of its mean scores over conditions, whose images are encoded once for all."""
 
-    def score(method: Method) -> float:
-        cells = [run_condition(model, task, [method], samples, c, 0, batch_size)[0] for c in conditions]
-        return sum(float(cell.metrics["score"].mean()) for cell in cells) / len(cells)
+    def score(methods: Sequence[Method]) -> list[float]:
+        numbered = [replace(method, name=str(number)) for number, method in enumerate(methods)]
+        found = [run_condition(model, task, numbered, samples, c, 0, batch_size) for c in conditions]
+        return [sum(float(cell.metrics["score"].mean()) for cell in cells) for cells in zip(*found, strict=True)]
 
     return score
 
@@ -150,7 +151,7 @@ def make_methods(
             choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
             found[name] = Scheduled(name, fit_scheduler(model, recorded, target, **choices))
     seen, prior = (scorer(model, task, data, SEEN, batch_size) for data in (validation, train[: len(validation)]))
-    searched: dict[str, tuple[Sequence[Method], Callable[[Method], float]]] = {
+    searched: dict[str, tuple[Sequence[Method], Callable[[Sequence[Method]], list[float]]]] = {
         "VCD": (_choices(ContrastiveDecoding(), "VCD"), seen),
         "AdaptVis": (_choices(AdaptVis(), "AdaptVis"), seen),
         "mean prior": (_choices(Fixed(), "mean prior"), prior),

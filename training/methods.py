@@ -473,7 +473,7 @@ GRIDS: dict[str, list[dict[str, float]]] = {
 TEMPERATURES = (1.0, 0.1, 0.3, 3.0)
 
 
-def search(candidates: Sequence[Method], score: Callable[[Method], float]) -> Method:
+def search(candidates: Sequence[Method], score: Callable[[Sequence[Method]], Sequence[float]]) -> Method:
     """The best of several; of equally good ones the first."""
-    scores = [score(candidate) for candidate in candidates]
+    scores = list(score(candidates))
     return candidates[scores.index(max(scores))]
