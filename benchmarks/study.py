@@ -38,8 +38,8 @@ UNSEEN = {
 }
 # an image corruption is worth studying where the static model loses so much; of more, the most harmful ones
 LOSS, MOST = 0.1, 4
-METHODS = "static,rule,rule + prior,rule + text prior,learned,entropy,energy,mean prior,oracle"
-PUBLISHED = "static,rule,rule + prior,rule + text prior,entropy,energy,mean prior,VCD,AdaptVis,oracle"
+BASELINES = "entropy,energy,mean prior"
+PRIORS = "rule + prior,rule + text prior"
 COMMON = "--severities 3,5 --training-samples 600 --dtype bfloat16 --batch-size 16"
 EASY_VQA = f"--data easy-vqa {COMMON}"
 LEFT_OUT = "image:missing,text:missing,image:mismatch,text:mismatch"
@@ -48,13 +48,14 @@ EVALUATIONS = {
     "scan": f"--task vqa {EASY_VQA} --split validation --corruptions unseen --seeds 1 --samples 60 "
     "--methods static,oracle",
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
-    f"--samples 40 --methods '{METHODS}' --validation-samples 16",
-    "published": f"--task vqa {EASY_VQA} --corruptions unseen --seeds 3 --samples 24 "
-    "--methods 'static,rule,VCD,AdaptVis,oracle' --validation-samples 8",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
-    f"--methods '{PUBLISHED}' --validation-samples 8",
-    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
-    f"--methods '{PUBLISHED}' --validation-samples 8",
+    f"--samples 40 --methods 'static,rule,learned,{BASELINES},oracle' --validation-samples 16",
+    # each image once: there is no severity of a mismatch to draw
+    "policy": f"--task vqa {EASY_VQA} --corruptions unseen,mismatch --seeds 1 --samples 100 "
+    f"--methods 'static,rule,{PRIORS},oracle'",
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
+    f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
+    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
+    f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
 }
 
 DMS = ("rule", "rule + prior", "rule + text prior", "learned")

@@ -128,7 +128,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
             evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
             clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
-            scheduler, 0 to 0.49.
+            scheduler, 0 to 0.49; where `conflict_prior` decides, 0.01 at most.
         conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
             (`"vision"` or `"text"`). Default: neither, weights stay uniform.
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to

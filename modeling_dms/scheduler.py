@@ -14,6 +14,9 @@ from modeling_dms.outputs import ModalitySignals
 # nothing tells them apart. The learned correction of a score stays within the second: two of opposite signs decide
 # where the rule is silent or undecided, but cannot overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
+# A damaged modality still tells a little, hence `weight_floor`. One that is not believed in a conflict is another
+# sample's: its floor is no higher than this.
+CONFLICT_FLOOR = 0.01
 
 
 def saturate(scores: Tensor, limit: float) -> Tensor:
@@ -44,7 +47,7 @@ def uniform_weights(modality_mask: Tensor) -> Tensor:
     return present / present.sum(1, keepdim=True)
 
 
-def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float = 0.0) -> Tensor:
+def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float | Tensor = 0.0) -> Tensor:
     """Softmax over the present modalities, no weight of a present one below `floor`.
 
     Equal scores give *exactly* the uniform weights, so a sample with nothing suspicious is left bit for bit as it was.
@@ -52,7 +55,7 @@ def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float = 0.
     Args:
         scores: (B, M).
         modality_mask: (B, M), True where present.
-        floor: from 0 to below 1 / M.
+        floor: from 0 to below 1 / M, one for all or (B, 1).
 
     Returns:
         (B, M), float32, rows sum to 1, absent modality exactly 0.
@@ -119,11 +122,13 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(-entropy / self.config.temperature, modality_mask)
         if self.config.scheduler == "energy":
             return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
-        scores = rule_scores(signals, modality_mask, self.config)
+        scores, conflict = rule_scores(signals, modality_mask, self.config)
         if self.config.scheduler == "learned":
             correction = self._correction(signals, modality_mask, calibrated, representations)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
-        return weights_from_scores(scores, modality_mask, self.config.weight_floor)
+        floor = torch.full_like(scores[:, :1], self.config.weight_floor, dtype=torch.float32)
+        floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
+        return weights_from_scores(scores, modality_mask, floor)
 
     def _correction(
         self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor], representations: Tensor
@@ -148,7 +153,7 @@ class ModalityScheduler(nn.Module):
         return torch.tensor([float(kind in chosen) for kind in kinds], device=device)
 
 
-def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> Tensor:
+def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> tuple[Tensor, Tensor]:
     """Scores of the training-free rule: minus the evidence of damage beyond a threshold; 0 for nothing suspicious.
 
     The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
@@ -158,19 +163,19 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     our own choice.
 
     Returns:
-        (B, M).
+        (B, M), and where `conflict_prior` decides, (B,) bool.
     """
     evidence = cast(Tensor, signals.damage)
     if config.consistency == "sharpen":
         evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
     evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
     if config.consistency == "additive":
-        return signals.consistency - evidence
+        return signals.consistency - evidence, modality_mask.new_zeros(len(modality_mask))
     if config.conflict_prior is None:
-        return -evidence
+        return -evidence, modality_mask.new_zeros(len(modality_mask))
     believed = MODALITIES.index(config.conflict_prior)
     clean = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
     favour = torch.zeros_like(evidence)
     conflict = saturate(config.kappa * signals.conflict[:, believed].clamp_min(0), EVIDENCE_LIMIT)
     favour[:, believed] = torch.where(clean, conflict, 0)
-    return favour - evidence
+    return favour - evidence, favour[:, believed] > 0

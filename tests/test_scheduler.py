@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from modeling_dms import DMSConfig
 from modeling_dms.outputs import ModalitySignals
-from modeling_dms.scheduler import ModalityScheduler, ZeroLinear, uniform_weights, weights_from_scores
+from modeling_dms.scheduler import (
+    CONFLICT_FLOOR,
+    ModalityScheduler,
+    ZeroLinear,
+    uniform_weights,
+    weights_from_scores,
+)
 from modeling_dms.signals import consistency
 
 
@@ -592,6 +598,16 @@ def test_suspicion_counts_where_the_modalities_disagree_and_nowhere_else(config,
     assert torch.equal(after[agree], before[agree])
 
 
+@pytest.mark.parametrize("floor", [0.001, 0.05, 0.3])
+def test_what_a_conflict_prior_does_not_believe_falls_below_the_floor_of_damage(floor):
+    damaged = ruled((9.0, -3.0), conflict=30.0, conflict_prior="vision", weight_floor=floor)
+    assert damaged[VISION].item() == pytest.approx(floor, abs=1e-4)
+    mistaken = ruled((-1.0, -3.0), conflict=30.0, conflict_prior="vision", weight_floor=floor)
+    assert mistaken[TEXT].item() == pytest.approx(min(floor, CONFLICT_FLOOR), abs=1e-4)
+    undecided = ruled((-1.0, -3.0), conflict=30.0, weight_floor=floor)
+    assert torch.equal(undecided, torch.tensor([0.5, 0.5]))
+
+
 @bounded
 @given(conflict=st.floats(0.01, 50), first=harmless, second=harmless)
 def test_conflict_alone_moves_nothing_without_a_prior(conflict, first, second):
@@ -614,8 +630,8 @@ def test_the_prior_reaches_the_floor_and_grows_with_kappa(believed, index):
     def weight(conflict, kappa, floor=0.05):
         return ruled((-1.0, -1.0), conflict, conflict_prior=believed, kappa=kappa, weight_floor=floor)[index]
 
-    assert weight(100.0, 4.0).item() == pytest.approx(0.95, abs=1e-4)
-    assert weight(100.0, 4.0, floor=0.01).item() == pytest.approx(0.99, abs=1e-4)
+    assert weight(100.0, 4.0).item() == pytest.approx(0.99, abs=1e-4)
+    assert weight(100.0, 4.0, floor=0.001).item() == pytest.approx(0.999, abs=1e-4)
     assert 0.5 < weight(0.1, 1.0) < weight(0.1, 2.0)
     assert weight(5.0, 0.0) == 0.5
 

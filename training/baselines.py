@@ -111,7 +111,7 @@ def scorer(
 
 def make_methods(
     model: PreTrainedModel,
-    task: Task,
+    task_of: Callable[[Sequence[Sample]], Task],
     train: Sequence[Sample],
     validation: Sequence[Sample],
     names: Sequence[str],
@@ -123,6 +123,7 @@ def make_methods(
     `validation` (the mean prior's on `train`), all under seen corruptions alone.
 
     Args:
+        task_of: samples -> the task on them (retrieval compares the texts of all).
         names: of `METHODS`.
         temperature: of the target weights of trained schedulers.
 
@@ -144,13 +145,15 @@ def make_methods(
     if wanted:
         dropped = ModalityDropout.of(train, corruptions)
         drawn = [dropped[index] for index in range(len(train))]
-        recorded = record(model, task, drawn, batch_size)
+        recorded = record(model, task_of(train), drawn, batch_size)
         target = (-torch.tensor([sample.damage for sample in drawn]) / temperature).softmax(1)
         for name in tqdm(wanted, desc="schedulers", unit=""):
             alone = name.removeprefix("learned: ")
             choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
             found[name] = Scheduled(name, fit_scheduler(model, recorded, target, **choices))
-    seen, prior = (scorer(model, task, data, SEEN, batch_size) for data in (validation, train[: len(validation)]))
+    seen, prior = (
+        scorer(model, task_of(data), data, SEEN, batch_size) for data in (validation, train[: len(validation)])
+    )
     searched: dict[str, tuple[Sequence[Method], Callable[[Sequence[Method]], list[float]]]] = {
         "VCD": (_choices(ContrastiveDecoding(), "VCD"), seen),
         "AdaptVis": (_choices(AdaptVis(), "AdaptVis"), seen),

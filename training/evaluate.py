@@ -179,13 +179,17 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         # what is retrieved is the same for every seed
         return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
 
-    task = _task(config, processor, train, samples_of(0))
-    if not isinstance(task, ImageTextMatching):
-        task.max_length = room_for_prompts(model, processor, task.longest_answer())
+    def task_of(samples: Sequence[Sample]) -> Task:
+        task = _task(config, processor, train, samples)
+        if not isinstance(task, ImageTextMatching):
+            task.max_length = room_for_prompts(model, processor, task.longest_answer())
+        return task
+
+    task = task_of(samples_of(0))
     some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
     methods = make_methods(
         model,
-        task,
+        task_of,
         some if needs_training else [],
         validation,
         config.methods,
