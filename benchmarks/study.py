@@ -50,11 +50,11 @@ EVALUATIONS = {
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
     f"--samples 40 --methods 'static,rule,learned,{BASELINES},oracle' --validation-samples 16",
     # each image once: there is no severity of a mismatch to draw
-    "policy": f"--task vqa {EASY_VQA} --corruptions unseen,mismatch --seeds 1 --samples 100 "
+    "policy": f"--task vqa {EASY_VQA} --corruptions mismatch --seeds 1 --samples 100 "
     f"--methods 'static,rule,{PRIORS},oracle'",
     "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
     f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
-    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
+    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 1 --samples 24 "
     f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
 }
 
@@ -71,9 +71,11 @@ LEFT = {
 TITLES = {"vqa": "VQA", "vqa-generate": "VQA", "caption": "captions", "retrieval": "retrieval"}
 
 
-def title_of(run: dict[str, Any]) -> str:
-    """Model, task and data of an evaluation."""
-    return f"{Path(run['model']).name.split('-')[0]}, {TITLES[run['task']]}, {run['data'].split(':')[0]}"
+def title_of(results: dict[str, Any]) -> str:
+    """Model and task of an evaluation."""
+    run = results["run"]
+    policies = ", policies" if results["name"].endswith("-policy") else ""
+    return f"{Path(run['model']).name.split('-')[0]}, {TITLES[run['task']]}{policies}"
 
 
 def what_is_left(evaluations: Sequence[dict[str, Any]]) -> str:
@@ -81,8 +83,10 @@ def what_is_left(evaluations: Sequence[dict[str, Any]]) -> str:
     rows = []
     for results in evaluations:
         kept = [row for row in results["results"]["conditions"] if row["method"] == "static"]
+        if not set(LEFT.values()) <= {row["condition"] for row in kept}:
+            continue
         scores = [[row["score"] for row in kept if row["condition"] == name] for name in LEFT.values()]
-        rows.append([title_of(results["run"]), *(f"{np.mean(own):.3f}" if own else "-" for own in scores)])
+        rows.append([title_of(results), *(f"{np.mean(own):.3f}" if own else "-" for own in scores)])
     return table(["static model", *LEFT], rows)
 
 
@@ -103,15 +107,16 @@ def groups_of(results: dict[str, Any]) -> str:
                 closed = row["gap_closed"] if method != "oracle" else None
                 cells.append(points(row["minus_static"]) + ("" if closed is None else f", {closed[0]:.2f}"))
         rows.append([method, *cells])
-    return f"### {title_of(results['run'])}: {results['run']['metric']}\n\n" + table(["method", *groups], rows)
+    return f"### {title_of(results)}: {results['run']['metric']}\n\n" + table(["method", *groups], rows)
 
 
 def against(evaluations: Sequence[dict[str, Any]]) -> str:
     """DMS (`rule`) minus every published baseline on all unseen corruptions together."""
+    evaluations = [results for results in evaluations if not results["name"].endswith("-policy")]
     minus = [{"static": None, **results["results"]["against"]["minus"]} for results in evaluations]
     names = [n for n in dict.fromkeys(name for own in minus for name in own) if not n.startswith(DMS)]
     rows = [
-        [title_of(results["run"]), *("-" if own.get(name) is None else points(own[name]) for name in names)]
+        [title_of(results), *("-" if own.get(name) is None else points(own[name]) for name in names)]
         for results, own in zip(evaluations, minus, strict=True)
     ]
     return table(["`rule` minus", *names], rows)
@@ -158,7 +163,7 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
                 )
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups], fontsize=8)
-        axis.set_title(title_of(results["run"]), fontsize=10)
+        axis.set_title(title_of(results), fontsize=10)
         axis.set_ylabel(f"{results['run']['metric']}, points over static", fontsize=8)
         axis.grid(alpha=0.3, axis="y")
     named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
@@ -190,15 +195,15 @@ def scanned(scans: Sequence[dict[str, Any]]) -> str:
         taken = [name for side in chosen(scan).values() for name in side]
         for name in names:
             values = [f"{scores[name, severity, m]:.3f}" for severity in (3, 5) for m in REFERENCES]
-            rows.append([title_of(scan["run"]), name, *values, "yes" if name in taken else ""])
-        rows.append([title_of(scan["run"]), "clean", f"{scores['clean', 0, 'static']:.3f}", "", "", "", ""])
+            rows.append([title_of(scan), name, *values, "yes" if name in taken else ""])
+        rows.append([title_of(scan), "clean", f"{scores['clean', 0, 'static']:.3f}", "", "", "", ""])
     return table(["model", "corruption", "static, 3", "oracle, 3", "static, 5", "oracle, 5", "studied"], rows)
 
 
 def read(name: str) -> dict[str, Any] | None:
     """The results of an evaluation, if it has finished."""
     file = FOLDER / name / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return {"name": name, **json.loads(file.read_text(encoding="utf-8"))} if file.exists() else None
 
 
 def run(model: str, name: str) -> None:

@@ -170,9 +170,9 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
         evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
     evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
     if config.consistency == "additive":
-        return signals.consistency - evidence, modality_mask.new_zeros(len(modality_mask))
+        return signals.consistency - evidence, torch.zeros_like(modality_mask[:, 0])
     if config.conflict_prior is None:
-        return -evidence, modality_mask.new_zeros(len(modality_mask))
+        return -evidence, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)
     clean = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
     favour = torch.zeros_like(evidence)

@@ -12,11 +12,12 @@ from modeling_dms.training.card import write_card
 
 
 ROOT = Path(__file__).resolve().parent.parent
-# the stages of its training, and its evaluation
+# the stages of its training; its evaluations, of which the first one comes first in the card
 RELEASED = {
-    "llava-dinov2s-smollm2-135m": (("llava-smollm2-bridge", "llava-smollm2", "llava-smollm2-trust"), "llava-vqa"),
-    "blip2-dinov2s-smollm2-135m": (("blip2-smollm2-align", "blip2-smollm2"), "blip2-vqa"),
+    "llava-dinov2s-smollm2-135m": ("llava-smollm2-bridge", "llava-smollm2", "llava-smollm2-trust"),
+    "blip2-dinov2s-smollm2-135m": ("blip2-smollm2-align", "blip2-smollm2"),
 }
+EVALUATIONS = ("vqa", "caption", "retrieval")
 
 
 def test_every_released_adapter_is_known():
@@ -40,10 +41,10 @@ def test_a_released_card_is_what_its_files_make(name, tmp_path):
     shutil.copytree(source, copy)
     card = source / "README.md"
     (copy / "README.md").unlink()
-    stages, evaluation = RELEASED[name]
-    write_card(copy, [ROOT / "docs" / "study" / evaluation], [copy / "training" / stage for stage in stages])
+    folders = [ROOT / "docs" / "study" / f"{name.split('-')[0]}-{evaluation}" for evaluation in EVALUATIONS]
+    write_card(copy, folders, [copy / "training" / stage for stage in RELEASED[name]])
     assert (copy / "README.md").read_text() == card.read_text()
-    results = json.loads((ROOT / "docs" / "study" / evaluation / "results.json").read_text())["results"]["groups"]
+    results = json.loads((folders[0] / "results.json").read_text())["results"]["groups"]
     clean = next(row for row in results if (row["group"], row["method"]) == ("clean", "rule"))
     entries = ModelCard.load(card).data.eval_results
     assert round(clean["score"], 4) == next(e.metric_value for e in entries if e.dataset_config == "clean")
