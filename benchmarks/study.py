@@ -40,6 +40,8 @@ UNSEEN = {
 LOSS, MOST = 0.1, 4
 BASELINES = "entropy,energy,mean prior"
 PRIORS = "rule + prior,rule + text prior"
+# of captions by the smaller model alone: searching and reading without the images' prefix takes these longest
+SLOW = ",VCD,AdaptVis"
 COMMON = "--severities 3,5 --training-samples 600 --dtype bfloat16 --batch-size 16"
 EASY_VQA = f"--data easy-vqa {COMMON}"
 LEFT_OUT = "image:missing,text:missing,image:mismatch,text:mismatch"
@@ -55,7 +57,7 @@ EVALUATIONS = {
     "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
     f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
     "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 1 --samples 24 "
-    f"--methods 'static,rule,{PRIORS},{BASELINES},VCD,AdaptVis,oracle' --validation-samples 8",
+    f"--methods 'static,rule,{PRIORS},{BASELINES}{SLOW},oracle' --validation-samples 8",
 }
 
 DMS = ("rule", "rule + prior", "rule + text prior", "learned")
@@ -209,6 +211,8 @@ def read(name: str) -> dict[str, Any] | None:
 def run(model: str, name: str) -> None:
     """`dms evaluate`, as far as it has not run yet."""
     out, options = FOLDER / f"{model}-{name}", shlex.split(EVALUATIONS[name])
+    if (model, name) == ("llava", "caption"):
+        options = [option.replace(SLOW, "") for option in options]
     if read(out.name) is not None:
         return
     kinds = [f"{side}:{kind}" for side, names in UNSEEN.items() for kind in names]

@@ -42,6 +42,7 @@ def test_a_released_card_is_what_its_files_make(name, tmp_path):
     card = source / "README.md"
     (copy / "README.md").unlink()
     folders = [ROOT / "docs" / "study" / f"{name.split('-')[0]}-{evaluation}" for evaluation in EVALUATIONS]
+    folders = [folder for folder in folders if (folder / "results.json").exists()]
     write_card(copy, folders, [copy / "training" / stage for stage in RELEASED[name]])
     assert (copy / "README.md").read_text() == card.read_text()
     results = json.loads((folders[0] / "results.json").read_text())["results"]["groups"]
