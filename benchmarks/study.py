@@ -158,7 +158,6 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
                     mean,
                     0.13,
                     color=colors[name],
-                    label=name if number == 0 or (name == "oracle" and group == groups[1]) else None,
                     yerr=[[mean - low], [high - mean]],
                     ecolor="#555555",
                     error_kw={"linewidth": 0.8},
@@ -168,8 +167,8 @@ def draw(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_title(title_of(results), fontsize=10)
         axis.set_ylabel(f"{results['run']['metric']}, points over static", fontsize=8)
         axis.grid(alpha=0.3, axis="y")
-    named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(named.values(), named.keys(), loc="upper center", ncols=len(named), frameon=False, fontsize=9)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    figure.legend(handles, list(colors), loc="upper center", ncols=len(colors), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
