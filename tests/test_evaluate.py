@@ -484,6 +484,7 @@ def test_weights_of_another_precision(tmp_path):
 def test_captioning_and_retrieval(tmp_path, task, metric):
     config = EvaluationConfig("demo-llava", tmp_path, task=task, data="openmoji", corruptions=["image:blur"])
     config.severities, config.seeds, config.samples, config.calibration_samples = [4], 2, 5, 0
+    assert len(evaluate(EvaluationConfig(**vars(config) | {"out": tmp_path / "plain"}))["results"]["conditions"]) == 10
     # fitted to other samples, whose texts are others
     config.methods, config.training_samples, config.validation_samples = ("rule", "entropy", "oracle"), 4, 4
     results = evaluate(EvaluationConfig(**vars(config)))

@@ -151,6 +151,8 @@ def make_methods(
             alone = name.removeprefix("learned: ")
             choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
             found[name] = Scheduled(name, fit_scheduler(model, recorded, target, **choices))
+    if not train:  # nothing to be fitted
+        return [found[name] for name in names]
     seen, prior = (
         scorer(model, task_of(data), data, SEEN, batch_size) for data in (validation, train[: len(validation)])
     )
