@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_dms.training import grid
+from modeling_dms.scheduler import ModalityScheduler
+from modeling_dms.training import baselines, grid
 from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record, scorer
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
@@ -19,7 +20,7 @@ from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import EvaluationConfig, conditions_of, evaluate, one_per_image
 from modeling_dms.training.grid import ORACLE, Cell, Condition, run_condition, run_grid
 from modeling_dms.training.loading import load
-from modeling_dms.training.methods import ContrastiveDecoding, Fixed, Method, Scheduled
+from modeling_dms.training.methods import GRIDS, ContrastiveDecoding, Fixed, Method, Scheduled
 from modeling_dms.training.report import Results, render, summarize
 from modeling_dms.training.tasks import VisualQuestionAnswering
 from tests import tiny
@@ -189,8 +190,50 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(vqa, tmp_path, monkeypatch)
     assert len(resumed) == len(undisturbed)
     for one, two in zip(resumed, undisturbed, strict=True):
         same(one, two)
-    with pytest.raises(ValueError, match="other methods or samples"):
-        run_grid(model, task, [Method()], lambda seed: samples, conditions, (0, 1), tmp_path / "part", 7, resume=True)
+    with pytest.raises(ValueError, match="other samples"):
+        run_grid(model, task, methods, lambda _: samples[1:], conditions, (0, 1), tmp_path / "part", 7, resume=True)
+
+
+def test_only_the_methods_that_are_missing_are_run(vqa, tmp_path, monkeypatch):
+    model, task, samples = vqa
+    rule = Scheduled("rule", ModalityScheduler(model.config.dms_config, [0, 0]))
+
+    def run(out, methods, **options):
+        return run_grid(model, task, methods, lambda seed: samples, [CLEAN, BLACK], (0,), out, 7, **options)
+
+    whole = run(tmp_path / "whole", [Method(), rule, Method(ORACLE)])
+    run(tmp_path / "part", [Method()])
+    real, calls = run_condition, []
+    monkeypatch.setattr(grid, "run_condition", lambda *args: calls.append(args[2]) or real(*args))
+    added = run(tmp_path / "part", [Method(), rule, Method(ORACLE)], resume=True)
+    # an oracle is told what is damaged: in clean samples nothing is
+    assert [[m.name for m in methods] for methods in calls] == [["rule"], ["rule", ORACLE]]
+    for one, two in zip(added, whole, strict=True):
+        same(one, two)
+    fewer = run(tmp_path / "part", [rule], resume=True)
+    assert len(calls) == 2 and [cell.method for cell in fewer] == ["rule", "rule"]
+    assert len(run(tmp_path / "part", [Method(), rule], resume=True)) == 4  # nothing was thrown away
+
+
+def test_what_was_searched_is_not_searched_again(vqa, tmp_path, monkeypatch):
+    model, task, samples = vqa
+    file, tried = tmp_path / "searched.json", []
+
+    def searches(candidates, score):
+        tried.append(candidates[0].name)
+        return candidates[2]
+
+    monkeypatch.setattr(baselines, "search", searches)
+
+    def made(*names):
+        return make_methods(
+            model, lambda _: task, samples, samples, names, CorruptionConfig(), batch_size=20, searched=file
+        )
+
+    first = made("static", "mean prior")
+    assert made("static", "mean prior", "energy")[:2] == first
+    assert tried == ["mean prior", "energy"]
+    assert first[1].vision == GRIDS["mean prior"][2]["vision"]
 
 
 # ---- conditions and samples

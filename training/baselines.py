@@ -1,11 +1,14 @@
 """Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -118,6 +121,7 @@ def make_methods(
     corruptions: CorruptionConfig,
     temperature: float = 0.1,
     batch_size: int = 50,
+    searched: Path | None = None,
 ) -> list[Method]:
     """Methods by name, those with parameters trained on `train` and the others' hyperparameters chosen on
     `validation` (the mean prior's on `train`), all under seen corruptions alone.
@@ -126,6 +130,7 @@ def make_methods(
         task_of: samples -> the task on them (retrieval compares the texts of all).
         names: of `METHODS`.
         temperature: of the target weights of trained schedulers.
+        searched: a file that keeps the choices. What it holds is not searched again.
 
     Raises:
         ValueError: for an unknown name.
@@ -156,16 +161,22 @@ def make_methods(
     seen, prior = (
         scorer(model, task_of(data), data, SEEN, batch_size) for data in (validation, train[: len(validation)])
     )
-    searched: dict[str, tuple[Sequence[Method], Callable[[Sequence[Method]], list[float]]]] = {
+    searches: dict[str, tuple[Sequence[Method], Callable[[Sequence[Method]], list[float]]]] = {
         "VCD": (_choices(ContrastiveDecoding(), "VCD"), seen),
         "AdaptVis": (_choices(AdaptVis(), "AdaptVis"), seen),
         "mean prior": (_choices(Fixed(), "mean prior"), prior),
         "entropy": (_tempered(model, "entropy"), seen),
         "energy": (_tempered(model, "energy"), seen),
     }
-    for name in tqdm([name for name in names if name in searched], desc="searches", unit=""):
-        candidates, score = searched[name]
-        found[name] = search(candidates, score)
+    # by name, the place of the chosen one
+    chosen = json.loads(searched.read_text(encoding="utf-8")) if searched is not None and searched.exists() else {}
+    for name in tqdm([name for name in names if name in searches], desc="searches", unit=""):
+        candidates, score = searches[name]
+        if name not in chosen:
+            chosen[name] = candidates.index(search(candidates, score))
+            if searched is not None and PartialState().is_main_process:
+                searched.write_text(json.dumps(chosen), encoding="utf-8")
+        found[name] = candidates[chosen[name]]
     return [found[name] for name in names]
 
 

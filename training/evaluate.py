@@ -66,7 +66,8 @@ class EvaluationConfig:
         training_samples: that trained baselines see.
         validation_samples: that the baselines' hyperparameters are chosen on.
         dtype: of the weights, as `from_pretrained` takes it.
-        resume: go on from what `out` holds.
+        resume: go on from what `out` holds: only conditions, seeds and methods that it lacks are run, and no
+            hyperparameters are searched again.
     """
 
     model: str
@@ -187,6 +188,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
     task = task_of(samples_of(0))
     some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
+    searched = config.out / "searched.json"
+    if state.is_main_process:
+        config.out.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            searched.unlink(missing_ok=True)
+    state.wait_for_everyone()
     methods = make_methods(
         model,
         task_of,
@@ -195,6 +202,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config.methods,
         config.families,
         batch_size=config.batch_size,
+        searched=searched,
     )
 
     cells = run_grid(

@@ -220,10 +220,11 @@ def run_grid(
 
     Args:
         samples_of: a seed -> its samples, as many for every seed.
-        out: every condition that is finished is kept here; with `resume` it is not run again.
+        out: every condition that is finished is kept here; with `resume` only what it lacks is run: other conditions,
+            seeds and methods. Methods go by their names.
 
     Raises:
-        ValueError: where `resume` meets results of other methods or samples.
+        ValueError: where `resume` meets results of other samples.
     """
     state, cells = PartialState(), []
     folder = out / "cells"
@@ -238,20 +239,25 @@ def run_grid(
     for seed, condition in progress:
         samples = samples_of(seed)
         path = folder / f"{condition.name.replace(':', '-').replace('/', '-')}-{condition.severity}-{seed}.json"
-        what = {"methods": [m.name for m in methods_of(methods, condition)], "samples": [s.id for s in samples]}
+        ids = [sample.id for sample in samples]
         state.wait_for_everyone()
+        found: dict[str, Cell] = {}
         if resume and path.exists():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["what"] != what:
-                raise ValueError(f"{path} holds results of other methods or samples: use another folder")
-            cells += [_read(cell, condition, seed) for cell in kept["cells"]]
-            continue
-        found = run_condition(model, task, methods, samples, condition, seed, batch_size)
-        cells += found
-        if state.is_main_process:
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps({"what": what, "cells": [_written(c) for c in found]}), encoding="utf-8")
-            part.replace(path)  # whole or not at all
+            if kept["samples"] != ids:
+                raise ValueError(f"{path} holds results of other samples: use another folder")
+            found = {cell["method"]: _read(cell, condition, seed) for cell in kept["cells"]}
+        wanted = [m for m in methods if m.name != ORACLE or condition.damaged is not None]
+        missing = [method for method in wanted if method.name not in found]
+        if missing:
+            new = run_condition(model, task, missing, samples, condition, seed, batch_size)
+            found |= {cell.method: cell for cell in new}
+            if state.is_main_process:
+                part = path.with_suffix(".part")
+                written = {"samples": ids, "cells": [_written(cell) for cell in found.values()]}
+                part.write_text(json.dumps(written), encoding="utf-8")
+                part.replace(path)  # whole or not at all
+        cells += [found[method.name] for method in wanted]
     return cells
 
 
