@@ -10,10 +10,11 @@ from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS, DM
 from modeling_dms.outputs import ModalitySignals
 
 
-# A modality whose evidence of damage reaches the first limit gets no weight beside a clean one; where both reach it
-# nothing tells them apart. The learned correction of a score stays within the second: two of opposite signs decide
+# A modality whose evidence of damage reaches the first limit gets no weight beside a clean one. The learned correction of a score stays within the second: two of opposite signs decide
 # where the rule is silent or undecided, but cannot overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
+# Evidence against one modality counts where another one is clean: in full from so far below its threshold.
+CLEAN_MARGIN = 1.0
 # A damaged modality still tells a little, hence `weight_floor`. One that is not believed in a conflict is another
 # sample's: its floor is no higher than this.
 CONFLICT_FLOOR = 0.01
@@ -159,8 +160,8 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
     that calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they
     disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where even that
-    finds nothing, `conflict_prior` decides, if it is set. Where both are clearly damaged the scores are equal. This is
-    our own choice.
+    finds nothing, `conflict_prior` decides, if it is set. Where both are damaged the scores are equal: how much
+    evidence there is does not tell which of them is worse. This is our own choice.
 
     Returns:
         (B, M), and where `conflict_prior` decides, (B,) bool.
@@ -168,13 +169,16 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     evidence = cast(Tensor, signals.damage)
     if config.consistency == "sharpen":
         evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
+    clean = ((evidence <= 0) | ~modality_mask).all(1)
+    own = torch.eye(evidence.shape[1], dtype=torch.bool, device=evidence.device)
+    cleanest_other = evidence[:, None].masked_fill(~modality_mask[:, None] | own, torch.inf).amin(2)  # (B, M)
     evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
+    evidence = evidence * (-cleanest_other / CLEAN_MARGIN).clamp(0, 1)
     if config.consistency == "additive":
         return signals.consistency - evidence, torch.zeros_like(modality_mask[:, 0])
     if config.conflict_prior is None:
         return -evidence, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)
-    clean = (evidence.masked_fill(~modality_mask, 0) == 0).all(1)
     favour = torch.zeros_like(evidence)
     conflict = saturate(config.kappa * signals.conflict[:, believed].clamp_min(0), EVIDENCE_LIMIT)
     favour[:, believed] = torch.where(clean, conflict, 0)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from modeling_dms import DMSConfig
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.scheduler import (
+    CLEAN_MARGIN,
     CONFLICT_FLOOR,
     ModalityScheduler,
     ZeroLinear,
@@ -467,6 +468,7 @@ def test_zero_linear_starts_at_zero(bias):
 
 damages = st.floats(0.01, 50)
 harmless = st.sampled_from([NOTHING, -20.0, -0.1, 0.0])
+clean = st.sampled_from([NOTHING, -20.0, -1.0, -0.1])
 priors = st.sampled_from([None, "vision", "text"])
 
 
@@ -500,9 +502,7 @@ def test_the_rule_leaves_samples_with_nothing_suspicious_alone(first, second, co
 
 
 @bounded
-@given(
-    damage=damages, other=harmless, damaged=st.sampled_from([VISION, TEXT]), prior=priors, conflict=st.floats(-9, 9)
-)
+@given(damage=damages, other=clean, damaged=st.sampled_from([VISION, TEXT]), prior=priors, conflict=st.floats(-9, 9))
 def test_the_damaged_modality_loses_weight_whatever_the_prior(damage, other, damaged, prior, conflict):
     pair = [other, other]
     pair[damaged] = damage
@@ -543,17 +543,28 @@ def test_the_rule_reaches_the_floor_and_not_below(floor, damaged):
     assert weights.sum().item() == pytest.approx(1)
 
 
-def test_of_two_slightly_damaged_modalities_the_worse_loses():
-    weights = ruled((0.2, 0.5))
-
-    assert weights[VISION] > 0.5 > weights[TEXT]
-    assert torch.equal(ruled((3.0, 3.0), 2.0), torch.tensor([0.5, 0.5]))
-
-
 @bounded
-@given(first=st.floats(5, 50), second=st.floats(5, 50))
-def test_of_two_clearly_damaged_modalities_neither_is_preferred(first, second):
-    torch.testing.assert_close(ruled((first, second)), torch.tensor([0.5, 0.5]), atol=0.02, rtol=0)
+@given(first=damages, second=damages, prior=priors, conflict=st.floats(-9, 9))
+def test_of_two_damaged_modalities_neither_is_preferred(first, second, prior, conflict):
+    assert torch.equal(ruled((first, second), conflict, conflict_prior=prior), torch.tensor([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("damaged", [VISION, TEXT])
+def test_evidence_counts_as_far_as_the_other_modality_is_clean(damaged):
+    def weight(other):
+        pair = [other, other]
+        pair[damaged] = 3.0
+        return ruled(tuple(pair))[damaged].item()
+
+    assert weight(NOTHING) == weight(-CLEAN_MARGIN) < weight(-0.5 * CLEAN_MARGIN) < weight(-0.1) < 0.5
+    assert weight(0.0) == weight(50.0) == 0.5
+
+
+def test_of_three_modalities_the_damaged_ones_lose_to_a_clean_one():
+    weights = ruled((4.0, 4.0, -2.0), present=(True, True, True))
+    assert weights[0] == weights[1] < 0.1 < 0.8 < weights[2]
+    # one that is absent does not count as clean
+    assert ruled((4.0, 2.0, NOTHING), present=(True, True, False)).tolist() == [0.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)])
