@@ -10,8 +10,9 @@ from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS, DM
 from modeling_dms.outputs import ModalitySignals
 
 
-# A modality whose evidence of damage reaches the first limit gets no weight beside a clean one. The learned correction of a score stays within the second: two of opposite signs decide
-# where the rule is silent or undecided, but cannot overrule clear evidence.
+# A modality whose evidence of damage reaches the first limit gets no weight beside a clean one. The learned correction
+# of a score stays within the second: two of opposite signs decide where the rule is silent or undecided, but cannot
+# overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
 # Evidence against one modality counts where another one is clean: in full from so far below its threshold.
 CLEAN_MARGIN = 1.0

@@ -211,7 +211,8 @@ def test_only_the_methods_that_are_missing_are_run(vqa, tmp_path, monkeypatch):
     for one, two in zip(added, whole, strict=True):
         same(one, two)
     fewer = run(tmp_path / "part", [rule], resume=True)
-    assert len(calls) == 2 and [cell.method for cell in fewer] == ["rule", "rule"]
+    assert len(calls) == 2
+    assert [cell.method for cell in fewer] == ["rule", "rule"]
     assert len(run(tmp_path / "part", [Method(), rule], resume=True)) == 4  # nothing was thrown away
 
 
