@@ -92,7 +92,7 @@ def test_noto_differs_from_openmoji_in_the_image_alone(task):
         drawn = trained[sample.id.replace("noto-", "openmoji-")]
         assert sample == drawn.replace(id=sample.id, image=sample.image)
     assert all(len(samples) > 0.4 * len(every) for samples in splits.values())
-    assert load_samples("noto", "test", task, limit=5) == splits["test"][:5]
+    assert all(sample in splits["test"] for sample in load_samples("noto", "test", task, limit=5))
 
 
 @pytest.mark.usefixtures("font")
@@ -205,7 +205,7 @@ def test_stamps_share_nothing_between_splits():
     for split in HELD_OUT_SPLITS:
         samples = load_stamps(split)
         assert load_stamps(split, "retrieval") == [sample.replace(task="retrieval") for sample in samples]
-        assert load_samples("stamps", split, limit=5) == samples[:5]
+        assert all(sample in samples for sample in load_samples("stamps", split, limit=5))
         for sample in samples:
             ids[sample.id].add(split)
             images[sample.image.read_bytes()].add(split)

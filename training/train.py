@@ -59,7 +59,8 @@ def calibrate(
     show_progress: bool = True,
     level: int = 2,
 ) -> Any:
-    """Calibrates a DMS model (or a peft wrapper of one) on the first samples of distinct images.
+    """Calibrates a DMS model (or a peft wrapper of one) on samples of distinct images, evenly spread over the data:
+    the first ones of a sorted set would be of one kind.
 
     In batches of a fixed size: the self-made corruptions are drawn batch by batch, and the same data must give the
     same statistics whatever the batch and the number of processes of a training step.
@@ -67,7 +68,9 @@ def calibrate(
     Raises:
         ValueError: for too few images or contexts, or as `model.calibrate`.
     """
-    distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1][:count]
+    distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1]
+    count = min(count, len(distinct))
+    distinct = [distinct[place * len(distinct) // count] for place in range(count)]
     with_image = sum(sample.image is not None for sample in distinct)
     with_context = sum(bool((sample.context or "").strip()) for sample in distinct)
     if min(with_image, with_context) < MIN_SAMPLES:
@@ -166,7 +169,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
 
 
 def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict | None = None) -> Any:
-    """Calibrates a checkpoint on the first clean training images of `data` and saves it; an adapter as an adapter.
+    """Calibrates a checkpoint on `count` clean training images of `data` and saves it; an adapter as an adapter.
 
     Args:
         dms: fields of DMSConfig, instead of the checkpoint's.
