@@ -87,6 +87,24 @@ def test_an_adapter_that_lacks_weights_is_refused(run, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_without_a_learned_scheduler_gets_one(run, tmp_path, merge):
+    folder, _ = run
+    model, _ = load(folder, {"scheduler": "learned"}, merge=merge)
+    scheduler = (model if merge else model.base_model.model).dms.scheduler
+    assert not scheduler.output.weight.any()  # it starts at the rule
+    assert scheduler.hidden.weight.any()
+    if merge:
+        return
+    model.save_pretrained(tmp_path)
+    model.base_model.config.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    del state["base_model.model.dms.scheduler.hidden.weight"]
+    save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"dms\.scheduler\.hidden\.weight"):  # one that was there is lost
+        load(tmp_path)
+
+
 @torch.no_grad()
 def test_calibrating_an_adapter_leaves_an_adapter(run, tmp_path):
     folder, _ = run

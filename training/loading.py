@@ -63,6 +63,9 @@ def load(
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model, processor = load(base, {**own, **(dms or {})}, **kwargs)
         weights = load_peft_weights(str(folder), device="cpu")
+        if own.get("scheduler") != "learned":  # one that is asked for is new
+            for part, value in model.dms.scheduler.state_dict().items():
+                weights.setdefault(f"base_model.model.dms.scheduler.{part}", value)
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         try:
             set_peft_model_state_dict(adapted, weights)
