@@ -16,6 +16,7 @@ from modeling_dms.training.train import calibrate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
+import losses
 import study
 
 
@@ -86,3 +87,17 @@ def test_only_images_that_static_does_not_cope_with_are_studied():
     assert study.chosen(scan) == {"image": ["image:fog", "image:jpeg"], "text": ["text:typos", "text:scramble"]}
     many = scan_of({f"image:{name}": 0.1 + 0.01 * place for place, name in enumerate(study.UNSEEN["image"])})
     assert study.chosen(many)["image"] == [f"image:{name}" for name in study.UNSEEN["image"][:-5:-1]]
+
+
+def test_an_adapter_is_trained_further_once_and_as_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.MODELS, "llava", "demo-llava")
+    short = "--max_samples 400 --calibration_samples 50 --per_device_train_batch_size 4 --bf16 false"
+    monkeypatch.setattr(losses, "TRAINING", f"{losses.TRAINING} {short}")
+    final = losses.train("llava", "LoRA and scheduler, without unimodal", 2, tmp_path)
+    config = load(final)[0].config.dms_config
+    assert (config.scheduler, config.lambda_unimodal) == ("learned", 0)
+    assert config.lambda_mwc == config.lambda_schedule == 0.1
+    monkeypatch.setattr(losses, "run_training", None)
+    assert losses.train("llava", "LoRA and scheduler, without unimodal", 2, tmp_path) == final
+    # every way is another, and says what `dms train` takes
+    assert len({str(way) for way in losses.WAYS.values()}) == len(losses.WAYS) == 7
