@@ -261,9 +261,12 @@ def main() -> None:
     write_between_markers(DOCUMENT, "scan", scanned(scans))
     write_between_markers(DOCUMENT, "left", what_is_left(evaluations))
     write_between_markers(DOCUMENT, "against", against(evaluations))
-    write_between_markers(DOCUMENT, "groups", "\n\n".join(groups_of(results) for results in evaluations))
-    if evaluations:
-        draw(evaluations, FOLDER / "overview.png")
+    pictures = [results for results in evaluations if results["run"]["data"] in PICTURES]
+    others = [results for results in evaluations if results not in pictures]
+    for marker, some, picture in (("groups", others, "overview.png"), ("pictures", pictures, "pictures.png")):
+        write_between_markers(DOCUMENT, marker, "\n\n".join(groups_of(results) for results in some))
+        if some:
+            draw(some, FOLDER / picture)
 
 
 if __name__ == "__main__":
