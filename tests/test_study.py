@@ -101,3 +101,10 @@ def test_an_adapter_is_trained_further_once_and_as_told(tmp_path, monkeypatch):
     assert losses.train("llava", "LoRA and scheduler, without unimodal", 2, tmp_path) == final
     # every way is another, and says what `dms train` takes
     assert len({str(way) for way in losses.WAYS.values()}) == len(losses.WAYS) == 7
+
+
+def test_titles_tell_evaluations_apart():
+    run = {"model": "runs/blip2-openmoji", "task": "caption", "data": "noto"}
+    assert study.title_of({"name": "blip2-noto", "run": run}) == "blip2, captions of noto"
+    run = {"model": study.MODELS["llava"], "task": "vqa", "data": "easy-vqa"}
+    assert study.title_of({"name": "llava-policy", "run": run}) == "llava, VQA, policies"
