@@ -84,6 +84,7 @@ LEFT = {
     "context only": "image:missing",
     "neither": "image:black+text:missing",
 }
+SHOWN_WEIGHTS = ("clean", "image:fog", "image:pixelate", "text:typos", "text:scramble")
 TITLES = {"vqa": "VQA", "vqa-generate": "VQA", "caption": "captions", "retrieval": "retrieval"}
 
 
@@ -105,6 +106,16 @@ def what_is_left(evaluations: Sequence[dict[str, Any]]) -> str:
         scores = [[row["score"] for row in kept if row["condition"] == name] for name in LEFT.values()]
         rows.append([title_of(results), *(f"{np.mean(own):.3f}" if own else "-" for own in scores)])
     return table(["static model", *LEFT], rows)
+
+
+def clean_weights(evaluations: Sequence[dict[str, Any]]) -> str:
+    """The mean image weight that the rule gives: of clean samples it should be one half."""
+    rows = []
+    for results in evaluations:
+        kept = [row for row in results["results"]["conditions"] if row["method"] == "rule"]
+        weights = {name: [row["weights"][0] for row in kept if row["condition"] == name] for name in SHOWN_WEIGHTS}
+        rows.append([title_of(results), *(f"{np.mean(own):.2f}" if own else "-" for own in weights.values())])
+    return table(["mean image weight", *SHOWN_WEIGHTS], rows)
 
 
 def groups_of(results: dict[str, Any]) -> str:
@@ -265,6 +276,7 @@ def main() -> None:
     write_between_markers(DOCUMENT, "scan", scanned(scans))
     write_between_markers(DOCUMENT, "left", what_is_left(evaluations))
     write_between_markers(DOCUMENT, "against", against(evaluations))
+    write_between_markers(DOCUMENT, "weights", clean_weights(evaluations))
     pictures = [results for results in evaluations if results["run"]["data"] in PICTURES]
     others = [results for results in evaluations if results not in pictures]
     for marker, some, picture in (("groups", others, "overview.png"), ("pictures", pictures, "pictures.png")):
