@@ -48,9 +48,9 @@ EASY_VQA = f"--data easy-vqa {COMMON}"
 PICTURES = ("openmoji", "noto", "stamps")
 # by methods that need no data, at severity 5
 QUICK = (
-    f"{COMMON.replace('3,5', '5')} --corruptions seen,unseen,mismatch,image:black+text:missing --seeds 1 --samples 24 "
+    f"{COMMON.replace('3,5', '5')} --corruptions seen,unseen,mismatch,image:black+text:missing --seeds 1 "
+    "--samples 24 --methods 'static,rule,rule + text prior,oracle'"
 )
-QUICK += "--methods 'static,rule,rule + text prior,oracle'"
 LEFT_OUT = "image:missing,text:missing,image:mismatch,text:mismatch"
 # by name of an evaluation, what `dms evaluate` is told
 EVALUATIONS = {
