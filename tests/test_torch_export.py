@@ -80,9 +80,7 @@ def check(program, model, batches):
     for batch in [*batches, *batches]:
         attended = batch[NAMES.index("attention_mask")].bool()
         (logits, *rest), (wanted, *others) = program(*batch), model(*batch)
-        if (
-            logits.shape[:2] == attended.shape
-        ):  # what stands at padding means nothing, and depends on how a mask is made
+        if logits.shape[:2] == attended.shape:  # what stands at padding means nothing
             logits, wanted = logits[attended], wanted[attended]
         torch.testing.assert_close((logits, *rest), (wanted, *others), rtol=1e-4, atol=1e-4)
 
