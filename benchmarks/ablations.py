@@ -22,6 +22,7 @@ from study import MODELS, chosen, read
 from torch import nn
 from tqdm.auto import tqdm
 
+from modeling_dms.calibration import SCALARS, ModalityCalibration
 from modeling_dms.calibration_fit import fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.scheduler import ModalityScheduler
@@ -81,18 +82,43 @@ class Variant:
                 setattr(config, name, value)
 
 
+@contextlib.contextmanager
+def left_out(signal: str | None) -> Iterator[None]:
+    """Calibration cannot see a signal: constant inputs get no coefficient, and no images are remembered."""
+    see = ModalityCalibration.detector_inputs
+
+    def blind(self: ModalityCalibration, *arguments: torch.Tensor) -> torch.Tensor:
+        inputs = see(self, *arguments)
+        if signal == "typicality":
+            inputs[:, : self.deviations] = 0
+        elif signal in SCALARS:
+            inputs[:, self.deviations + SCALARS.index(signal)] = 0
+        return inputs
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ModalityCalibration, "detector_inputs", blind))
+        if signal == "unfamiliarity":
+            stack.enter_context(mock.patch("modeling_dms.calibration_fit.fit_memory_bank", return_value={}))
+        yield
+
+
 def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], most: int) -> Callable[..., nn.Module]:
     """A function that gives the `dms` calibrated otherwise; what calibration records is recorded once."""
     with mock.patch("modeling_dms.calibration_mixin.fit_calibration") as fit:
         calibrate(model, collator, train, most)
     _, clean, corrupted, present, _ = fit.call_args.args
 
-    def recalibrated(count: int = CALIBRATION, level: int = 2, **choices: Any) -> nn.Module:
+    def recalibrated(
+        count: int = CALIBRATION, level: int = 2, without: str | None = None, **choices: Any
+    ) -> nn.Module:
         kept, rows = copy.deepcopy(model.dms), torch.arange(min(count, len(present)))
         for name, value in choices.items():
             setattr(kept.config, name, value)
         families = [{name: record[rows] for name, record in own.items()} for own in corrupted]
-        fit_calibration(kept.calibration, [record[rows] for record in clean], families, present[rows], level)
+        with left_out(without):
+            fit_calibration(kept.calibration, [record[rows] for record in clean], families, present[rows], level)
+        if without == "consistency":
+            kept.calibration.agreement.reset()  # tells nothing then
         return kept
 
     return recalibrated
@@ -119,6 +145,8 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
     for count in SIZES:
         found.append(Variant(f"calibrated on {count} samples", dms=recalibrated(count)))
     found.append(Variant("calibration level 1 alone", dms=recalibrated(level=1)))
+    for signal in ("confidence", "uncertainty", "typicality", "unfamiliarity", "consistency"):
+        found.append(Variant(f"rule, without {signal}", dms=recalibrated(without=signal)))
     for choices in ({"mc_samples": 5}, {"mc_samples": 30, "mc_depth": "encoder"}, {"uncertainty": "variance"}):
         name, kept = ", ".join(f"{key} {value}" for key, value in choices.items()), copy.deepcopy(model.dms)
         with Variant(name, choices, kept).applied(model):

@@ -43,6 +43,20 @@ def test_a_recorded_calibration_is_the_one_that_calibrate_makes(calibrated):
     assert model.config.dms_config.arbitration_rate == 0.05
 
 
+@pytest.mark.parametrize("signal", ["typicality", "confidence", "uncertainty", "unfamiliarity", "consistency"])
+def test_a_signal_left_out_of_calibration_says_nothing(calibrated, signal):
+    model, collator = calibrated
+    again = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)
+    whole, blind = again(60).calibration, again(60, without=signal).calibration
+    for modality, other in zip(whole.modalities, blind.modalities, strict=True):
+        places = {name: modality.deviations + place for place, name in enumerate(("confidence", "uncertainty"))}
+        silent = slice(modality.deviations) if signal == "typicality" else places.get(signal, slice(0))
+        assert not other.coefficients[silent].any()
+    assert whole.modalities[0].coefficients.any() and whole.agreement.informative
+    assert bool(blind.modalities[0].memory_bank.any()) == (signal != "unfamiliarity")
+    assert bool(blind.agreement.informative) == (signal != "consistency")
+
+
 def test_a_variant_leaves_the_model_as_it_was(calibrated):
     model, collator = calibrated
     dms, config = model.dms, model.config.dms_config.to_dict()
