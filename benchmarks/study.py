@@ -57,14 +57,14 @@ EVALUATIONS = {
     "scan": f"--task vqa {EASY_VQA} --split validation --corruptions unseen --seeds 1 --samples 60 "
     "--methods static,oracle",
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
-    f"--samples 40 --methods 'static,rule,learned,{BASELINES},oracle' --validation-samples 16",
+    f"--samples 40 --methods 'static,rule,learned,{BASELINES}{SLOW},oracle' --validation-samples 16",
     # each image once: there is no severity of a mismatch to draw
     "policy": f"--task vqa {EASY_VQA} --corruptions mismatch --seeds 1 --samples 100 "
     f"--methods 'static,rule,{PRIORS},oracle'",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
-    f"--methods 'static,rule,{PRIORS},{BASELINES}{SLOW},oracle' --validation-samples 8",
-    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 1 --samples 24 "
-    f"--methods 'static,rule,{PRIORS},{BASELINES}{SLOW},oracle' --validation-samples 8",
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
+    f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
+    "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
+    f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
     "openmoji": f"--task caption --data openmoji {COMMON} --corruptions seen,unseen,mismatch,image:black+text:missing "
     f"--seeds 1 --samples 24 --methods 'static,rule,{PRIORS},{BASELINES},oracle' --validation-samples 8",
     "openmoji-retrieval": f"--task retrieval --data openmoji {QUICK}",

@@ -190,7 +190,7 @@ class DynamicModalityScheduling(nn.Module):
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
     ) -> tuple[ModalitySignals, list[Tensor]]:
         calibration = self.calibration
-        typicality, damage, suspicion, calibrated = [], [], [], []
+        typicality, damage, suspicion, cleanness, calibrated = [], [], [], [], []
         shared = [calibration.shared(i, feature.statistics.float()) for i, feature in enumerate(features)]
         for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
@@ -199,6 +199,7 @@ class DynamicModalityScheduling(nn.Module):
             evidence = modality.damage(distances, scalars[:, index], unfamiliarity)
             for values, value in zip((damage, suspicion), evidence, strict=True):
                 values.append(value)
+            cleanness.append(modality.cleanness(suspicion[-1]))
             calibrated.append(modality.scheduler_inputs(distances, scalars[:, index], unfamiliarity))
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
@@ -217,6 +218,7 @@ class DynamicModalityScheduling(nn.Module):
             suspicion=torch.stack(suspicion, 1).masked_fill(~modality_mask, -torch.inf),
             conflict=conflict,
             disagreement=conflict + calibration.agreement.threshold - calibration.agreement.arbitration_threshold,
+            cleanness=torch.stack(cleanness, 1) * present,
         )
         return signals, calibrated
 

@@ -14,8 +14,6 @@ from modeling_dms.outputs import ModalitySignals
 # of a score stays within the second: two of opposite signs decide where the rule is silent or undecided, but cannot
 # overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
-# Evidence against one modality counts where another one is clean: in full from so far below its threshold.
-CLEAN_MARGIN = 1.0
 # A damaged modality still tells a little, hence `weight_floor`. One that is not believed in a conflict is another
 # sample's: its floor is no higher than this.
 CONFLICT_FLOOR = 0.01
@@ -172,9 +170,9 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
         evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
     clean = ((evidence <= 0) | ~modality_mask).all(1)
     own = torch.eye(evidence.shape[1], dtype=torch.bool, device=evidence.device)
-    cleanest_other = evidence[:, None].masked_fill(~modality_mask[:, None] | own, torch.inf).amin(2)  # (B, M)
     evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
-    evidence = evidence * (-cleanest_other / CLEAN_MARGIN).clamp(0, 1)
+    # as far as another one is clean
+    evidence = evidence * cast(Tensor, signals.cleanness)[:, None].masked_fill(own, 0).amax(2)
     if config.consistency == "additive":
         return signals.consistency - evidence, torch.zeros_like(modality_mask[:, 0])
     if config.conflict_prior is None:

@@ -567,6 +567,17 @@ def test_an_empty_modality_is_found_though_the_map_found_nothing():
         assert low <= (damage > 0).float().mean() <= high
 
 
+@pytest.mark.parametrize("count", [100, 400, 2000])
+def test_most_clean_samples_are_clean_beyond_doubt_however_many_were_calibrated_on(count):
+    """More samples bring clean log-odds nearer to the threshold; that must not make them doubtful."""
+    calibration = fitted_on(records(count, 0))
+    vision = calibration.modalities[0]
+    clean = vision.cleanness(damage_of(calibration, 0, records(400, 5)[0])[1])
+    assert (clean == 1).float().mean() > 0.8
+    empty = vision.cleanness(damage_of(calibration, 0, records(400, 6, shared=0.0)[0])[1])
+    assert (empty == 0).float().mean() > 0.8
+
+
 def test_without_pairs_nothing_is_empty():
     clean = records(120, 0)
     present = torch.ones(120, 2, dtype=torch.bool)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from modeling_dms import DMSConfig
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.scheduler import (
-    CLEAN_MARGIN,
     CONFLICT_FLOOR,
     ModalityScheduler,
     ZeroLinear,
@@ -54,7 +53,8 @@ def random_mask(seed, batch, modality):
 
 def random_signals(seed, batch, modality, **given_signals):
     values = {name: normal(seed + i, batch, modality) for i, name in enumerate(SIGNALS)}
-    return ModalitySignals(**{**values, **given_signals})
+    values |= given_signals
+    return ModalitySignals(**{"cleanness": (-values["suspicion"]).clamp(0, 1), **values})
 
 
 def rows(signals, index):
@@ -96,7 +96,8 @@ def ruled(
     suspicion=None,
     **config,
 ):
-    """Weights (M,) that the rule gives a sample. Lower thresholds equal the upper ones unless `suspicion` is given."""
+    """Weights (M,) that the rule gives a sample. Lower thresholds equal the upper ones unless `suspicion` is given;
+    what lies 1 below them is clean."""
     suspicion = damage if suspicion is None else suspicion
     signals = random_signals(
         seed,
@@ -104,6 +105,7 @@ def ruled(
         len(damage),
         damage=torch.tensor([damage]),
         suspicion=torch.tensor([suspicion]),
+        cleanness=(-torch.tensor([suspicion])).clamp(0, 1) * torch.tensor([present]),
         conflict=torch.full((1, len(damage)), float(conflict)),
         disagreement=torch.full((1, len(damage)), float(conflict)),
         consistency=torch.tensor([agreement] * len(damage)).view(1, -1)
@@ -556,7 +558,7 @@ def test_evidence_counts_as_far_as_the_other_modality_is_clean(damaged):
         pair[damaged] = 3.0
         return ruled(tuple(pair))[damaged].item()
 
-    assert weight(NOTHING) == weight(-CLEAN_MARGIN) < weight(-0.5 * CLEAN_MARGIN) < weight(-0.1) < 0.5
+    assert weight(NOTHING) == weight(-1.0) < weight(-0.5) < weight(-0.1) < 0.5
     assert weight(0.0) == weight(50.0) == 0.5
 
 

@@ -117,7 +117,7 @@ def calibrate(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a vanilla or DMS checkpoint, or an adapter.")],
     data: Annotated[str, typer.Option(help="As for `train`: its training split, no labels are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated checkpoint.")],
-    samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 300,
+    samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 1000,
     scheduler: Annotated[
         str | None, typer.Option(help="rule, learned, ... instead of the checkpoint's; a vanilla one has the rule.")
     ] = None,

@@ -168,7 +168,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     return trainer
 
 
-def run_calibration(name: str, data: str, out: Path, count: int = 300, dms: dict | None = None) -> Any:
+def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dict | None = None) -> Any:
     """Calibrates a checkpoint on `count` clean training images of `data` and saves it; an adapter as an adapter.
 
     Args:
