@@ -42,7 +42,7 @@ from modeling_dms.training.train import calibrate
 
 SAMPLES, BATCH, SEED = 48, 16, 0
 # samples of calibration: by default, and tried
-CALIBRATION, SIZES = 300, (50, 100, 1000, 2000)
+CALIBRATION, SIZES = 1000, (50, 100, 300, 2000)
 GROUPS = ("clean", "unseen image", "unseen text", "mismatch image", "mismatch text")
 
 

@@ -52,7 +52,8 @@ def test_a_signal_left_out_of_calibration_says_nothing(calibrated, signal):
         places = {name: modality.deviations + place for place, name in enumerate(("confidence", "uncertainty"))}
         silent = slice(modality.deviations) if signal == "typicality" else places.get(signal, slice(0))
         assert not other.coefficients[silent].any()
-    assert whole.modalities[0].coefficients.any() and whole.agreement.informative
+    assert whole.modalities[0].coefficients.any()
+    assert whole.agreement.informative
     assert bool(blind.modalities[0].memory_bank.any()) == (signal != "unfamiliarity")
     assert bool(blind.agreement.informative) == (signal != "consistency")
 
