@@ -61,7 +61,7 @@ EVALUATIONS = {
     # each image once: there is no severity of a mismatch to draw
     "policy": f"--task vqa {EASY_VQA} --corruptions mismatch --seeds 1 --samples 100 "
     f"--methods 'static,rule,{PRIORS},oracle'",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
     "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",

@@ -27,7 +27,7 @@ class Statistics(nn.Module):
         shapes: by name; those that end in a name of `starts_at_one` are 1 before calibration, the others 0.
     """
 
-    starts_at_one = ("scale", "variance", "residual", "margin")
+    starts_at_one = ("scale", "variance", "residual")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -76,7 +76,6 @@ class ModalityCalibration(Statistics):
     emptiness_scale: Tensor
     threshold: Tensor
     suspicion_threshold: Tensor
-    clean_margin: Tensor
     canonical: Tensor
     memory_bank: Tensor
     unfamiliarity_location: Tensor
@@ -105,8 +104,6 @@ class ModalityCalibration(Statistics):
                 "threshold": (2,),
                 # the same with unfamiliarity, where the modalities disagree
                 "suspicion_threshold": (2,),
-                # suspicion so far below its threshold counts as clean
-                "clean_margin": (),
                 "canonical": (components, components),
                 # canonical coordinates of clean samples; all zeros if none are remembered
                 "memory_bank": (MEMORY, components),
@@ -223,8 +220,10 @@ class ModalityCalibration(Statistics):
         return tuple(torch.where(self.level > 0, value, -torch.inf) for value in found)  # type: ignore[return-value]
 
     def cleanness(self, suspicion: Tensor) -> Tensor:
-        """From 0 at the threshold to 1 where suspicion is so low as most clean samples': (B,) -> (B,)."""
-        return (-suspicion / self.clean_margin).clamp(0, 1)
+        """From 0 to 1, (B,) -> (B,): P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its
+        threshold if that is more: a map that tells little apart calls nothing clean."""
+        odds = suspicion + self.suspicion_threshold[0] * (self.level == 2)
+        return torch.maximum(torch.tanh(-odds / 2), -suspicion).clamp(0, 1)
 
 
 def with_unfamiliarity(criteria: Tensor, unfamiliarity: Tensor) -> Tensor:

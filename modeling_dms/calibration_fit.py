@@ -28,8 +28,6 @@ from modeling_dms.typicality import (
 
 MIN_SAMPLES = 50
 FOLDS = 5
-# of the way from the threshold of suspicion to the median clean sample: so low is clean beyond doubt
-CLEAN_SHARE = 0.2
 # an area under the ROC curve closer to one half than this counts as uninformative
 UNINFORMATIVE = 0.05
 
@@ -270,10 +268,7 @@ def _fit_modality(
             values[:, 1] *= modality.emptiness_scale
     modality.threshold.copy_(_joint(found, config.false_alarm_rate))
     rate = max(config.arbitration_rate, config.false_alarm_rate)
-    suspicion = with_unfamiliarity(found, judged.unfamiliarity)
-    modality.suspicion_threshold.copy_(_joint(suspicion, rate))
-    median = (suspicion - modality.suspicion_threshold).amax(1).median()
-    modality.clean_margin.copy_((-CLEAN_SHARE * median).clamp_min(1e-3))
+    modality.suspicion_threshold.copy_(_joint(with_unfamiliarity(found, judged.unfamiliarity), rate))
     alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
     odds = (found - modality.threshold).amax(1)
     bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}

@@ -32,7 +32,7 @@ class ModalitySignals(ModelOutput):
     suspicion, disagreement: damage and conflict relative to lower thresholds, which count where both are exceeded: on
         clean samples that is as rare as clear damage. Suspicion also heeds how unlike the clean samples that
         calibration remembers a sample is; it is never less than damage.
-    cleanness: 1 where suspicion is as low as most clean samples', 0 from its threshold on, in [0, 1].
+    cleanness: how surely the modality is clean, in [0, 1]; 0 where it is absent.
     """
 
     confidence: torch.Tensor | None = None

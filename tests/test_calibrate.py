@@ -568,14 +568,28 @@ def test_an_empty_modality_is_found_though_the_map_found_nothing():
 
 
 @pytest.mark.parametrize("count", [100, 400, 2000])
-def test_most_clean_samples_are_clean_beyond_doubt_however_many_were_calibrated_on(count):
+def test_clean_samples_are_clean_beyond_doubt_however_many_were_calibrated_on(count):
     """More samples bring clean log-odds nearer to the threshold; that must not make them doubtful."""
     calibration = fitted_on(records(count, 0))
     vision = calibration.modalities[0]
-    clean = vision.cleanness(damage_of(calibration, 0, records(400, 5)[0])[1])
-    assert (clean == 1).float().mean() > 0.8
-    empty = vision.cleanness(damage_of(calibration, 0, records(400, 6, shared=0.0)[0])[1])
-    assert (empty == 0).float().mean() > 0.8
+    for record, low, high in ((records(400, 5)[0], 0.9, 1), (records(400, 6, shared=0.0)[0], 0, 0.1)):
+        cleanness = vision.cleanness(damage_of(calibration, 0, record)[1])
+        assert ((cleanness >= 0) & (cleanness <= 1)).all()
+        assert low <= cleanness.mean() <= high
+
+
+def test_cleanness_is_how_much_likelier_clean_is_than_damaged():
+    modality = fitted_on(records(200, 0)).modalities[0]
+    odds = torch.tensor([-9.0, -1.0, -0.1, 0.0, 1.0])
+    modality.suspicion_threshold[0] = -4  # of a map that tells damage clearly: what exceeds it is still clean
+    expected = ((-odds).sigmoid() - odds.sigmoid()).clamp_min(0)
+    torch.testing.assert_close(modality.cleanness(odds + 4), expected.where(odds > -4, 1), atol=1e-3, rtol=0)
+    modality.suspicion_threshold[0] = 4  # of one that tells little: what lies below it is clean all the same
+    torch.testing.assert_close(modality.cleanness(odds), (-odds).clamp(0, 1))
+    modality.level.fill_(1)  # a deviation is no log-odds
+    modality.suspicion_threshold[0] = -4
+    torch.testing.assert_close(modality.cleanness(odds), (-odds).clamp(0, 1))
+    assert modality.cleanness(torch.tensor([-torch.inf])) == 1
 
 
 def test_without_pairs_nothing_is_empty():
