@@ -220,8 +220,15 @@ class ModalityCalibration(Statistics):
         return tuple(torch.where(self.level > 0, value, -torch.inf) for value in found)  # type: ignore[return-value]
 
     def cleanness(self, suspicion: Tensor) -> Tensor:
-        """From 0 to 1, (B,) -> (B,): P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its
-        threshold if that is more: a map that tells little apart calls nothing clean."""
+        """P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its threshold if that is more:
+        a map that tells little apart calls nothing clean.
+
+        Args:
+            suspicion: (B,).
+
+        Returns:
+            (B,), from 0 to 1.
+        """
         odds = suspicion + self.suspicion_threshold[0] * (self.level == 2)
         return torch.maximum(torch.tanh(-odds / 2), -suspicion).clamp(0, 1)
 
