@@ -220,8 +220,8 @@ class ModalityCalibration(Statistics):
         return tuple(torch.where(self.level > 0, value, -torch.inf) for value in found)  # type: ignore[return-value]
 
     def cleanness(self, suspicion: Tensor) -> Tensor:
-        """P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its threshold if that is more:
-        a map that tells little apart calls nothing clean.
+        """P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its threshold if that is
+        more: a map that tells little apart calls nothing clean.
 
         Args:
             suspicion: (B,).
