@@ -32,7 +32,7 @@ def test_a_released_adapter_is_small_and_its_base_is_assembled(name):
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == name
     assert name in RECIPES
     dms = json.loads((folder / "config.json").read_text())["dms_config"]
-    assert (dms["scheduler"], dms["weight_floor"]) == ("rule", 0.05)
+    assert (dms["scheduler"], dms["weight_floor"]) == ("rule", 0.01)
 
 
 @pytest.mark.parametrize("name", RELEASED)
