@@ -3,7 +3,7 @@
     python benchmarks/ablations.py llava [--out docs/study/llava-ablations.md]
 
 Every variant sees the same test images, questions and corruptions (those that benchmarks/study.py chose on validation
-images). Variants differ in the weights they give, so the images of a batch are encoded and read once for all of them.
+images). Variants differ in the weights they give, so the images of a batch are encoded once for all of them.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from modeling_dms.calibration import SCALARS, ModalityCalibration
 from modeling_dms.calibration_fit import fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.fusion import key_bias
 from modeling_dms.scheduler import ModalityScheduler
 from modeling_dms.training.baselines import ALONE, fit_scheduler, record
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
@@ -34,7 +35,7 @@ from modeling_dms.training.documents import table
 from modeling_dms.training.evaluate import one_per_image
 from modeling_dms.training.grid import ORACLE_WEIGHTS, Condition, with_images_encoded
 from modeling_dms.training.loading import load
-from modeling_dms.training.methods import PREFIX, Fixed, Method, Scheduled
+from modeling_dms.training.methods import Fixed, Method, Scheduled
 from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
 from modeling_dms.training.tasks import VisualQuestionAnswering
 from modeling_dms.training.train import calibrate
@@ -55,12 +56,14 @@ class Variant:
         choices: fields of DMSConfig.
         dms: a `dms` calibrated otherwise, `None` for the model's own.
         scheduler: a trained one, `None` for the one that the choices give.
+        spares_sink: as fusion does, or not: then a prompt's first token is weighed with its modality.
     """
 
     name: str
     choices: dict[str, Any] = field(default_factory=dict)
     dms: nn.Module | None = None
     scheduler: ModalityScheduler | None = None
+    spares_sink: bool = True
 
     @contextlib.contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -74,8 +77,10 @@ class Variant:
             setattr(model.dms.config, name, value)
         scheduler = model.dms.scheduler
         model.dms.scheduler = self.scheduler or ModalityScheduler(config, [0] * len(MODALITIES))
+        weighed = mock.patch("modeling_dms.mixin.key_bias", lambda weights, ids, causal: key_bias(weights, ids))
         try:
-            yield
+            with contextlib.nullcontext() if self.spares_sink else weighed:
+                yield
         finally:
             model.dms.scheduler, model.dms = scheduler, own
             for name, value in before.items():
@@ -132,6 +137,7 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
     found = [Variant("rule, as released")]
     for floor in (0.001, 0.01, 0.05, 0.1, 0.2):
         found.append(Variant(f"weight floor {floor}", {"weight_floor": floor}))
+    found.append(Variant("the attention sink weighed too", spares_sink=False))
     for name, choices in {
         "fusion by embedding": {"fusion": "embedding"},
         "consistency additive": {"consistency": "additive"},
@@ -194,6 +200,7 @@ def measure(model: Any, task: VisualQuestionAnswering, variants: list[Variant], 
             if condition.damaged is not None:
                 lows = [low if condition.damaged == 0 else 1 - low for low in ORACLE_WEIGHTS]
                 fixed += [Fixed(f"oracle {low}", low) for low in lows]
+            by_weights: dict[str, list[dict[str, Any]]] = {}
             for method in fixed:
                 answers.setdefault(method.name, []).extend(
                     task.answer(method, model, batch, method.decide(model, batch))
@@ -201,9 +208,10 @@ def measure(model: Any, task: VisualQuestionAnswering, variants: list[Variant], 
             for variant in variants:
                 with variant.applied(model):
                     weights = Scheduled().decide(model, batch)
-                    # other fusion than by attention changes what the images become
-                    whole = {k: v for k, v in batch.items() if k != PREFIX or "fusion" not in variant.choices}
-                    answers.setdefault(variant.name, []).extend(task.answer(Method(), model, whole, weights))
+                    alike = f"{variant.choices.get('fusion')} {variant.spares_sink} {weights.tolist()}"
+                    if alike not in by_weights:
+                        by_weights[alike] = task.answer(Method(), model, batch, weights)
+                    answers.setdefault(variant.name, []).extend(by_weights[alike])
         own = {name: task.scores(rows, damaged)["score"] for name, rows in answers.items()}
         oracles = [own.pop(name) for name in [*own] if name.startswith("oracle")]
         if oracles:

@@ -1,6 +1,10 @@
 """Fusion by modality weights: an additive bias on attention keys (default), or scaled embeddings (ablation).
 
 Identities: uniform weights change nothing; weight 0 equals masking that modality's positions out of the attention.
+
+Under causal attention the first token is a sink (Xiao et al., ICLR 2024): heads that look for nothing put their
+attention there, whatever it stands for. Weighed down with its modality it would leave them to the other tokens, so it
+keeps a bias of 0 for as long as its modality has any weight.
 """
 
 from typing import Any, cast
@@ -24,12 +28,14 @@ def relative_weights(weights: Tensor) -> Tensor:
     return weights * (weights > 0).sum(-1, keepdim=True)
 
 
-def key_bias(weights: Tensor, modality_ids: Tensor) -> Tensor:
+def key_bias(weights: Tensor, modality_ids: Tensor, causal: bool = False) -> Tensor:
     """log(M * w_m) at the positions of modality m, 0 at neutral ones, -inf where w_m is 0.
 
     Args:
         weights: (B, M), rows sum to 1.
         modality_ids: (B, L), 0 neutral, m + 1 for modality m.
+        causal: no token attends to later ones. Then the first position of a modality that has weight, the row's
+            attention sink, has a bias of 0 as well.
 
     Returns:
         (B, L), float32.
@@ -37,7 +43,11 @@ def key_bias(weights: Tensor, modality_ids: Tensor) -> Tensor:
     factors = relative_weights(weights.float())
     positive = factors > 0
     bias = torch.where(positive, torch.where(positive, factors, 1.0).log(), -torch.inf)
-    return F.pad(bias, (1, 0)).gather(1, modality_ids.long())
+    bias = F.pad(bias, (1, 0)).gather(1, modality_ids.long())
+    if not causal:
+        return bias
+    attended = (modality_ids > 0) & bias.isfinite()
+    return bias.masked_fill(attended & (attended.cumsum(1) == 1), 0)
 
 
 def embedding_scale(weights: Tensor, modality_ids: Tensor) -> Tensor:

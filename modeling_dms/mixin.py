@@ -263,14 +263,14 @@ class DMSMixin(CalibrationMixin):
             weights = output.weights
         return Schedule(modality_ids, modality_mask, weights, embeddings, output)
 
-    def _key_bias(self, weights: Tensor, modality_ids: Tensor) -> Tensor | None:
+    def _key_bias(self, weights: Tensor, modality_ids: Tensor, causal: bool = True) -> Tensor | None:
         """The attention bias (B, L), or `None` where fusion is not by attention or nothing is to be changed.
 
         Uniform weights take the backbone's own path, so that they change nothing, not even rounding.
         """
         if self.config.dms_config.fusion != "attention":
             return None
-        bias = key_bias(weights, modality_ids)
+        bias = key_bias(weights, modality_ids, causal)
         if torch.compiler.is_compiling() or bias.requires_grad or bool(bias.any()):
             return bias
         return None

@@ -73,11 +73,12 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         """Keyword arguments that make the language model attend by the weights."""
         if attention_mask is None:
             attention_mask = torch.ones_like(schedule.modality_ids)
-        bias = self._key_bias(schedule.weights, schedule.modality_ids)
+        causal = self.config.use_decoder_only_language_model
+        bias = self._key_bias(schedule.weights, schedule.modality_ids, causal)
         if bias is None:
             return {"attention_mask": attention_mask}
         check_attention(self.config.text_config._attn_implementation)
-        if self.config.use_decoder_only_language_model:
+        if causal:
             return {"attention_mask": attention_mask, "key_bias": bias}
         # the encoder's self-attention and the decoder's cross-attention both take this mask
         mask = attention_mask.bool()[:, None, None]
@@ -375,7 +376,9 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         text_ids, text_mask = self._text_of(input_ids), self._text_of(attention_mask)
         images = self._encode_images(pixel_values)
         schedule = self._schedule_pairs(images, text_ids, text_mask, modality_ids, modality_mask, modality_weights)
-        bias = self._key_bias(schedule.weights, schedule.modality_ids) if use_image_text_matching_head else None
+        bias = None
+        if use_image_text_matching_head:
+            bias = self._key_bias(schedule.weights, schedule.modality_ids, causal=False)
         # the parent matches as many images as texts
         if bias is not None or (use_image_text_matching_head and len(pixel_values) != len(input_ids)):
             keep = F.pad(text_mask.bool(), (self.config.num_query_tokens, 0), value=True)[:, None, None]

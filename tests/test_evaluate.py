@@ -20,7 +20,7 @@ from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import EvaluationConfig, conditions_of, evaluate, one_per_image
 from modeling_dms.training.grid import ORACLE, Cell, Condition, run_condition, run_grid
 from modeling_dms.training.loading import load
-from modeling_dms.training.methods import GRIDS, ContrastiveDecoding, Fixed, Method, Scheduled
+from modeling_dms.training.methods import GRIDS, AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
 from modeling_dms.training.report import Results, render, summarize
 from modeling_dms.training.tasks import VisualQuestionAnswering
 from tests import tiny
@@ -60,6 +60,22 @@ def test_every_method_sees_the_same_corrupted_samples(vqa):
     assert cells[0].metrics["score"].shape == (14,)
     assert cells[0].weights.shape == (14, 2)
     assert all(cell.seconds > 0 for cell in cells)
+
+
+def test_methods_that_weigh_a_batch_alike_answer_it_once(vqa, monkeypatch):
+    model, task, samples = vqa
+    methods = [Method(), Fixed("again", 0.5), Fixed("other", 0.1), AdaptVis()]
+    alone = [run_condition(model, task, [method], samples, BLACK, 1, 7)[0] for method in methods]
+    real, asked = VisualQuestionAnswering.answer, []
+    monkeypatch.setattr(
+        VisualQuestionAnswering,
+        "answer",
+        lambda task, method, *args: asked.append(method.name) or real(task, method, *args),
+    )
+    together = run_condition(model, task, methods, samples, BLACK, 1, 7)
+    assert asked == ["static", "other", "AdaptVis"] * 2
+    for one, other in zip(together, alone, strict=True):
+        same(one, other)
 
 
 def test_the_oracle_is_told_the_damaged_modality_and_takes_the_better_weights(vqa):

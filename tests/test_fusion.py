@@ -1,5 +1,7 @@
 """Fusion: the key bias multiplies attention by M * w_m, weight 0 is masking, uniform weights change nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,9 +107,22 @@ def test_the_bias_is_the_logarithm_of_the_relative_weight(seed, batch, modality,
 @given(seed=seeds, batch=batches, modality=modalities)
 def test_bias_and_scale_of_a_batch_equal_those_of_its_rows(seed, batch, modality):
     weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, 7, modality)
-    for function in (key_bias, embedding_scale):
+    for function in (key_bias, partial(key_bias, causal=True), embedding_scale):
         rows = [function(weights[i : i + 1], ids[i : i + 1]) for i in range(batch)]
         assert torch.equal(function(weights, ids), torch.cat(rows))
+
+
+@bounded
+@given(seed=seeds, batch=batches, modality=modalities, length=st.integers(1, 12))
+def test_of_causal_attention_the_first_weighed_position_alone_keeps_a_bias_of_0(seed, batch, modality, length):
+    weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, length, modality)
+    bias, causal_bias = key_bias(weights, ids), key_bias(weights, ids, causal=True)
+
+    for row, causal_row, kinds in zip(bias, causal_bias, ids, strict=True):
+        weighed = [place for place in range(length) if kinds[place] > 0 and row[place] > -torch.inf]
+        expected = row.clone()
+        expected[weighed[:1]] = 0
+        assert torch.equal(causal_row, expected)
 
 
 def test_gradients_of_the_bias_are_finite_beside_a_weight_of_0():

@@ -195,6 +195,8 @@ def test_weights_add_log_2w_to_the_keys(backbone, attention, padding):
     assert torch.equal(out.modality_ids, torch.where(ids == tiny.IMAGE, 1, torch.where(text, 2, 0)))
     log = (2 * weights).log()
     bias = torch.where(ids == tiny.IMAGE, log[:, :1], torch.where(text, log[:, 1:], 0.0))
+    if backbone != "blip2-t5":  # nor to the first of them under causal attention: it is the sink
+        bias[torch.arange(len(ids)), out.modality_ids.bool().int().argmax(1)] = 0
     reference = {**inputs, **vanilla_positions(backbone, inputs)}
     reference["attention_mask"] = additive_mask(backbone, inputs, bias)
     expected = tiny.vanilla(backbone, attention)(**reference).logits

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import Sample
-from modeling_dms.training.methods import Batch, Fixed, Method, with_prefix
+from modeling_dms.training.methods import Batch, Fixed, Method
 from modeling_dms.training.tasks import Task
 
 
@@ -90,7 +90,7 @@ class Cell:
         metrics: by name, (n,) each; `score` is the task's main one.
         weights: (n, M), `None` for a method without.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
-            methods, and counted for each.
+            methods, and answers of methods that weigh a whole batch alike found once, and counted for each.
         failed: errors by id of samples that could not be corrupted, or asked (too long, or nothing to answer from):
             their metrics are 0, their weights equal.
     """
@@ -105,11 +105,11 @@ class Cell:
 
 
 def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
-    """The batch with its images encoded, and read by the language model, once for all methods."""
+    """The batch with its images encoded, once for all methods."""
     if batch.get("pixel_values") is None or not hasattr(model, "generate"):
         return batch
     encoded = model.get_image_features(pixel_values=batch["pixel_values"], output_hidden_states=True, return_dict=True)
-    return with_prefix(model, {**batch, "mm_encoder_outputs": {"image": encoded}})
+    return {**batch, "mm_encoder_outputs": {"image": encoded}}
 
 
 def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[str, str]]:
@@ -167,13 +167,20 @@ def run_condition(
         began = time.perf_counter()
         batch = with_images_encoded(model, batch)
         encoding = time.perf_counter() - began
+        by_weights: dict[str, tuple[list[dict[str, Any]], float]] = {}
         for method in chosen:
             began = time.perf_counter()
             decision = method.decide(model, batch)
-            answers = task.answer(method, model, batch, decision)
-            seconds = encoding + time.perf_counter() - began
-            weights = method.weights(decision)
-            own.append((number, method.name, answers, None if weights is None else weights.tolist(), seconds))
+            deciding = time.perf_counter() - began
+            weights = None if (given := method.weights(decision)) is None else given.tolist()
+            # methods that have weights answer by these alone
+            known = None if weights is None else by_weights.get(str(weights))
+            if known is None:
+                began = time.perf_counter()
+                known = task.answer(method, model, batch, decision), time.perf_counter() - began
+                if weights is not None:
+                    by_weights[str(weights)] = known
+            own.append((number, method.name, known[0], weights, encoding + deciding + known[1]))
     rows = sorted(gather_object(own), key=lambda row: row[0])
     failed |= dict(gather_object(unfit))
     if not rows:

@@ -38,66 +38,9 @@ from modeling_dms.scheduler import ModalityScheduler
 
 # what a `PromptCollator` adds for bookkeeping
 BOOKKEEPING = ("sample_ids", "image_keys")
-# what `with_prefix` adds: the image tokens' cache, and the prompts in its order
-PREFIX = "prefix"
 # continuations read at once, over all prompts of a batch
 ROWS = 64
 Batch = dict[str, Any]
-
-
-@torch.no_grad()
-def with_prefix(model: PreTrainedModel, prompt: Batch) -> Batch:
-    """Reads the image tokens of prompts that begin with them, once for all methods that only weigh modalities.
-
-    Where a token sees nothing but image tokens, a bias that is the same for all of them cancels in the softmax: the
-    weights change nothing in what the image tokens become.
-
-    Returns:
-        The prompts and, as `prefix`, a cache of their images with the prompts' tensors, padded behind the images. The
-        prompts alone where that is not so: an encoder-decoder, a sliding window (it counts padding), other fusion than
-        by attention, a prompt without an image, anything in front of it.
-    """
-    language, ids = model.config.get_text_config(decoder=True), prompt["modality_ids"]
-    count, padding = int((ids[0] == VISION).sum()), prompt["attention_mask"].argmax(1)  # of the left
-    windowed = getattr(language, "sliding_window", None) is not None
-    if model.config.is_encoder_decoder or windowed or model.config.dms_config.fusion != "attention" or not count:
-        return prompt
-    columns, padding = torch.arange(ids.shape[1], device=ids.device), padding[:, None]
-    behind = torch.where(columns < count + padding, columns - count, columns)
-    # a short prompt without an image has more padding than there is room behind as many places: it is refused below
-    order = torch.where(columns < count, columns + padding, behind).clamp_max(ids.shape[1] - 1)
-    moved = {name: prompt[name].gather(1, order) for name in ("input_ids", "attention_mask", "modality_ids")}
-    images = moved["modality_ids"][:, :count] == VISION
-    if not bool(images.all()) or bool((moved["modality_ids"][:, count:] == VISION).any()):
-        return prompt
-    cache = DynamicCache(config=language)
-    model(
-        **{name: value[:, :count] for name, value in moved.items()},
-        mm_encoder_outputs=prompt["mm_encoder_outputs"],
-        use_cache=True,
-        logits_to_keep=1,
-        **{CACHE: cache},
-        modality_weights=Method().decide(model, prompt),
-    )
-    return {**prompt, PREFIX: {**moved, "cache": cache}}
-
-
-def _read_on(model: PreTrainedModel, prefix: Batch, weights: Tensor) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Reads prompts whose images `with_prefix` has read: logits (B, K), the weights as used (B, M), the cache."""
-    cache, attended, ids = copy.deepcopy(prefix["cache"]), prefix["attention_mask"], prefix["modality_ids"]
-    count = cache.get_seq_length()
-    weights = model._check_weights(weights, torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1))
-    out = model(
-        input_ids=prefix["input_ids"][:, count:],
-        attention_mask=attended,
-        position_ids=(attended.cumsum(1) - 1)[:, count:],
-        use_cache=True,
-        logits_to_keep=1,
-        modality_weights=weights,
-        modality_ids=ids,
-        **{CACHE: cache},
-    )
-    return out.logits[:, -1], weights, cache
 
 
 def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -116,7 +59,7 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
     """
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no language model that could continue a prompt")
-    unused = {*BOOKKEEPING, PREFIX, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
+    unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
     inputs = {name: value for name, value in prompt.items() if name not in unused}
     language, rows = model.config.get_text_config(), len(prompt["input_ids"])
     if language.is_encoder_decoder:
@@ -130,36 +73,26 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
 
         return decoded(prompt["input_ids"].new_empty(1, 0))[:, 0, 0], lambda tokens: decoded(tokens)[:, :, 1:]
 
-    prefix = prompt.get(PREFIX)
-    if prefix is not None:
-        first, used, cache = _read_on(model, prefix, weights)
-        modality_ids, mask = prefix["modality_ids"], prefix["attention_mask"]
-    else:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        read_once = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
-        out = model(**inputs, modality_weights=weights, **read_once)
-        # as the prefill left them: an absent modality has no weight
-        first, used, modality_ids = out.logits[:, -1], out.modality_weights, out.modality_ids
-        mask = prompt["attention_mask"]
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    read_once = {CACHE: cache, "use_cache": True, "logits_to_keep": 1}
+    out = model(**inputs, modality_weights=weights, **read_once)
 
     def continued(tokens: Tensor) -> Tensor:
         count = len(tokens)
         copied = copy.deepcopy(cache)
         copied.batch_repeat_interleave(count)
-        attended = F.pad(mask.repeat_interleave(count, 0), (0, tokens.shape[1]), value=1)
-        # padding between image and text must not count
-        own = None if prefix is None else (attended.cumsum(1) - 1)[:, -tokens.shape[1] :]
+        mask = prompt["attention_mask"].repeat_interleave(count, 0)
         logits = model(
             input_ids=tokens.repeat(rows, 1),
-            attention_mask=attended,
-            position_ids=own,
-            modality_weights=used.repeat_interleave(count, 0),
-            modality_ids=modality_ids.repeat_interleave(count, 0),
+            attention_mask=F.pad(mask, (0, tokens.shape[1]), value=1),
+            # as the prefill left them: an absent modality has no weight
+            modality_weights=out.modality_weights.repeat_interleave(count, 0),
+            modality_ids=out.modality_ids.repeat_interleave(count, 0),
             **{CACHE: copied},
         ).logits
         return logits.unflatten(0, (rows, count))
 
-    return first, continued
+    return out.logits[:, -1], continued
 
 
 @dataclass(frozen=True)
@@ -243,7 +176,7 @@ class Method:
     def generate(self, model: PreTrainedModel, prompt: Batch, decision: Tensor, **kwargs: Any) -> Tensor:
         """The new token ids (B, N), greedily. What ended early is padded behind its end token."""
         rows, weights = self.steer(prompt, decision)
-        inputs = {k: v for k, v in rows.items() if k not in (*BOOKKEEPING, PREFIX, "mm_encoder_outputs")}
+        inputs = {k: v for k, v in rows.items() if k not in (*BOOKKEEPING, "mm_encoder_outputs")}
         given = 1 if model.config.get_text_config().is_encoder_decoder else rows["input_ids"].shape[1]
         processors = LogitsProcessorList([_Combine(self)])
         with self.intervene(model, prompt, decision):
@@ -399,9 +332,7 @@ class AdaptVis(Method):
         return torch.where(confidence < self.threshold, self.low, self.high)
 
     def steer(self, prompt: Batch, decision: Tensor) -> tuple[Batch, Tensor]:
-        # what is changed is changed where a whole prompt is read
-        whole = {name: value for name, value in prompt.items() if name != PREFIX}
-        return whole, decision.new_full((len(decision), len(MODALITIES)), 1 / len(MODALITIES))
+        return prompt, decision.new_full((len(decision), len(MODALITIES)), 1 / len(MODALITIES))
 
     def intervene(
         self, model: PreTrainedModel, prompt: Batch, decision: Tensor
