@@ -69,6 +69,18 @@ def test_a_variant_leaves_the_model_as_it_was(calibrated):
     assert model.config.dms_config.to_dict() == config
 
 
+def test_a_variant_weighs_the_attention_sink_too(calibrated):
+    model, _ = calibrated
+    weights, ids = torch.tensor([[0.1, 0.9]]), torch.tensor([[0, 1, 1, 2]])
+    spared = model._key_bias(weights, ids)
+    assert spared[0, 1] == 0
+    assert (spared[0, 2:] != 0).all()
+    with ablations.Variant("", spares_sink=False).applied(model):
+        weighed = model._key_bias(weights, ids)
+    assert weighed[0, 1] == weighed[0, 2] == spared[0, 2]
+    assert torch.equal(model._key_bias(weights, ids), spared)
+
+
 def test_what_is_measured(calibrated, monkeypatch):
     model, collator = calibrated
     monkeypatch.setattr(ablations, "SAMPLES", 6)
