@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.evaluate import one_per_image
 from modeling_dms.training.grid import Condition
 from modeling_dms.training.loading import load
 from modeling_dms.training.tasks import VisualQuestionAnswering
@@ -17,6 +18,7 @@ from modeling_dms.training.train import calibrate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
 import losses
+import sink
 import study
 
 
@@ -100,6 +102,22 @@ def test_what_is_measured(calibrated, monkeypatch):
     for row in ablations.rows_of(scores):
         assert len(row) == len(head)
         assert row[1] == f"{scores[CLEAN][row[0]].mean():.3f}" if row[0] in scores[CLEAN] else row[1] == "-"
+
+
+def test_where_attention_goes_and_what_weights_give(calibrated, monkeypatch):
+    model, collator = calibrated
+    task = VisualQuestionAnswering(collator.processor, ["yes", "no", "red", "circle"])
+    samples = one_per_image(load_easy_vqa("validation"), 3, 0)
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    attention = sink.attention_of(model, task, samples)
+    assert attention.sum() == pytest.approx(1, abs=1e-5)
+    assert (attention > 0).all()
+    assert model.config.get_text_config(decoder=True)._attn_implementation == implementation
+    monkeypatch.setattr(sink, "WEIGHTS", (0.5, 0.01))
+    accuracy = sink.accuracy_of(model, task, samples, [CLEAN, BLANK])
+    # equal weights leave nothing to spare
+    assert accuracy["spared"][0] == accuracy["weighed"][0]
+    assert all(len(values) == 2 for values in accuracy.values())
 
 
 def scan_of(losses):
