@@ -77,7 +77,7 @@ class Variant:
             setattr(model.dms.config, name, value)
         scheduler = model.dms.scheduler
         model.dms.scheduler = self.scheduler or ModalityScheduler(config, [0] * len(MODALITIES))
-        weighed = mock.patch("modeling_dms.mixin.key_bias", lambda weights, ids, causal: key_bias(weights, ids))
+        weighed = mock.patch("modeling_dms.mixin.key_bias", lambda weights, ids, sink: key_bias(weights, ids))
         try:
             with contextlib.nullcontext() if self.spares_sink else weighed:
                 yield

@@ -4,7 +4,7 @@ Identities: uniform weights change nothing; weight 0 equals masking that modalit
 
 Under causal attention the first token is a sink (Xiao et al., ICLR 2024): heads that look for nothing put their
 attention there, whatever it stands for. Weighed down with its modality it would leave them to the other tokens, so it
-keeps a bias of 0 for as long as its modality has any weight.
+keeps a bias of 0 for as long as its modality has any weight. Where it is neutral (BOS), nothing needs to be spared.
 """
 
 from typing import Any, cast
@@ -19,6 +19,10 @@ from modeling_dms._compat import CACHE
 from modeling_dms.attention import SDPA_KEY_BIAS
 
 
+# additive masks hold the lowest value, -inf, or a large negative number; anything above this is a soft bias
+UNMASKED = -1e3
+
+
 def relative_weights(weights: Tensor) -> Tensor:
     """M * w_m, where M counts the modalities whose weight is not 0: (B, M) -> (B, M), 1 everywhere if they are
     uniform.
@@ -28,14 +32,30 @@ def relative_weights(weights: Tensor) -> Tensor:
     return weights * (weights > 0).sum(-1, keepdim=True)
 
 
-def key_bias(weights: Tensor, modality_ids: Tensor, causal: bool = False) -> Tensor:
+def first_attended(mask: Tensor | dict[str, Tensor] | None, modality_ids: Tensor) -> Tensor:
+    """The position of each row's first token that is not padding, its attention sink: (B,).
+
+    Args:
+        mask: 2D, 4D, a dictionary of 4D masks, or `None` where there is no padding.
+        modality_ids: (B, L).
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return modality_ids.new_zeros(len(modality_ids))
+    if mask.ndim == 4:  # what the last token sees
+        mask = mask[:, 0, -1] > UNMASKED if mask.is_floating_point() else mask[:, 0, -1]
+    return mask.bool().int().argmax(1).to(modality_ids.device)
+
+
+def key_bias(weights: Tensor, modality_ids: Tensor, sink: Tensor | None = None) -> Tensor:
     """log(M * w_m) at the positions of modality m, 0 at neutral ones, -inf where w_m is 0.
 
     Args:
         weights: (B, M), rows sum to 1.
         modality_ids: (B, L), 0 neutral, m + 1 for modality m.
-        causal: no token attends to later ones. Then the first position of a modality that has weight, the row's
-            attention sink, has a bias of 0 as well.
+        sink: (B,), the position of each row's attention sink (`first_attended`), which has a bias of 0 as well unless
+            its w_m is 0; `None` where attention is not causal.
 
     Returns:
         (B, L), float32.
@@ -44,10 +64,13 @@ def key_bias(weights: Tensor, modality_ids: Tensor, causal: bool = False) -> Ten
     positive = factors > 0
     bias = torch.where(positive, torch.where(positive, factors, 1.0).log(), -torch.inf)
     bias = F.pad(bias, (1, 0)).gather(1, modality_ids.long())
-    if not causal:
+    if sink is None:
         return bias
-    attended = (modality_ids > 0) & bias.isfinite()
-    return bias.masked_fill(attended & (attended.cumsum(1) == 1), 0)
+    # the first position with weight: while decoding, a sliding window may have left the sink behind
+    weighed = (modality_ids > 0) & bias.isfinite()
+    first = weighed & (weighed.cumsum(1) == 1)
+    places = torch.arange(bias.shape[1], device=bias.device)
+    return bias.masked_fill(first & (places == sink[:, None]), 0)
 
 
 def embedding_scale(weights: Tensor, modality_ids: Tensor) -> Tensor:
@@ -71,8 +94,7 @@ def fold_key_bias(mask: Tensor, bias: Tensor, dtype: torch.dtype, offset: int = 
     if mask.dtype == torch.bool:
         keep, value = mask, bias
     else:
-        # masks are written with the lowest value, -inf, or a large negative number; anything else is a soft bias
-        keep = mask > max(torch.finfo(mask.dtype).min / 2, -1e3)
+        keep = mask > UNMASKED
         value = bias + mask.masked_fill(~keep, 0).to(torch.promote_types(mask.dtype, bias.dtype))
     # never `mask + bias` alone: on fully masked rows the sum is absorbed in the forward pass, but its gradient is not
     return value.to(dtype).masked_fill(~(keep & ~bias.isneginf()), torch.finfo(dtype).min)

@@ -109,7 +109,7 @@ class LlavaMixin(DMSMixin):
         schedule, bias, of_images = None, None, {}
         if decoding:
             if modality_weights is not None and modality_ids is not None:
-                bias = self._key_bias(modality_weights, modality_ids)
+                bias = self._key_bias(modality_weights, modality_ids, attention_mask)
             elif not self._is_static:
                 raise ValueError(CACHED_WITHOUT_WEIGHTS)
         elif given or input_ids is not None or not self._is_static:
@@ -128,7 +128,7 @@ class LlavaMixin(DMSMixin):
             schedule = self._schedule(
                 input_ids, inputs_embeds, attention_mask, images, modality_ids, modality_mask, modality_weights, labels
             )
-            bias = self._key_bias(schedule.weights, schedule.modality_ids)
+            bias = self._key_bias(schedule.weights, schedule.modality_ids, attention_mask)
             inputs_embeds = self._scaled(schedule)
             if images is not None:
                 pooled = images.outputs.pooler_output

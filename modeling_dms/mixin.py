@@ -23,7 +23,7 @@ from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
 from modeling_dms.export import auto_map, export_code
-from modeling_dms.fusion import embedding_scale, key_bias
+from modeling_dms.fusion import embedding_scale, first_attended, key_bias
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
@@ -263,14 +263,23 @@ class DMSMixin(CalibrationMixin):
             weights = output.weights
         return Schedule(modality_ids, modality_mask, weights, embeddings, output)
 
-    def _key_bias(self, weights: Tensor, modality_ids: Tensor, causal: bool = True) -> Tensor | None:
+    def _key_bias(
+        self,
+        weights: Tensor,
+        modality_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        causal: bool = True,
+    ) -> Tensor | None:
         """The attention bias (B, L), or `None` where fusion is not by attention or nothing is to be changed.
 
         Uniform weights take the backbone's own path, so that they change nothing, not even rounding.
+
+        Args:
+            attention_mask: tells where a row begins.
         """
         if self.config.dms_config.fusion != "attention":
             return None
-        bias = key_bias(weights, modality_ids, causal)
+        bias = key_bias(weights, modality_ids, first_attended(attention_mask, modality_ids) if causal else None)
         if torch.compiler.is_compiling() or bias.requires_grad or bool(bias.any()):
             return bias
         return None

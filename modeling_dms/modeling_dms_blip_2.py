@@ -74,7 +74,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         if attention_mask is None:
             attention_mask = torch.ones_like(schedule.modality_ids)
         causal = self.config.use_decoder_only_language_model
-        bias = self._key_bias(schedule.weights, schedule.modality_ids, causal)
+        bias = self._key_bias(schedule.weights, schedule.modality_ids, attention_mask, causal)
         if bias is None:
             return {"attention_mask": attention_mask}
         check_attention(self.config.text_config._attn_implementation)
@@ -162,7 +162,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
     ) -> DMSBlip2Output:
         """A step with a cache by hand: the prompt's weights and ids hold on."""
         if modality_weights is not None and modality_ids is not None:
-            bias = self._key_bias(modality_weights, modality_ids)
+            bias = self._key_bias(modality_weights, modality_ids, attention_mask)
             if bias is not None:
                 kwargs["key_bias"] = bias
         elif not self._is_static:

@@ -1,7 +1,5 @@
 """Fusion: the key bias multiplies attention by M * w_m, weight 0 is masking, uniform weights change nothing."""
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from modeling_dms.fusion import (
     biased_attention,
     check_attention,
     embedding_scale,
+    first_attended,
     fold_key_bias,
     key_bias,
     relative_weights,
@@ -107,22 +106,46 @@ def test_the_bias_is_the_logarithm_of_the_relative_weight(seed, batch, modality,
 @given(seed=seeds, batch=batches, modality=modalities)
 def test_bias_and_scale_of_a_batch_equal_those_of_its_rows(seed, batch, modality):
     weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, 7, modality)
-    for function in (key_bias, partial(key_bias, causal=True), embedding_scale):
+    for function in (key_bias, embedding_scale):
         rows = [function(weights[i : i + 1], ids[i : i + 1]) for i in range(batch)]
         assert torch.equal(function(weights, ids), torch.cat(rows))
 
 
 @bounded
 @given(seed=seeds, batch=batches, modality=modalities, length=st.integers(1, 12))
-def test_of_causal_attention_the_first_weighed_position_alone_keeps_a_bias_of_0(seed, batch, modality, length):
+def test_the_sink_alone_keeps_a_bias_of_0_if_it_is_the_first_position_with_weight(seed, batch, modality, length):
     weights, ids = random_weights(seed, batch, modality, absent=True), random_ids(seed, batch, length, modality)
-    bias, causal_bias = key_bias(weights, ids), key_bias(weights, ids, causal=True)
+    sink = torch.randint(0, length, (batch,), generator=torch.Generator().manual_seed(seed + 2))
+    bias, spared = key_bias(weights, ids), key_bias(weights, ids, sink)
 
-    for row, causal_row, kinds in zip(bias, causal_bias, ids, strict=True):
-        weighed = [place for place in range(length) if kinds[place] > 0 and row[place] > -torch.inf]
+    for row, spared_row, kinds, place in zip(bias, spared, ids, sink.tolist(), strict=True):
         expected = row.clone()
-        expected[weighed[:1]] = 0
-        assert torch.equal(causal_row, expected)
+        if kinds[place] > 0 and row[place] > -torch.inf and not expected[:place][kinds[:place] > 0].isfinite().any():
+            expected[place] = 0
+        assert torch.equal(spared_row, expected)
+
+
+@bounded
+@given(seed=seeds, length=st.integers(2, 9))
+def test_the_sink_is_the_first_token_that_is_not_padding(seed, length):
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.randint(0, length, (3,), generator=generator)
+    ids = torch.ones(3, length, dtype=torch.long)
+    keep = causal(3, length, padding.tolist())
+    flat = keep[:, 0, -1]
+    for mask in (
+        flat,
+        flat.long(),
+        flat.float(),
+        keep,
+        additive(keep),
+        additive(keep, low=-1e9),
+        additive(keep, low=-torch.inf),
+    ):
+        assert torch.equal(first_attended(mask, ids), padding)
+    assert torch.equal(first_attended({"full_attention": keep, "sliding_attention": None}, ids), padding)
+    for nothing in (None, {"sliding_attention": keep}):
+        assert torch.equal(first_attended(nothing, ids), torch.zeros(3, dtype=torch.long))
 
 
 def test_gradients_of_the_bias_are_finite_beside_a_weight_of_0():

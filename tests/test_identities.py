@@ -2,6 +2,7 @@
 agree."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests import tiny
 
 ATTENTION = ("sdpa", "eager")
 PADDING = ("none", "left", "right")
+STARTS = (tiny.BOS, 5)  # neutral, and a word: the attention sink belongs to no modality, or to the text
 KINDS = ("pairs", "mixed")
 
 
@@ -28,6 +30,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
+
+
+def starting_with(token: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": ids.masked_fill(ids == tiny.BOS, token)}
 
 
 def answers(logits: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -183,11 +190,12 @@ def additive_mask(backbone, inputs, bias):
     return torch.where(keep, bias[:, None, None], torch.finfo(torch.float32).min)
 
 
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("backbone", [name for name in tiny.BACKBONES if name != "llava-qwen2"])
-def test_weights_add_log_2w_to_the_keys(backbone, attention, padding):
-    inputs = tiny.prompts(backbone, "pairs", padding)
+def test_weights_add_log_2w_to_the_keys(backbone, attention, padding, start):
+    inputs = starting_with(start, tiny.prompts(backbone, "pairs", padding))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     weights = tiny.uneven(len(ids))
     out = tiny.shared(backbone, attention)(**inputs, modality_weights=weights)
@@ -195,8 +203,8 @@ def test_weights_add_log_2w_to_the_keys(backbone, attention, padding):
     assert torch.equal(out.modality_ids, torch.where(ids == tiny.IMAGE, 1, torch.where(text, 2, 0)))
     log = (2 * weights).log()
     bias = torch.where(ids == tiny.IMAGE, log[:, :1], torch.where(text, log[:, 1:], 0.0))
-    if backbone != "blip2-t5":  # nor to the first of them under causal attention: it is the sink
-        bias[torch.arange(len(ids)), out.modality_ids.bool().int().argmax(1)] = 0
+    if backbone != "blip2-t5":  # but not to the first token under causal attention: it is the sink
+        bias[torch.arange(len(ids)), mask.argmax(1)] = 0
     reference = {**inputs, **vanilla_positions(backbone, inputs)}
     reference["attention_mask"] = additive_mask(backbone, inputs, bias)
     expected = tiny.vanilla(backbone, attention)(**reference).logits
@@ -332,11 +340,12 @@ def test_flex_attention_agrees(backbone, padding):
 # ---- cached decoding by hand
 
 
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)
-def test_cached_equals_uncached(backbone, attention, padding):
-    inputs = tiny.prompts(backbone, "mixed", padding)
+def test_cached_equals_uncached(backbone, attention, padding, start):
+    inputs = starting_with(start, tiny.prompts(backbone, "mixed", padding))
     model = tiny.shared(backbone, attention, scheduler="learned", stirred=True)
     prefill = model(**inputs, **{CACHE: DynamicCache(config=model.config.get_text_config())})
     carried = {"modality_weights": prefill.modality_weights, "modality_ids": prefill.modality_ids}
@@ -361,8 +370,8 @@ def test_cached_equals_uncached(backbone, attention, padding):
 @pytest.mark.parametrize("backbone", ["blip2-opt", "blip2-llama"])
 def test_cached_equals_uncached_blip2(backbone, padding, scheduler):
     """`Blip2ForConditionalGeneration.forward` hands the cache on to its language model."""
-    inputs = tiny.prompts(backbone, "mixed", padding)
-    for attention in ATTENTION:
+    for attention, start in itertools.product(ATTENTION, STARTS):
+        inputs = starting_with(start, tiny.prompts(backbone, "mixed", padding))
         model = tiny.shared(backbone, attention, scheduler=scheduler, stirred=True)
         prefill = model(**inputs, use_cache=True)
         carried = {"modality_weights": prefill.modality_weights, "modality_ids": prefill.modality_ids}

@@ -73,13 +73,13 @@ def test_a_variant_leaves_the_model_as_it_was(calibrated):
 
 def test_a_variant_weighs_the_attention_sink_too(calibrated):
     model, _ = calibrated
-    weights, ids = torch.tensor([[0.1, 0.9]]), torch.tensor([[0, 1, 1, 2]])
+    weights, ids = torch.tensor([[0.1, 0.9]]), torch.tensor([[1, 1, 1, 2]])
     spared = model._key_bias(weights, ids)
-    assert spared[0, 1] == 0
-    assert (spared[0, 2:] != 0).all()
+    assert spared[0, 0] == 0
+    assert (spared[0, 1:] != 0).all()
     with ablations.Variant("", spares_sink=False).applied(model):
         weighed = model._key_bias(weights, ids)
-    assert weighed[0, 1] == weighed[0, 2] == spared[0, 2]
+    assert weighed[0, 0] == weighed[0, 1] == spared[0, 1]
     assert torch.equal(model._key_bias(weights, ids), spared)
 
 
