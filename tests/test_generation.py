@@ -88,11 +88,14 @@ def argmax(logits):
     return allowed(logits).argmax(1, keepdim=True)
 
 
+# a word in front makes the attention sink the text's own
+@pytest.mark.parametrize("start", [tiny.BOS, 5])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_weighed_tokens_are_those_of_an_uncached_loop(backbone, attention):
+def test_weighed_tokens_are_those_of_an_uncached_loop(backbone, attention, start):
     model = tiny.shared(backbone, attention, scheduler="learned", stirred=True)
     inputs = tiny.prompts(backbone, "mixed", "left")
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.BOS, start)
     weights = tiny.uneven(len(inputs["input_ids"]))
     expected = uncached(model, inputs, weights, argmax)
     for mode in ("greedy", "static"):
