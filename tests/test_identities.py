@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
+from modeling_dms import modeling_dms_blip_2 as blip_2
 from modeling_dms._compat import CACHE
+from modeling_dms.fusion import key_bias
 from tests import tiny
 
 
@@ -502,6 +504,17 @@ def test_retrieval_matching_by_weights(placeholders):
         one = {name: value[index : index + 1] for name, value in inputs.items()}
         alone = model(**one, **asked, modality_weights=tiny.uneven(3)[index : index + 1]).logits_per_image
         assert_close(uneven[index], alone[0])
+
+
+def test_retrieval_matching_spares_no_sink(monkeypatch):
+    """The Q-Former is not causal: the first query is weighed like the others."""
+    biases, fold = [], blip_2.fold_key_bias
+    monkeypatch.setattr(
+        blip_2, "fold_key_bias", lambda keep, bias, dtype: biases.append(bias) or fold(keep, bias, dtype)
+    )
+    model, weights = retrieval_models(True)[0], tiny.uneven(3)
+    out = model(**retrieval_batch(), use_image_text_matching_head=True, modality_weights=weights)
+    assert torch.equal(biases[0], key_bias(weights, out.modality_ids))
 
 
 def test_retrieval_weight_0_masks_the_text():
