@@ -268,39 +268,61 @@ def rows_of(scores: dict[Condition, dict[str, np.ndarray]]) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def parser_of(document: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark of one assembled checkpoint."""
+    parser = argparse.ArgumentParser(description=(document or "").split("\n")[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    scan = read(f"{options.model}-scan")
+    parser.add_argument("--out", type=Path, help="Markdown file to write.")
+    return parser
+
+
+def scan_of(model: str) -> dict[str, Any]:
+    """The scan that chose the corruptions."""
+    scan = read(f"{model}-scan")
     if scan is None:
-        raise ValueError(f"run `python benchmarks/study.py --only {options.model}-scan` first")
-    model, processor = load(MODELS[options.model], dtype="bfloat16")
-    model.eval()
-    collator = PromptCollator(processor)
+        raise ValueError(f"run `python benchmarks/study.py --only {model}-scan` first")
+    return scan
+
+
+def loaded(checkpoint: str | Path, dms: dict[str, Any] | None = None) -> tuple[Any, VisualQuestionAnswering]:
+    """A checkpoint, and the task of answering easy-VQA's questions."""
+    model, processor = load(checkpoint, dms, dtype="bfloat16")
     answers = sorted({sample.answers[0] for sample in load_easy_vqa("train")})
-    task = VisualQuestionAnswering(processor, answers)
-    variants, conditions = variants_of(model, collator, task), conditions_of(scan)
-    rows = rows_of(measure(model, task, variants, conditions))
-    named = ", ".join(f"{c.name} {c.severity}" for c in conditions[1:])
-    text = "\n".join(
-        [
-            f"# Ablations on {Path(MODELS[options.model]).name}",
-            "",
-            f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one",
-            f"question each; {named}. Accuracy, and the share of the oracle gap closed, with a 95% interval.",
-            "",
-            table(["variant", *GROUPS], rows),
-            "",
-            "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over",
-            f"clean and damaged samples: {rank_correlation(model, collator)}.",
-            "",
-        ]
-    )
+    return model.eval(), VisualQuestionAnswering(processor, answers)
+
+
+def named(conditions: list[Condition]) -> str:
+    """Damaging conditions as a list in words."""
+    return ", ".join(f"{condition.name} {condition.severity}" for condition in conditions if condition.severity)
+
+
+def write(text: str, path: Path | None) -> None:
+    """Prints a document and writes it, if it is wanted in a file."""
     print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    if path is not None:
+        path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    options = parser_of(__doc__).parse_args()
+    conditions = conditions_of(scan_of(options.model))
+    model, task = loaded(MODELS[options.model])
+    collator = PromptCollator(task.processor)
+    variants = variants_of(model, collator, task)
+    rows = rows_of(measure(model, task, variants, conditions))
+    lines = [
+        f"# Ablations on {Path(MODELS[options.model]).name}",
+        "",
+        f"Written by `python benchmarks/ablations.py {options.model}` on {SAMPLES} test images of easy-VQA, one",
+        f"question each; {named(conditions)}. Accuracy, and the share of the oracle gap closed, with a 95% interval.",
+        "",
+        table(["variant", *GROUPS], rows),
+        "",
+        "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over",
+        f"clean and damaged samples: {rank_correlation(model, collator)}.",
+        "",
+    ]
+    write("\n".join(lines), options.out)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ costs.
 On validation images, under the corruptions that benchmarks/study.py chose.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ablations import BATCH, SAMPLES, SEED, Variant
-from study import MODELS, chosen, read
+from ablations import BATCH, SAMPLES, SEED, Variant, loaded, named, parser_of, scan_of, write
+from study import MODELS, chosen
 from tqdm.auto import tqdm
 
 from modeling_dms.prompt import TEXT, VISION
@@ -21,7 +20,6 @@ from modeling_dms.training.data import Sample, load_easy_vqa
 from modeling_dms.training.documents import table
 from modeling_dms.training.evaluate import one_per_image
 from modeling_dms.training.grid import Condition, with_images_encoded
-from modeling_dms.training.loading import load
 from modeling_dms.training.methods import Fixed, Method
 from modeling_dms.training.tasks import VisualQuestionAnswering
 
@@ -74,49 +72,35 @@ def accuracy_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    scan = read(f"{options.model}-scan")
-    if scan is None:
-        raise ValueError(f"run `python benchmarks/study.py --only {options.model}-scan` first")
-    model, processor = load(MODELS[options.model], dtype="bfloat16")
-    model.eval()
-    answers = sorted({sample.answers[0] for sample in load_easy_vqa("train")})
-    task = VisualQuestionAnswering(processor, answers)
+    options = parser_of(__doc__).parse_args()
+    conditions = [Condition(name, "", 5) for name in chosen(scan_of(options.model))["image"]]
+    model, task = loaded(MODELS[options.model])
     samples = one_per_image(load_easy_vqa("validation"), SAMPLES, SEED)
     attention = attention_of(model, task, samples[:BATCH])
-    conditions = [Condition(name, "", 5) for name in chosen(scan)["image"]]
     accuracy = accuracy_of(model, task, samples, conditions)
     alone = accuracy_of(model, task, samples, [Condition("image:missing", "", 5)])["spared"][0]
-    named = ", ".join(f"{condition.name} {condition.severity}" for condition in conditions)
-    text = "\n".join(
-        [
-            f"# The attention sink of {Path(MODELS[options.model]).name}",
-            "",
-            f"Written by `python benchmarks/sink.py {options.model}`. Where the last token of a prompt looks, mean",
-            f"over layers, heads and {BATCH} clean validation images of easy-VQA:",
-            "",
-            table(
-                ["the image's first token", "its others", "context", "question and template"],
-                [[f"{part:.2f}" for part in attention]],
-            ),
-            "",
-            "Accuracy where the image has a given weight, its first token spared as fusion does, or weighed with the",
-            f"rest; {SAMPLES} validation images, one question each; {named}.",
-            f"Without the images: {alone:.3f}.",
-            "",
-            table(
-                ["image weight", *(f"{weight:g}" for weight in WEIGHTS)],
-                [[arm, *(f"{value:.3f}" for value in values)] for arm, values in accuracy.items()],
-            ),
-            "",
-        ]
-    )
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    lines = [
+        f"# The attention sink of {Path(MODELS[options.model]).name}",
+        "",
+        f"Written by `python benchmarks/sink.py {options.model}`. Where the last token of a prompt looks, mean",
+        f"over layers, heads and {BATCH} clean validation images of easy-VQA:",
+        "",
+        table(
+            ["the image's first token", "its others", "context", "question and template"],
+            [[f"{part:.2f}" for part in attention]],
+        ),
+        "",
+        "Accuracy where the image has a given weight, its first token spared as fusion does, or weighed with the",
+        f"rest; {SAMPLES} validation images, one question each; {named(conditions)}.",
+        f"Without the images: {alone:.3f}.",
+        "",
+        table(
+            ["image weight", *(f"{weight:g}" for weight in WEIGHTS)],
+            [[arm, *(f"{value:.3f}" for value in values)] for arm, values in accuracy.items()],
+        ),
+        "",
+    ]
+    write("\n".join(lines), options.out)
 
 
 if __name__ == "__main__":
