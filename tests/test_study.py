@@ -142,8 +142,14 @@ def test_an_adapter_is_trained_further_once_and_as_told(tmp_path, monkeypatch):
     config = load(final)[0].config.dms_config
     assert (config.scheduler, config.lambda_unimodal) == ("learned", 0)
     assert config.lambda_mwc == config.lambda_schedule == 0.1
+    assert config.kappa == 0
     monkeypatch.setattr(losses, "run_training", None)
     assert losses.train("llava", "LoRA and scheduler, without unimodal", 2, tmp_path) == final
+    model, task = ablations.loaded(final)
+    monkeypatch.setattr(losses, "SAMPLES", 3)
+    weights = losses.image_weights(model, task, [CLEAN, BLANK])
+    # kappa 0, and two steps of warm-up and learning: next to equal weights
+    assert weights == ["0.50", "0.50", "-", "-", "-"]
     # every way is another, and says what `dms train` takes
     assert len({str(way) for way in losses.WAYS.values()}) == len(losses.WAYS) == 7
 
