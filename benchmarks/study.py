@@ -58,10 +58,10 @@ EVALUATIONS = {
     "--methods static,oracle",
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
     f"--samples 40 --methods 'static,rule,learned,{BASELINES}{SLOW},oracle' --validation-samples 16",
-    # each image once: there is no severity of a mismatch to draw
-    "policy": f"--task vqa {EASY_VQA} --corruptions mismatch --seeds 1 --samples 100 "
+    # more images, each once: conditions in which DMS could lose
+    "policy": f"--task vqa {EASY_VQA} --corruptions mismatch,both --seeds 1 --samples 200 "
     f"--methods 'static,rule,{PRIORS},oracle'",
-    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 2 --samples 24 "
+    "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
     "caption": f"--task caption {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
