@@ -1,7 +1,7 @@
 """What each loss gives, and weights in the loop of the backbone's training: an assembled checkpoint's adapter trained
 further, in several ways, for the same steps on the same samples and corruptions.
 
-    python benchmarks/losses.py blip2 --output_dir runs/losses [--steps 60] [--out docs/study/blip2-losses.md]
+    python benchmarks/losses.py blip2 --output_dir runs/losses [--steps 80] [--out docs/study/blip2-losses.md]
 
 The learned scheduler begins with equal weights and hears nothing of the rule (`kappa` 0): what the losses do not teach
 it, it does not know.
@@ -45,8 +45,8 @@ TRAINING = """
 --lora_rank 8 --lora_targets all --data easy-vqa,easy-vqa:caption --max_samples 8000 --calibration_samples 100
 --image_rate 0.3 --text_rate 0.4 --both_rate 0.1 --image_families noise blank blur occlusion missing
 --text_families word_drop random_words missing mismatch --held_out_text_families characters
---per_device_train_batch_size 8 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 4 --logging_steps 5
---save_steps 20 --save_total_limit 1 --report_to none --use_cpu true --bf16 true --seed 0
+--per_device_train_batch_size 4 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 4 --logging_steps 5
+--save_steps 40 --save_total_limit 1 --report_to none --use_cpu true --bf16 true --seed 0
 """
 BRIDGE = {"llava": ["--train_bridge", "true"], "blip2": ["--save_bridge", "true"]}
 LOSSES = ("mwc", "unimodal", "consistency", "schedule")
@@ -90,7 +90,7 @@ def image_weights(model: Any, task: VisualQuestionAnswering, conditions: list[Co
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="What is trained goes here.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args()
     conditions = conditions_of(scan_of(options.model))
     rows, weights = [], []
@@ -106,7 +106,7 @@ def main() -> None:
     lines = [
         f"# {Path(MODELS[options.model]).name} trained further",
         "",
-        f"Written by `python benchmarks/losses.py {options.model}`: {options.steps} steps of 8 samples each from",
+        f"Written by `python benchmarks/losses.py {options.model}`: {options.steps} steps of 4 samples each from",
         "the released adapter, the learned scheduler from equal weights (`kappa` 0). Accuracy on",
         f"{SAMPLES} test images of easy-VQA, one question each; {named(conditions)}.",
         "*static*: equal weights; behind the comma the share of the oracle gap closed, with a 95% interval. The",
