@@ -7,6 +7,7 @@ The learned scheduler begins with equal weights and hears nothing of the rule (`
 it, it does not know.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,12 @@ WAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def train(model: str, way: str, steps: int, folder: Path) -> Path:
     """Trains an adapter further, unless it has been; the folder of what it became."""
     choices, options = WAYS[way]
-    run = folder / f"{model}-{list(WAYS).index(way)}"
+    given = ["--model", MODELS[model], "--max_steps", str(steps), "--dms", json.dumps(choices), *options]
+    given = [*TRAINING.split(), *given, *BRIDGE[model]]
+    # one that was trained otherwise is another
+    run = folder / f"{model}-{hashlib.sha256(repr(given).encode()).hexdigest()[:12]}"
     if not (run / "run.json").exists():
-        given = ["--model", MODELS[model], "--max_steps", str(steps), "--output_dir", str(run)]
-        given += ["--dms", json.dumps(choices), *options, *BRIDGE[model]]
-        run_training(read_arguments(None, [*TRAINING.split(), *given]), resume=True)
+        run_training(read_arguments(None, [*given, "--output_dir", str(run)]), resume=True)
     return run / "final"
 
 

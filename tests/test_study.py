@@ -143,8 +143,12 @@ def test_an_adapter_is_trained_further_once_and_as_told(tmp_path, monkeypatch):
     assert (config.scheduler, config.lambda_unimodal) == ("learned", 0)
     assert config.lambda_mwc == config.lambda_schedule == 0.1
     assert config.kappa == 0
-    monkeypatch.setattr(losses, "run_training", None)
+    trained = []
+    monkeypatch.setattr(losses, "run_training", lambda *_, **__: trained.append(1))
     assert losses.train("llava", "LoRA and scheduler, without unimodal", 2, tmp_path) == final
+    assert not trained
+    assert losses.train("llava", "LoRA and scheduler, without unimodal", 3, tmp_path) != final
+    assert trained
     model, task = ablations.loaded(final)
     monkeypatch.setattr(losses, "SAMPLES", 3)
     weights = losses.image_weights(model, task, [CLEAN, BLANK])
