@@ -31,6 +31,7 @@ from ablations import (
 )
 from study import MODELS
 
+from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.documents import table
@@ -52,8 +53,10 @@ TRAINING = """
 BRIDGE = {"llava": ["--train_bridge", "true"], "blip2": ["--save_bridge", "true"]}
 LOSSES = ("mwc", "unimodal", "consistency", "schedule")
 NONE = {f"lambda_{name}": 0.0 for name in LOSSES}
+# the released checkpoints' own are 0: they were trained without DMS
+ALL = {name: getattr(DMSConfig(), name) for name in NONE}
 STATIC = ["--stage", "backbone", "--schedule_target", "none"]
-LEARNED = {"scheduler": "learned", "kappa": 0.0}
+LEARNED = {"scheduler": "learned", "kappa": 0.0, **ALL}
 JOINT = ["--stage", "joint", "--schedule_target", "severity", "--scheduler_warmup_ratio", "0.2"]
 # by name: fields of DMSConfig, and options of `dms train`
 WAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="What is trained goes here.")
     parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args()
-    conditions = conditions_of(scan_of(options.model))
+    conditions = [condition for condition in conditions_of(scan_of(options.model)) if condition.severity != 3]
     rows, weights = [], []
     for way in WAYS:
         folder = train(options.model, way, options.steps, options.output_dir)

@@ -154,6 +154,10 @@ def test_an_adapter_is_trained_further_once_and_as_told(tmp_path, monkeypatch):
     weights = losses.image_weights(model, task, [CLEAN, BLANK])
     # kappa 0, and two steps of warm-up and learning: next to equal weights
     assert weights == ["0.50", "0.50", "-", "-", "-"]
+    # whatever the losses of the checkpoint
+    for name, (choices, _) in losses.WAYS.items():
+        left_out = [loss for loss in losses.LOSSES if not choices[f"lambda_{loss}"]]
+        assert left_out == [loss for loss in losses.LOSSES if "alone" in name or name.endswith(f"without {loss}")]
     # every way is another, and says what `dms train` takes
     assert len({str(way) for way in losses.WAYS.values()}) == len(losses.WAYS) == 7
 
