@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.training import train
 from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
@@ -505,6 +506,19 @@ def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monke
 def test_a_warm_up_with_nothing_else_to_train_is_refused(tmp_path):
     with pytest.raises(ValueError, match="scheduler_warmup_ratio must be 0"):
         train.run_training(overrides(tmp_path, scheduler_warmup_ratio=0.5))
+
+
+def test_a_target_that_no_loss_hears_is_refused(tmp_path):
+    silent = '{"scheduler": "learned", "lambda_schedule": 0}'
+    with pytest.raises(ValueError, match="schedule_target='severity' does nothing where lambda_schedule is 0"):
+        train.run_training(overrides(tmp_path, dms=silent))
+
+
+@pytest.mark.parametrize("preset", ["lora", "paper", "scheduler"])
+def test_a_preset_says_all_losses(preset):
+    own = read_arguments(Path(preset), ["--model=any", "--output_dir=any"])[0].dms
+    # a checkpoint's own, such as those of an earlier stage, would be taken otherwise
+    assert {name for name in DMSConfig().to_dict() if name.startswith("lambda_")} <= own.keys()
 
 
 def test_curves_are_drawn(tmp_path):

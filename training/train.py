@@ -118,6 +118,12 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     # an adapter is trained further where LoRA is trained, else merged
     adapts = choices.stage in ("backbone", "joint") and choices.lora_rank > 0
     model, processor = load(choices.model, cast(dict, choices.dms), merge=not adapts, dtype=choices.dtype)
+    chosen, learns = model.config.dms_config, choices.stage in ("scheduler", "joint")
+    if learns and chosen.scheduler == "learned" and not chosen.lambda_schedule and training.schedule_target != "none":
+        raise ValueError(
+            f"schedule_target={training.schedule_target!r} does nothing where lambda_schedule is 0, as it is in "
+            f"{choices.model}: give another lambda_schedule in `dms`, or schedule_target='none'"
+        )
     samples = load_sources(data.data, "train", data.task, data.max_samples)
     show_progress = training.should_log and not training.disable_tqdm
     samples = readable(samples, show_progress)
