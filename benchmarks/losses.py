@@ -63,7 +63,13 @@ WAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LoRA alone, weights uniform": ({"scheduler": "uniform", **NONE}, STATIC),
     "LoRA alone, the rule's weights in the loop": ({"scheduler": "rule", **NONE}, STATIC),
     "LoRA and scheduler, all losses": (LEARNED, JOINT),
-    **{f"LoRA and scheduler, without {name}": ({**LEARNED, f"lambda_{name}": 0.0}, JOINT) for name in LOSSES},
+    **{
+        f"LoRA and scheduler, without {name}": (
+            {**LEARNED, f"lambda_{name}": 0.0},
+            JOINT if name != "schedule" else [*JOINT, "--schedule_target", "none"],
+        )
+        for name in LOSSES
+    },
 }
 
 
