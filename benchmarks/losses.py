@@ -42,7 +42,7 @@ from modeling_dms.training.tasks import VisualQuestionAnswering
 from modeling_dms.training.train import run_training
 
 
-# as the last stage of the presets, which trained the adapters
+# as the last stage of the presets, which trained the adapters, but in smaller batches and larger steps
 TRAINING = """
 --lora_rank 8 --lora_targets all --data easy-vqa,easy-vqa:caption --max_samples 8000 --calibration_samples 100
 --image_rate 0.3 --text_rate 0.4 --both_rate 0.1 --image_families noise blank blur occlusion missing
