@@ -62,7 +62,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # where the supported versions of transformers, peft and accelerate differ, with the lowest ones
-LOWER = versions configuration fusion identities generation export calibrate lora trainer
+LOWER = versions arguments configuration fusion identities generation export calibrate lora trainer
 LOWER_BIN = $(VENV)-lower/bin
 
 $(VENV)-lower/dev: setup.py constraints-lower.txt

@@ -110,6 +110,8 @@ def read_arguments(config: Path | None, overrides: Sequence[str] = ()) -> Argume
     """
     values = {} if config is None else _read_file(config)
     names = {f.name for kind in _TYPES for f in dataclasses.fields(cast(Any, kind))}
+    if "activation_checkpointing" not in names:  # its name since transformers 5.23
+        values = {str(name).replace("activation_c", "gradient_c"): value for name, value in values.items()}
     unknown = sorted(set(map(str, values)) - names)
     if unknown:
         raise ValueError(f"{config}: unknown field(s) {', '.join(unknown)}")
