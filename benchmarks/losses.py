@@ -1,7 +1,7 @@
 """What each loss gives, and weights in the loop of the backbone's training: an assembled checkpoint's adapter trained
 further, in several ways, for the same steps on the same samples and corruptions.
 
-    python benchmarks/losses.py blip2 --output_dir runs/losses [--steps 80] [--out docs/study/blip2-losses.md]
+    python benchmarks/losses.py blip2 --output_dir runs/losses [--steps 300] [--out docs/study/blip2-losses.md]
 
 The learned scheduler begins with equal weights and hears nothing of the rule (`kappa` 0): what the losses do not teach
 it, it does not know.
@@ -58,6 +58,8 @@ ALL = {name: getattr(DMSConfig(), name) for name in NONE}
 STATIC = ["--stage", "backbone", "--schedule_target", "none"]
 LEARNED = {"scheduler": "learned", "kappa": 0.0, **ALL}
 JOINT = ["--stage", "joint", "--schedule_target", "severity", "--scheduler_warmup_ratio", "0.2"]
+# as the preset `demo-scheduler`: from equal weights there is much to learn
+JOINT += ["--scheduler_learning_rate", "4e-3"]
 # by name: fields of DMSConfig, and options of `dms train`
 WAYS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "LoRA alone, weights uniform": ({"scheduler": "uniform", **NONE}, STATIC),
@@ -101,7 +103,7 @@ def image_weights(model: Any, task: VisualQuestionAnswering, conditions: list[Co
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="What is trained goes here.")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     conditions = [condition for condition in conditions_of(scan_of(options.model)) if condition.severity != 3]
     rows, weights = [], []

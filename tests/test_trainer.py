@@ -149,6 +149,28 @@ def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_scheduler_learns_at_its_own_rate(tmp_path, lora_rank):
+    model, processor = loaded()
+    model = prepare(model, "joint", lora_rank)
+    of_scheduler = {name for name in trainable(model) if ".scheduler." in name}
+    assert of_scheduler
+    before = state_of(model)
+    # at 0 it stays, and all else learns as it would without
+    options = {"scheduler_learning_rate": 0.0, "lr_scheduler_type": "cosine"}
+    trainer = trainer_of(tmp_path, model, processor, damaged(samples(12)), **options)
+    trainer.train()
+    trained = {name for name, value in state_of(model).items() if not torch.equal(value, before[name])}
+    assert trained == {*trainable(model)} - of_scheduler
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {named[id(p)]: group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates == {name: 0.0 if name in of_scheduler else 1e-2 for name in trainable(model)}
+    assert trainer.create_optimizer() is trainer.optimizer
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(rates)
+    with pytest.raises(ValueError, match="scheduler_learning_rate must be at least 0, got -1"):
+        arguments(tmp_path, scheduler_learning_rate=-1.0)
+
+
 def test_nothing_to_train_is_refused():
     model, _ = loaded()
     with pytest.raises(ValueError, match="stage must be one of align, bridge, backbone, scheduler, joint, got 'all'"):

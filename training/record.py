@@ -20,6 +20,7 @@ RECORD = "run.json"
 CHOICES = (
     "seed",
     "learning_rate",
+    "scheduler_learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

@@ -37,6 +37,9 @@ class DMSTrainingArguments(TrainingArguments):
     scheduler_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps at uniform weights, before the scheduler takes part."}
     )
+    scheduler_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the learned scheduler; by default `learning_rate`, which may suit LoRA."}
+    )
     feature_cache_gb: float = field(
         default=0.0, metadata={"help": "Memory for the features of undamaged images, where no encoder is trained."}
     )
@@ -49,6 +52,8 @@ class DMSTrainingArguments(TrainingArguments):
             raise ValueError(f"schedule_temperature must be above 0, got {self.schedule_temperature}")
         if not 0 <= self.scheduler_warmup_ratio <= 1:
             raise ValueError(f"scheduler_warmup_ratio must lie in [0, 1], got {self.scheduler_warmup_ratio}")
+        if self.scheduler_learning_rate is not None and self.scheduler_learning_rate < 0:
+            raise ValueError(f"scheduler_learning_rate must be at least 0, got {self.scheduler_learning_rate}")
         if self.feature_cache_gb < 0:
             raise ValueError(f"feature_cache_gb must be at least 0, got {self.feature_cache_gb}")
 
@@ -70,6 +75,20 @@ class DMSTrainer(Trainer):
         frozen = not any(p.requires_grad for name, p in self.model.named_parameters() if encodes_images(name))
         size = int(self.args.feature_cache_gb * 2**30)
         self._features = FeatureCache(size) if size and frozen else None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.args.scheduler_learning_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            own = {id(parameter) for name, parameter in named if {"dms", "scheduler"} <= {*name.split(".")}}
+            for group in [*optimizer.param_groups]:
+                of_scheduler = [p for p in group["params"] if id(p) in own]
+                if of_scheduler:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    rate = self.args.scheduler_learning_rate
+                    optimizer.add_param_group({**group, "params": of_scheduler, "lr": rate})
+        return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         inputs = dict(inputs)
