@@ -58,8 +58,8 @@ EVALUATIONS = {
     "--methods static,oracle",
     "vqa": f"--task vqa {EASY_VQA} --corruptions seen,unseen,mismatch,both,image:black+text:missing --seeds 3 "
     f"--samples 40 --methods 'static,rule,learned,{BASELINES}{SLOW},oracle' --validation-samples 16",
-    # more images, each once: conditions in which DMS could lose
-    "policy": f"--task vqa {EASY_VQA} --corruptions mismatch,both --seeds 1 --samples 200 "
+    # more images: conditions in which DMS could lose
+    "policy": f"--task vqa {EASY_VQA} --corruptions mismatch,both --seeds 2 --samples 200 "
     f"--methods 'static,rule,{PRIORS},oracle'",
     "retrieval": f"--task retrieval {EASY_VQA} --corruptions unseen,mismatch --seeds 3 --samples 24 "
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
@@ -67,6 +67,7 @@ EVALUATIONS = {
     f"--methods 'static,rule,{PRIORS},learned,{BASELINES}{SLOW},oracle' --validation-samples 8",
     "openmoji": f"--task caption --data openmoji {COMMON} --corruptions seen,unseen,mismatch,image:black+text:missing "
     f"--seeds 1 --samples 24 --methods 'static,rule,{PRIORS},{BASELINES},oracle' --validation-samples 8",
+    "openmoji-vqa": f"--task vqa-generate --data openmoji {QUICK.replace('--samples 24', '--samples 48')}",
     "openmoji-retrieval": f"--task retrieval --data openmoji {QUICK}",
     "noto": f"--task caption --data noto --training-data openmoji {QUICK}",
     "stamps": f"--task caption --data stamps --training-data openmoji {QUICK}",
