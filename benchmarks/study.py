@@ -246,6 +246,11 @@ def run(model: str, name: str) -> None:
     known = options[options.index("--data") + 1] not in PICTURES
     checkpoint = MODELS[model] if known else calibrated(model)
     dms("evaluate", *options, "--kinds", ",".join(kinds), "--model", checkpoint, "--out", str(out), "--resume")
+    if not known:  # drawings under other licences stay in their packages
+        (out / "samples.png").unlink(missing_ok=True)
+        report = out / "report.md"
+        shown = report.read_text(encoding="utf-8").replace("\n![samples](samples.png)\n", "")
+        report.write_text(shown, encoding="utf-8")
 
 
 def calibrated(model: str) -> str:
