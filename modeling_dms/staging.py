@@ -10,7 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# a whole checkpoint's, in one file or in shards, and an adapter's
+_WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|adapter_(model\.(safetensors|bin)|config\.json)"
+)
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def staged(directory: Any) -> Iterator[Path]:
         for path in Path(folder).iterdir():
             path.replace(target / path.name)
     if any(_WEIGHTS.fullmatch(name) for name in written):
-        # in fewer or more shards than before: what is left of those would be loaded instead
+        # what is left of other shards, or of an adapter where now is a whole checkpoint, would be loaded instead
         for path in target.iterdir():
             if _WEIGHTS.fullmatch(path.name) and path.name not in written:
                 path.unlink()

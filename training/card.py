@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from modeling_dms import __version__
+from modeling_dms.staging import staged
 from modeling_dms.training.assemble import INSTALL, RECIPES
 from modeling_dms.training.data.hub import HUB_DATASETS
 from modeling_dms.training.data.sources import named_sources
@@ -29,6 +31,8 @@ from modeling_dms.training.report import DMS, STATIC
 CARD = "README.md"
 MARKERS = "dms"
 LISTS = ("tags", "datasets")
+# of an adapter and of a whole checkpoint
+LIBRARIES = ("peft", "transformers")
 TEMPLATE = Path(__file__).parent / "card_template.md"
 TAGS = ("dms", "multimodal", "robustness", "uncertainty", "calibration")
 # what is no data set of the Hub: what it is, its licence as its package states it
@@ -97,6 +101,24 @@ def write_card(
     return path
 
 
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """`staged`, for another model than the folder held: of a card that stands there a user's own text and metadata are
+    kept, but not what was generated about the model before, its results above all.
+
+    Raises:
+        OSError: as `staged`.
+        ValueError: as `write_card`.
+    """
+    with staged(out) as folder:
+        if (out / CARD).exists():
+            shutil.copy(out / CARD, folder)  # peft adds to it
+        yield folder
+        card = folder / CARD
+        if card.exists() and f"<!-- {MARKERS}:" in card.read_text(encoding="utf-8"):
+            write_card(folder, name=out.resolve().name)
+
+
 def merged(old: ModelCard, new: ModelCard) -> ModelCard:
     """A generated card with the own text and metadata of an older one.
 
@@ -112,6 +134,8 @@ def merged(old: ModelCard, new: ModelCard) -> ModelCard:
         text = between_markers(old.text, MARKERS, _generated(new))
     else:
         text = f"{old.text.rstrip()}\n\n{new.text}"
+    if known.get("library_name") in LIBRARIES:  # by which the files load: not the user's to choose
+        del known["library_name"]
     fields = {**new.data.to_dict(), **known}
     for key in LISTS:
         fields[key] = _joined(known.get(key), new.data.get(key))
@@ -177,7 +201,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
         base_model=models or None,
         datasets=[source for source in used if source in HUB_DATASETS] or None,
         tags=[*TAGS, checkpoint.model_type.removeprefix("dms_")],
-        library_name="peft" if checkpoint.adapter else "transformers",
+        library_name=LIBRARIES[0 if checkpoint.adapter else 1],
         pipeline_tag="zero-shot-image-classification" if checkpoint.retrieves else "image-text-to-text",
         eval_results=found or None,
         model_name=name if found else None,

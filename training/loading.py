@@ -145,6 +145,16 @@ def _located(name: str | Path) -> str | Path:
     return assembled(str(name)) if name in RECIPES else name
 
 
+def folders_of(name: str | Path) -> list[Path]:
+    """The folders that `load` has read a checkpoint from: an adapter's own, and its base's behind it."""
+    adapter = _adapter(name)
+    if adapter is not None:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return [adapter.parent, *folders_of(base)]
+    located = Path(_located(name))
+    return [located if located.exists() else Path(snapshot_download(str(name), local_files_only=True))]
+
+
 def _dms_config(config: Any) -> dict[str, Any]:
     """The fields of a composite configuration's `DMSConfig`; none of a vanilla one."""
     before = config.dms_config.to_dict() if hasattr(config, "dms_config") else {}

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from modeling_dms.staging import staged
 from modeling_dms.training.assemble import RECIPES, digest
+from modeling_dms.training.card import replacing
 from modeling_dms.training.loading import load
 
 
@@ -34,16 +34,18 @@ def release(run: Path, base: str, out: Path) -> Path:
     found = digest(own, without=("dms",))
     if found != RECIPES[base].sha256:
         raise ValueError(f"the adapter of {run} was not trained on {base}: SHA-256 {found} of the frozen weights")
-    out.mkdir(parents=True, exist_ok=True)
     state = load_file(run / "adapter_model.safetensors")
     rounded = {
         name: value if "dms" in name.split(".") or not value.is_floating_point() else value.to(torch.bfloat16)
         for name, value in state.items()
     }
-    save_file(rounded, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(run, trust_remote_code=False)
     described["base_model_name_or_path"] = base
-    (out / "adapter_config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    AutoConfig.from_pretrained(run, trust_remote_code=False).save_pretrained(out)
+    text = json.dumps(described, indent=1, sort_keys=True) + "\n"
+    with replacing(out) as folder:
+        save_file(rounded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        config.save_pretrained(folder)
     return out
 
 
@@ -58,7 +60,7 @@ def merge(name: str, out: Path) -> Path:
         as `load`.
     """
     model, processor = load(name)
-    with staged(out) as folder:
+    with replacing(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return out

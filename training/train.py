@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any, cast
 from transformers import TrainerCallback, set_seed
 
 from modeling_dms.calibration_fit import MIN_SAMPLES
-from modeling_dms.staging import staged
 from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
-from modeling_dms.training.card import CARD, write_card
+from modeling_dms.training.card import replacing, write_card
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
-from modeling_dms.training.loading import load, room_for_prompts
+from modeling_dms.training.loading import folders_of, load, room_for_prompts
 from modeling_dms.training.push import push
 from modeling_dms.training.record import write_record
 from modeling_dms.training.resume import last_complete_checkpoint
@@ -102,22 +100,38 @@ class CalibrationCallback(TrainerCallback):
             self.calibrate()
 
 
+def check_base(name: str, out: Path) -> None:
+    """Refuses to save an adapter that is built on a checkpoint over its base, without which it is nothing.
+
+    Raises:
+        ValueError: if it would be.
+    """
+    if folders_of(name)[-1].resolve() == out.resolve():
+        raise ValueError(f"{out} is the base that the adapter is built on: save it in another folder")
+
+
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `run.json`,
     `curves.png`. With `push_to_hub` it ends on the Hub, after all is written.
 
     Raises:
-        ValueError: for choices that exclude each other, or data none of which can be read.
+        ValueError: for choices that exclude each other, data none of which can be read, or an adapter that would be
+            saved over its base.
         ConnectionError: if pushing fails.
     """
     began = time.time()
     choices, data, corruptions, training = arguments
     if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
+    run = Path(cast(str, training.output_dir))
+    final = run / "final"
     set_seed(training.seed)
     # an adapter is trained further where LoRA is trained, else merged
     adapts = choices.stage in ("backbone", "joint") and choices.lora_rank > 0
     model, processor = load(choices.model, cast(dict, choices.dms), merge=not adapts, dtype=choices.dtype)
+    if adapts:
+        for folder in (final, *run.glob("checkpoint-*")):
+            check_base(choices.model, folder)
     chosen, learns = model.config.dms_config, choices.stage in ("scheduler", "joint")
     if learns and chosen.scheduler == "learned" and not chosen.lambda_schedule and training.schedule_target != "none":
         raise ValueError(
@@ -154,12 +168,10 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
 
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
-    run = Path(cast(str, training.output_dir))
     start = last_complete_checkpoint(run) if resume else None
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if moves:
         calibrate_again()
-    final = run / "final"
     trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
     if training.should_save:
         log = run / "log.json"
@@ -184,16 +196,17 @@ def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dic
         The report, which can be printed.
 
     Raises:
-        ValueError: if no sample can be read, or for a field that `DMSConfig` does not have or refuses.
+        ValueError: if no sample can be read, for a field that `DMSConfig` does not have or refuses, or if an adapter
+            would be saved over its base.
         OSError: if it cannot be saved; what was in `out` is still there then.
     """
     samples = readable(load_sources(data, "train"))  # first: a mistake in a table costs no loading of billions
     model, processor = load(name, dms, merge=False)
+    if hasattr(model, "peft_config"):
+        check_base(name, out)
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     report = calibrate(model, collator, samples, count)
-    with staged(out) as folder:
-        if (out / CARD).exists():
-            shutil.copy(out / CARD, folder)  # peft adds to it
+    with replacing(out) as folder:
         model.save_pretrained(folder)
         if (folder / "adapter_config.json").exists():
             model.base_model.config.save_pretrained(folder)

@@ -14,7 +14,7 @@ from modeling_dms._compat import require
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.losses import leave_one_out_target
 from modeling_dms.scheduler import uniform_weights
-from modeling_dms.training.card import write_card
+from modeling_dms.training.card import replacing, write_card
 from modeling_dms.training.features import FeatureCache
 from modeling_dms.training.resume import last_complete_checkpoint, write_manifest
 from modeling_dms.training.stages import encodes_images
@@ -168,11 +168,15 @@ class DMSTrainer(Trainer):
     # --- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or cast(str, self.args.output_dir))
-        if self.args.should_save and (folder / "adapter_config.json").exists():
-            # an adapter alone does not tell DMS's choices
-            self.accelerator.unwrap_model(self.model).get_base_model().config.save_pretrained(folder)
+        target = output_dir or cast(str, self.args.output_dir)
+        if not self.args.should_save:  # it only helps the process that does to gather the weights
+            super()._save(target, state_dict)
+            return
+        with replacing(Path(target)) as folder:
+            super()._save(str(folder), state_dict)
+            if (folder / "adapter_config.json").exists():
+                # an adapter alone does not tell DMS's choices
+                self.accelerator.unwrap_model(self.model).get_base_model().config.save_pretrained(folder)
 
     def create_model_card(
         self,
