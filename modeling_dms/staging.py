@@ -39,3 +39,18 @@ def staged(directory: Any) -> Iterator[Path]:
         for path in target.iterdir():
             if _WEIGHTS.fullmatch(path.name) and path.name not in written:
                 path.unlink()
+
+
+def check_writable(directory: Any) -> None:
+    """Finds out before hours of work whether their result can be saved. Nothing is left behind, nor made.
+
+    Raises:
+        OSError: if nothing can be written to the folder, or it cannot be made.
+    """
+    target = Path(directory)
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{directory} cannot be written to ({there}: {error.strerror})") from error

@@ -169,6 +169,33 @@ def test_an_adapter_is_not_saved_over_its_base(tmp_path):
     assert not is_adapter(run / "final")
 
 
+# ---- folders that cannot be written to
+
+COMMANDS = {
+    "assemble": ("assemble", "llava-dinov2s-smollm2-135m", "--out"),
+    "calibrate": ("calibrate", "--model", "demo-llava", "--data", "easy-vqa", "--out"),
+    "demo": ("demo", "--backbone", "llava", "--samples", 50, "--out"),
+    "evaluate": ("evaluate", "--model", "demo-llava", "--out"),
+    "merge": ("merge", "demo-llava", "--out"),
+    "release": ("release", "absent", "--base", "llava-dinov2s-smollm2-135m", "--out"),
+    "train": ("train", "--model", "demo-llava", "--output_dir"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, name):
+    def works(*args, **kwargs):
+        raise AssertionError("the work has begun")
+
+    for module in ("assemble", "demo", "evaluate", "release", "train"):
+        for function in ("load", "load_samples", "load_sources", "load_easy_vqa", "vision_tower"):
+            monkeypatch.setattr(f"modeling_dms.training.{module}.{function}", works, raising=False)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper" / "out", Path("/proc/nowhere/out")):
+        assert f"{place} cannot be written to" in told(*COMMANDS[name], place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # ---- cards of the model that was there
 
 

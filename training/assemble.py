@@ -51,6 +51,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from modeling_dms.staging import check_writable
 from modeling_dms.training.data import load_openmoji
 
 
@@ -398,9 +399,11 @@ def assemble(name: str, out: Path) -> Path:
     Raises:
         ValueError: for an unknown name, or if the weights are not those that the released adapters were trained on.
         ImportError: naming what has to be installed.
+        OSError: if `out` cannot be written to.
     """
     if name not in RECIPES:
         raise ValueError(f"{name!r} is not known, expected one of {', '.join(RECIPES)}")
+    check_writable(out)
     model, processor = RECIPES[name].build()
     found = digest(model)
     if found != RECIPES[name].sha256:

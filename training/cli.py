@@ -53,7 +53,10 @@ def demo(
         from modeling_dms.training.demo import run_demo
 
         backbones = ["llava", "blip2"] if backbone == "both" else [backbone]
-        run_demo(out, backbones, samples, calibration_samples, write_docs)
+        try:
+            run_demo(out, backbones, samples, calibration_samples, write_docs)
+        except FAULTS as error:
+            raise _failed(error) from error
         return
     from modeling_dms.training.web import serve
 

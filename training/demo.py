@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from modeling_dms import __version__
+from modeling_dms.staging import check_writable
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
@@ -247,8 +248,12 @@ def run_demo(
 
     Args:
         repository: also write the results into the documents of this clone.
+
+    Raises:
+        OSError: if `out` cannot be written to.
     """
     started = time.time()
+    check_writable(out)
     samples = one_per_image(load_easy_vqa("test"), count)
     out.mkdir(parents=True, exist_ok=True)
     results = {

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_dms import __version__
 from modeling_dms._compat import require
+from modeling_dms.staging import check_writable
 from modeling_dms.training.baselines import UNTRAINED, make_methods
 from modeling_dms.training.corruptions import CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
@@ -158,6 +159,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Runs the whole evaluation; returns and writes `results.json`, `report.md` and the pictures."""
     began = time.time()
     require("accelerate")
+    check_writable(config.out)
     # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
     state = PartialState(cpu=not torch.accelerator.is_available())
     model, processor = load(config.model, dtype=config.dtype)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from modeling_dms.staging import check_writable
 from modeling_dms.training.assemble import RECIPES, digest
 from modeling_dms.training.card import replacing
 from modeling_dms.training.loading import load
@@ -26,9 +27,11 @@ def release(run: Path, base: str, out: Path) -> Path:
     Raises:
         ValueError: if the run's own base differs from `base` in more than what the adapter holds.
         FileNotFoundError: if `run` holds no adapter.
+        OSError: if `out` cannot be written to.
     """
     if base not in RECIPES:
         raise ValueError(f"base must be one of {', '.join(RECIPES)}, got {base!r}")
+    check_writable(out)
     described = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
     own, _ = load(described["base_model_name_or_path"])
     found = digest(own, without=("dms",))
@@ -57,8 +60,10 @@ def merge(name: str, out: Path) -> Path:
         out: the folder that is written.
 
     Raises:
-        as `load`.
+        OSError: if `out` cannot be written to.
+        others as `load`.
     """
+    check_writable(out)
     model, processor = load(name)
     with replacing(out) as folder:
         model.save_pretrained(folder)

@@ -11,6 +11,7 @@ from typing import Any, cast
 from transformers import TrainerCallback, set_seed
 
 from modeling_dms.calibration_fit import MIN_SAMPLES
+from modeling_dms.staging import check_writable
 from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.card import replacing, write_card
@@ -117,6 +118,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     Raises:
         ValueError: for choices that exclude each other, data none of which can be read, or an adapter that would be
             saved over its base.
+        OSError: if `output_dir` cannot be written to.
         ConnectionError: if pushing fails.
     """
     began = time.time()
@@ -125,6 +127,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
     run = Path(cast(str, training.output_dir))
     final = run / "final"
+    if training.should_save:
+        check_writable(run)
     set_seed(training.seed)
     # an adapter is trained further where LoRA is trained, else merged
     adapts = choices.stage in ("backbone", "joint") and choices.lora_rank > 0
@@ -200,6 +204,7 @@ def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dic
             would be saved over its base.
         OSError: if it cannot be saved; what was in `out` is still there then.
     """
+    check_writable(out)
     samples = readable(load_sources(data, "train"))  # first: a mistake in a table costs no loading of billions
     model, processor = load(name, dms, merge=False)
     if hasattr(model, "peft_config"):
