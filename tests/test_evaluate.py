@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,145 @@ def test_what_was_searched_is_not_searched_again(vqa, tmp_path, monkeypatch):
     assert made("static", "mean prior", "energy")[:2] == first
     assert tried == ["mean prior", "energy"]
     assert first[1].vision == GRIDS["mean prior"][2]["vision"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """What an evaluation leaves of a model and data of its own, as options, and its folder."""
+    root = tmp_path_factory.mktemp("evaluated")
+    model, processor = load("demo-llava")
+    for name in ("a", "b", "c"):
+        model.save_pretrained(root / name), processor.save_pretrained(root / name)
+        model.get_output_embeddings().weight.data.normal_()
+    config = json.loads((root / "c" / "config.json").read_text())
+    config["dms_config"]["kappa"] = 2.0
+    shutil.copy(root / "a" / "model.safetensors", root / "c")  # the same weights
+    (root / "c" / "config.json").write_text(json.dumps(config))
+    rows = [json.loads(row) for row in (tiny.table(root / "data") / "table.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split"] = ("train", "validation", "test")[number % 3]
+        row["answers"] = [("red", "blue")[number % 2]]
+    (root / "data" / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"model": str(root / "a"), "data": str(root / "data"), "corruptions": ["image:black"], "severities": [5]}
+    options |= {"seeds": 1, "samples": 4, "calibration_samples": 0, "methods": ("static",)}
+    evaluate(EvaluationConfig(out=root / "out", **options))
+    return options, root / "out"
+
+
+def reworded(folder):
+    """The same ids, another answer."""
+    table = folder / "table.jsonl"
+    table.write_text(table.read_text().replace('"red"', '"green"', 1))
+
+
+def redrawn(folder):
+    Image.new("RGB", (32, 32)).save(folder / "2.png")  # of the test split
+
+
+def another_model(model):
+    return str(Path(model).parent / "b")
+
+
+def another_configuration(model):
+    return str(Path(model).parent / "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("model", another_model, r"model '.*/a', this run asks for model '.*/b'"),
+        ("model", another_configuration, r"model '.*/a', this run asks for model '.*/c'"),
+        ("task", lambda task: "vqa-generate", "task 'vqa', this run asks for task 'vqa-generate'"),
+        ("split", lambda split: "validation", "split 'test', this run asks for .*split 'validation'"),
+        ("samples", lambda samples: 3, "samples 4, this run asks for samples 3"),
+        ("dtype", lambda dtype: "bfloat16", "dtype 'auto', this run asks for dtype 'bfloat16'"),
+        ("calibration_samples", lambda count: 60, "calibration_samples 0, this run asks for calibration_samples 60"),
+        ("training_data", lambda data: "easy-vqa", "training_data '.*data', this run asks for .*'easy-vqa'"),
+        ("families", lambda families: CorruptionConfig(image_families=("blur",)), "families .*'blur'"),
+        ("reworded", reworded, "which has changed since"),
+        ("redrawn", redrawn, "which has changed since"),
+    ],
+)
+def test_results_of_another_request_are_not_resumed(evaluated, tmp_path, name, change, told):
+    options, made = evaluated
+    out = shutil.copytree(made, tmp_path / "out")
+    if name in ("reworded", "redrawn"):
+        data = shutil.copytree(options["data"], tmp_path / "data")
+        change(data)
+        options = {**options, "data": str(data)}
+        request = json.loads((out / "request.json").read_text())
+        for of in ("data", "training_data"):
+            request[of]["name"] = str(data)
+        (out / "request.json").write_text(json.dumps(request))
+    else:
+        options = {**options, name: change(options.get(name))}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"cannot be resumed: .*{told}.*use another folder") as raised:
+        evaluate(EvaluationConfig(out=out, resume=True, **options))
+    assert str(out) in str(raised.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_found_for_a_request_is_resumed_with_more_of_it(evaluated, tmp_path, monkeypatch):
+    options, made = evaluated
+    out, model = shutil.copytree(made, tmp_path / "out"), shutil.copytree(options["model"], tmp_path / "a-copy")
+    real, ran = run_condition, []
+    monkeypatch.setattr(grid, "run_condition", lambda *args: ran.append((args[4], args[5])) or real(*args))
+    # the same model by another name, and what may be added
+    more = {"model": str(model), "seeds": 2, "severities": [4, 5], "batch_size": 2}
+    evaluate(EvaluationConfig(out=out, resume=True, **options | more))
+    mild = Condition("image:black", "image:black", 4)
+    assert {(c.name, c.severity, seed) for c, seed in ran} == {
+        ("clean", 0, 1),
+        ("image:black", 5, 1),
+        *((mild.name, mild.severity, seed) for seed in (0, 1)),
+    }
+    ran.clear()
+    # trained methods ask for samples that the others did not
+    trained = {"methods": ("static", "mean prior"), "training_samples": 4, "validation_samples": 4}
+    evaluate(EvaluationConfig(out=out, resume=True, **options | trained))
+    assert ran
+    ran.clear()
+    evaluate(EvaluationConfig(out=out, resume=True, **options | trained))
+    with pytest.raises(ValueError, match="training_samples 4, this run asks for training_samples 3"):
+        evaluate(EvaluationConfig(out=out, resume=True, **options | trained | {"training_samples": 3}))
+    assert not ran
+
+
+def test_a_run_that_begins_anew_leaves_no_results_of_another_request_to_resume(evaluated, tmp_path, monkeypatch):
+    options, made = evaluated
+    out = shutil.copytree(made, tmp_path / "out")
+    (out / "searched.json").write_text('{"mean prior": 1}')
+    other = {**options, "model": another_model(options["model"]), "corruptions": ["image:blur"]}
+
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grid, "run_condition", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(EvaluationConfig(out=out, **other))
+    assert not list((out / "cells").glob("*.json"))
+    assert not (out / "searched.json").exists()
+    with_both = {**other, "corruptions": ["image:black", "image:blur"]}
+    resumed = evaluate(EvaluationConfig(out=out, resume=True, **with_both))["results"]
+    assert (
+        resumed["conditions"]
+        == evaluate(EvaluationConfig(out=tmp_path / "alone", **with_both))["results"]["conditions"]
+    )
+
+
+@pytest.mark.parametrize("request_file", [None, "", "[1]", '{"model": '])
+def test_results_that_say_nothing_of_their_request_are_not_resumed(evaluated, tmp_path, request_file):
+    options, made = evaluated
+    out = shutil.copytree(made, tmp_path / "out")
+    (out / "request.json").unlink()
+    if request_file is not None:
+        (out / "request.json").write_text(request_file)
+    with pytest.raises(ValueError, match=r"no request\.json .* version 0\.1"):
+        evaluate(EvaluationConfig(out=out, resume=True, **options))
+    shutil.rmtree(out / "cells")  # nothing is left to be taken
+    evaluate(EvaluationConfig(out=out, resume=True, **options))
 
 
 # ---- conditions and samples

@@ -29,6 +29,7 @@ from modeling_dms.training.grid import Cell, Condition, run_grid
 from modeling_dms.training.loading import load, room_for_prompts
 from modeling_dms.training.methods import Method
 from modeling_dms.training.report import draw, render, summarize
+from modeling_dms.training.request import data_request, model_request, read_request, whats_different, write_request
 from modeling_dms.training.sheet import Panel, draw_sheet
 from modeling_dms.training.tasks import (
     Captioning,
@@ -68,7 +69,7 @@ class EvaluationConfig:
         validation_samples: that the baselines' hyperparameters are chosen on.
         dtype: of the weights, as `from_pretrained` takes it.
         resume: go on from what `out` holds: only conditions, seeds and methods that it lacks are run, and no
-            hyperparameters are searched again.
+            hyperparameters are searched again. All else must be as it was.
     """
 
     model: str
@@ -155,8 +156,39 @@ def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
     return chosen
 
 
+def begin(out: Path, request: dict[str, Any], resume: bool) -> None:
+    """Makes the folder of an evaluation ready, in all processes: with `resume` for going on, else it forgets what
+    another evaluation has kept there.
+
+    Raises:
+        ValueError: if `resume` meets what was found for another request.
+    """
+    state = PartialState()
+    kept = [path for path in (out / "searched.json", *(out / "cells").glob("*.json")) if path.exists()]
+    if resume and kept:
+        different = whats_different(out, request)
+        if different:
+            raise ValueError(
+                f"{out} cannot be resumed: {different}; use another folder, or leave out --resume to begin anew"
+            )
+        request = {**cast(dict, read_request(out)), **request}
+    state.wait_for_everyone()
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in [] if resume else kept:
+            path.unlink()
+        write_request(out, request)
+    state.wait_for_everyone()
+
+
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Runs the whole evaluation; returns and writes `results.json`, `report.md` and the pictures."""
+    """Runs the whole evaluation; returns and writes `results.json`, `report.md` and the pictures.
+
+    Raises:
+        ValueError: for choices that are refused, data none of which can be read, or a folder to resume that holds
+            what was found for another model, other data or other choices.
+        OSError: if `out` cannot be written to.
+    """
     began = time.time()
     require("accelerate")
     check_writable(config.out)
@@ -174,6 +206,20 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     validation = one_per_image(validation, config.validation_samples, 0)
+    # a batch's size changes no more than the rounding: a run that is out of memory goes on with smaller ones
+    asked = {
+        "model": model_request(config.model),
+        "data": data_request(config.data, test),
+        "training_data": data_request(training_data, train),
+        **{name: getattr(config, name) for name in ("task", "split", "samples", "dtype")},
+        "families": asdict(config.families),
+    }
+    if not model.dms.calibration.is_calibrated:
+        asked["calibration_samples"] = config.calibration_samples
+    if needs_training:
+        asked |= {"training_samples": config.training_samples, "validation_samples": config.validation_samples}
+        asked["validation_data"] = data_request(training_data, validation)
+    begin(config.out, asked, config.resume)
     if config.calibration_samples and not model.dms.calibration.is_calibrated:
         collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
         calibrate(model, collator, train, config.calibration_samples, state.is_local_main_process)
@@ -190,12 +236,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
     task = task_of(samples_of(0))
     some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
-    searched = config.out / "searched.json"
-    if state.is_main_process:
-        config.out.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            searched.unlink(missing_ok=True)
-    state.wait_for_everyone()
     methods = make_methods(
         model,
         task_of,
@@ -204,7 +244,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config.methods,
         config.families,
         batch_size=config.batch_size,
-        searched=searched,
+        searched=config.out / "searched.json",
     )
 
     cells = run_grid(
@@ -213,6 +253,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     results = {
         "run": {
             **{f.name: _plain(getattr(config, f.name)) for f in fields(config) if f.name not in ("out", "resume")},
+            "model_sha256": asked["model"]["sha256"][0],
             "metric": task.metric,
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
