@@ -95,10 +95,11 @@ def command_line(data, output_dir, steps):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A data set, and a run of two steps on it."""
+    """A data set, and a run of three steps on it that has lost its last checkpoint."""
     root = tmp_path_factory.mktemp("faults")
     data = tiny.table(root / "data")
-    run_training(read_arguments(None, command_line(data, root / "run", 2)))
+    run_training(read_arguments(None, command_line(data, root / "run", 3)))
+    shutil.rmtree(root / "run" / "checkpoint-3")
     return data, root / "run"
 
 

@@ -17,8 +17,12 @@ from typer.testing import CliRunner
 
 from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.cli import app
+from modeling_dms.training.loading import load
+from modeling_dms.training.request import write_request
 from modeling_dms.training.resume import MANIFEST, last_complete_checkpoint, whats_wrong, write_manifest
 from modeling_dms.training.train import run_training
+from modeling_dms.training.trainer import DMSTrainer
+from tests import tiny
 
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +164,53 @@ def test_without_a_complete_checkpoint(tmp_path, caplog):
     (tmp_path / "checkpoint-7").write_text("a file")
     assert last_complete_checkpoint(tmp_path) is None
     assert len(caplog.messages) == 2
+
+
+# ---- which checkpoint is of the same run
+
+
+def of_run(run, step, request):
+    """A checkpoint that says what it was made by."""
+    folder = checkpoint(run, step, complete=False)
+    write_request(folder, request)
+    write_manifest(folder)
+    return folder
+
+
+ASKED = {"seed": 2, "rates": (0.1, 0.2), "model": {"name": "b", "sha256": ["abc"]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "it was made with seed 1, this run asks for seed 2"),
+        ({"rates": [0.1]}, r"made with rates \[0.1\], this run asks for rates \[0.1, 0.2\]"),
+        ({"model": {"name": "a", "sha256": ["123"]}}, "made with model 'a', this run asks for model 'b'"),
+        ({"model": {"name": "b", "sha256": ["123"]}}, "asks for model 'b', which has changed since"),
+        (None, r"no request\.json in it"),
+    ],
+)
+def test_the_newest_checkpoint_of_the_same_run_wins_over_newer_ones_of_others(tmp_path, caplog, changes, told):
+    other = of_run(tmp_path, 8, None if changes is None else {**ASKED, **changes})
+    with pytest.raises(ValueError, match=f"{other}: .*{told}.*another output_dir") as raised:
+        last_complete_checkpoint(tmp_path, ASKED)
+    assert "checkpoint-8" in str(raised.value)
+    own = of_run(tmp_path, 2, ASKED)
+    of_run(tmp_path, 1, ASKED)
+    assert last_complete_checkpoint(tmp_path, ASKED) == own
+    assert re.search(f"{other} is skipped: .*{told}", caplog.text)
+    assert last_complete_checkpoint(tmp_path) == other  # who asks for none of a run takes any
+
+
+def test_a_name_and_choices_of_another_version_do_not_make_another_run(tmp_path):
+    newest = of_run(tmp_path, 4, {**ASKED, "model": {"name": "./b", "sha256": ["abc"]}, "gone": 1})
+    assert last_complete_checkpoint(tmp_path, {**ASKED, "new": 2}) == newest
+
+
+def test_an_incomplete_checkpoint_of_another_run_does_not_keep_one_from_starting(tmp_path):
+    truncate(of_run(tmp_path, 8, {**ASKED, "seed": 1}))
+    checkpoint(tmp_path, 9, complete=False)
+    assert last_complete_checkpoint(tmp_path, ASKED) is None
 
 
 # ---- killed runs
@@ -309,3 +360,123 @@ def test_a_different_seed_ends_elsewhere(tmp_path, undisturbed):
     expected, expected_losses = undisturbed("scheduler")
     assert losses != expected_losses
     assert not torch.equal(weights["dms.scheduler.output.weight"], expected["dms.scheduler.output.weight"])
+
+
+# ---- one folder, several runs
+
+
+def short(run, **changes):
+    """The options of a run of four steps, on data beside its folder."""
+    data = run.parent / "data"
+    if not data.exists():
+        tiny.table(data)
+    given = {**_SHARED, **RUNS["scheduler"], "data": str(data), "output_dir": str(run), "max_steps": "4"}
+    line = []
+    for field, value in {**given, "logging_steps": "2", "per_device_train_batch_size": "2", **changes}.items():
+        line += [f"--{field}", *([value] if isinstance(value, str) else value)]
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    run_training(read_arguments(None, short(run)))
+    return run
+
+
+def another_model(tmp_path):
+    model, processor = load("demo-llava")
+    tiny.stir(model.lm_head)
+    model.save_pretrained(tmp_path / "other"), processor.save_pretrained(tmp_path / "other")
+    return {"model": str(tmp_path / "other")}
+
+
+def reworded(tmp_path):
+    table = tmp_path / "data" / "table.jsonl"
+    table.write_text(table.read_text().replace('"box"', '"circle"', 1))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": "7"}, "seed 42, this run asks for seed 7"),
+        ({"learning_rate": "2e-3"}, "learning_rate 0.001, .* learning_rate 0.002"),
+        ({"max_steps": "6"}, "max_steps 4, this run asks for max_steps 6"),
+        ({"per_device_train_batch_size": "4"}, "per_device_train_batch_size 2"),
+        ({"image_families": ("blank",)}, r"image_families \[.*, this run asks for image_families \['blank'\]"),
+        ({"dms": '{"scheduler": "learned", "kappa": 2.0}'}, "dms .*kappa"),
+        (another_model, "model 'demo-llava', this run asks for model '.*other'"),
+        (reworded, "data '.*data', this run asks for data '.*data'"),
+    ],
+)
+def test_a_run_does_not_go_on_from_checkpoints_of_another(finished, tmp_path, changes, told):
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "run"
+    changes = changes(tmp_path) if callable(changes) else changes
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(app, ["train", *short(run, **changes), "--resume"])
+    assert result.exit_code == 1, result.output
+    error = result.stderr.splitlines()[-1]
+    assert re.match(f"error: no checkpoint of this run.*{run}/checkpoint-4: it was made with .*{told}", error), error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_choices_that_the_weights_do_not_depend_on_may_differ(finished, tmp_path):
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-4")
+    free = {"logging_steps": "1", "save_steps": "3", "save_total_limit": "2", "dataloader_num_workers": "1"}
+    result = CliRunner().invoke(app, ["train", *short(run, **free, run_name="again"), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((run / "run.json").read_text())["steps"] == [2, 4]
+    weights, expected = outcome(run)[0], outcome(finished)[0]
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_a_killed_run_goes_on_beside_a_finished_one(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    other = {"seed": "7", "learning_rate": "2e-3"}
+    run_training(read_arguments(None, short(alone, **other)))
+    real = DMSTrainer.compute_loss
+
+    def stops(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DMSTrainer, "compute_loss", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(read_arguments(None, short(run, **other)))
+    run_training(read_arguments(None, short(run, **other)), resume=True)
+    weights, losses = outcome(run)
+    expected, expected_losses = outcome(alone)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert losses == expected_losses
+    record = json.loads((run / "run.json").read_text())
+    assert (record["steps"], record["arguments"]["seed"]) == ([2, 4], 7)
+
+
+def test_the_record_and_the_card_are_of_the_run_that_is_resumed(finished, tmp_path):
+    """A shorter run in its folder has left the last checkpoint of a finished one, but not its record."""
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "run"
+    run_training(read_arguments(None, short(run, seed="7", max_steps="2")))
+    run_training(read_arguments(None, short(run)), resume=True)
+    weights, expected = outcome(run)[0], outcome(finished)[0]
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert json.loads((run / "run.json").read_text())["arguments"]["seed"] == 42
+    assert "| `seed` | `42` |" in (run / "final" / "README.md").read_text()
+
+
+def test_a_users_own_trainer_resumes_from_its_checkpoints(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    trainer = run_training(read_arguments(None, short(tmp_path / "new")))
+    trainer.args.output_dir, trainer.request = str(run), None
+    trainer.args.max_steps = 6
+    assert trainer.train(resume_from_checkpoint=True).global_step == 6
+    assert not (run / "checkpoint-6" / "request.json").exists()
+    assert last_complete_checkpoint(run) == run / "checkpoint-6"

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import torch
 import transformers
 
 from modeling_dms import __version__
+from modeling_dms.training.data import Sample
+from modeling_dms.training.request import data_request, model_request
 
 
 RECORD = "run.json"
@@ -31,6 +34,34 @@ CHOICES = (
     "schedule_target",
     "scheduler_warmup_ratio",
 )
+# of `TrainingArguments`, whatever the weights do not depend on: where and how often something is written or told,
+# processes that load data, and how memory is saved by computing the same again
+_FREE = re.compile(
+    r"output_dir|(log|logging|save|eval|hub|trackio|ddp|do|per_device_eval|gradient_checkpointing)(_.*)?"
+    r"|activation_checkpointing.*|push_to_hub|report_to|run_name|project|disable_tqdm|debug|skip_memory_metrics"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|multiprocessing_context|in_order)"
+    r"|include_.*|prediction_loss_only|batch_eval_metrics|torch_empty_cache_steps|enable_jit_checkpoint"
+    r"|restore_callback_states_from_checkpoint|resume_from_checkpoint|local_rank"
+)
+
+
+def training_request(arguments: Sequence[Any], samples: Sequence[Sample]) -> dict[str, Any]:
+    """What the weights of a run depend on: its choices, and what its model and data are.
+
+    Args:
+        arguments: as `read_arguments` gives them; the model has been loaded.
+        samples: of the data.
+    """
+    model, data, corruptions, training = arguments
+    return {
+        **asdict(model),
+        **asdict(data),
+        **asdict(corruptions),
+        **{name: value for name, value in training.to_dict().items() if not _FREE.fullmatch(name)},
+        "processes": training.world_size,
+        "model": model_request(model.model),
+        "data": data_request(data.data, samples),
+    }
 
 
 def write_record(
@@ -49,16 +80,10 @@ def write_record(
         seconds: that these steps took, with loading and calibration.
         command: by default that of this process.
     """
-    model, data, corruptions, training = arguments
-    plain = training.to_dict()
+    training = arguments[-1]
     described = {
         "command": shlex.join(["dms", *(sys.argv[1:] if command is None else command)]),
-        "arguments": {
-            **asdict(model),
-            **asdict(data),
-            **asdict(corruptions),
-            **{name: plain[name] for name in CHOICES},
-        },
+        "arguments": _choices(arguments),
         "samples": samples,
         "steps": list(steps),
         "seconds": round(seconds, 1),
@@ -73,6 +98,20 @@ def write_record(
     path = run / RECORD
     path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def is_recorded(run: Path, arguments: Sequence[Any]) -> bool:
+    """Whether `run.json` tells of a run with these choices."""
+    recorded = read_record(run).get("arguments") if (run / RECORD).exists() else None
+    return recorded == json.loads(json.dumps(_choices(arguments)))
+
+
+def _choices(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Those that a card shows."""
+    model, data, corruptions, training = arguments
+    plain = training.to_dict()
+    shown = {name: plain[name] for name in CHOICES}
+    return {**asdict(model), **asdict(data), **asdict(corruptions), **shown}
 
 
 def hardware(device: torch.device, processes: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from modeling_dms.training.data import PromptCollator, Sample, load_sources
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.loading import folders_of, load, room_for_prompts
 from modeling_dms.training.push import push
-from modeling_dms.training.record import write_record
+from modeling_dms.training.record import is_recorded, training_request, write_record
 from modeling_dms.training.resume import last_complete_checkpoint
 from modeling_dms.training.stages import prepare
 from modeling_dms.training.trainer import DMSTrainer
@@ -116,8 +116,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     `curves.png`. With `push_to_hub` it ends on the Hub, after all is written.
 
     Raises:
-        ValueError: for choices that exclude each other, data none of which can be read, or an adapter that would be
-            saved over its base.
+        ValueError: for choices that exclude each other, data none of which can be read, an adapter that would be saved
+            over its base, or `resume` where only other runs have left checkpoints.
         OSError: if `output_dir` cannot be written to.
         ConnectionError: if pushing fails.
     """
@@ -145,6 +145,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     samples = load_sources(data.data, "train", data.task, data.max_samples)
     show_progress = training.should_log and not training.disable_tqdm
     samples = readable(samples, show_progress)
+    request = training_request(arguments, samples)
+    start = last_complete_checkpoint(run, request) if resume else None
     collator = PromptCollator(
         processor,
         with_labels=True,
@@ -165,6 +167,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         processing_class=processor,
         callbacks=[EpochCallback()],
     )
+    trainer.request = request
     moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
 
     def calibrate_again() -> None:
@@ -172,7 +175,6 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
 
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
-    start = last_complete_checkpoint(run) if resume else None
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if moves:
         calibrate_again()
@@ -182,7 +184,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         draw_curves(trainer.state.log_history, run / "curves.png")
         first, last = 0 if start is None else int(start.name.split("-")[1]), trainer.state.global_step
-        if first < last:  # else a finished run was finished again
+        if first < last or not is_recorded(run, arguments):  # else a finished run was finished again
             write_record(run, arguments, len(samples), (first, last), time.time() - began)
         write_card(final, runs=[run], name=run.resolve().name)
         if training.push_to_hub:

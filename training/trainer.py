@@ -16,6 +16,7 @@ from modeling_dms.losses import leave_one_out_target
 from modeling_dms.scheduler import uniform_weights
 from modeling_dms.training.card import replacing, write_card
 from modeling_dms.training.features import FeatureCache
+from modeling_dms.training.request import write_request
 from modeling_dms.training.resume import last_complete_checkpoint, write_manifest
 from modeling_dms.training.stages import encodes_images
 
@@ -64,9 +65,13 @@ class DMSTrainer(Trainer):
 
     The collator may add `sample_ids` (a list of strings), `image_keys` (a list) and `schedule_target` to a batch, see
     `PromptCollator`.
+
+    Attributes:
+        request: what every checkpoint says it was made by; `dms train` resumes from those of its own request alone.
     """
 
     args: DMSTrainingArguments
+    request: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -215,7 +220,9 @@ class DMSTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run = Path(self._get_output_dir(trial))
-            write_manifest(run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_request(checkpoint, self.request)
+            write_manifest(checkpoint)
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=limit,
@@ -227,7 +234,7 @@ class DMSTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last *complete* checkpoint, or starts anew."""
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(cast(str, self.args.output_dir))
+            found = last_complete_checkpoint(cast(str, self.args.output_dir), self.request)
             resume_from_checkpoint = None if found is None else str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
