@@ -16,6 +16,7 @@ from modeling_dms.training.assemble import RECIPES
 from modeling_dms.training.card import write_card
 from modeling_dms.training.cli import app
 from modeling_dms.training.record import read_record, write_record
+from modeling_dms.training.request import checkpoint_digest
 from modeling_dms.training.train import run_training
 from tests import tiny
 from tests.hub_server import metadata_errors
@@ -31,6 +32,21 @@ def checkpoint(tmp_path):
     folder = tmp_path / "my-model"
     tiny.build("llava-llama", scheduler="rule").config.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def results(checkpoint, tmp_path):
+    """An evaluation, as if of the checkpoint."""
+    return results_of(checkpoint, tmp_path / "evaluated")
+
+
+def results_of(model, out, **said):
+    """A folder of results, which say what they are of: by default as version 0.1 did, by its name."""
+    out.mkdir()
+    results = json.loads(RESULTS.read_text())
+    results["run"] |= {"model": str(model), **said}
+    (out / "results.json").write_text(json.dumps(results))
+    return out
 
 
 @pytest.fixture
@@ -56,8 +72,8 @@ def run_of(tmp_path, name="run", model=LLAVA, data="easy-vqa,openmoji:caption"):
     return run
 
 
-def test_every_figure_is_in_the_results(checkpoint):
-    card = ModelCard.load(write_card(checkpoint, [RESULTS]))
+def test_every_figure_is_in_the_results(checkpoint, results):
+    card = ModelCard.load(write_card(checkpoint, [results]))
     groups = json.loads(RESULTS.read_text())["results"]["groups"]
     rows = {(row["group"], row["method"]): row for row in groups}
     lines, group = [], None
@@ -175,13 +191,13 @@ Own words.
 """
 
 
-def test_own_text_and_fields_are_kept(checkpoint):
+def test_own_text_and_fields_are_kept(checkpoint, results):
     path = checkpoint / "README.md"
     path.write_text(OWN)
-    write_card(checkpoint, [RESULTS])
+    write_card(checkpoint, [results])
     first = path.read_text()
     path.write_text(first + "\nMore own words.\n")
-    write_card(checkpoint, [RESULTS])
+    write_card(checkpoint, [results])
     assert path.read_text() == first + "\nMore own words.\n"
     write_card(checkpoint)
     card = ModelCard.load(path)
@@ -236,12 +252,52 @@ def test_what_is_wrong_is_told_in_one_line(checkpoint, tmp_path):
     assert "is a 'clip' checkpoint" in fails(checkpoint)
 
 
-def test_the_command_writes_a_card(checkpoint, tmp_path):
-    copied = tmp_path / "evaluated"
-    copied.mkdir()
-    shutil.copyfile(RESULTS, copied / "results.json")
+def reweighted(folder):
+    save_file({"weight": torch.ones(1)}, folder / "model.safetensors")
+
+
+def reconfigured(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["dms_config"]["kappa"] = 2.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def reprocessed(folder):
+    (folder / "processor_config.json").write_text('{"image_processor": {"size": 8}}')
+
+
+@pytest.mark.parametrize("change", [reweighted, reconfigured, reprocessed], ids=lambda change: change.__name__)
+def test_results_of_another_checkpoint_are_refused(checkpoint, tmp_path, change):
+    """Whatever it is called, and where it lay."""
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    own = results_of("elsewhere/by-another-name", tmp_path / "own", model_sha256=checkpoint_digest(checkpoint))
+    for folder in (checkpoint, copied):
+        (folder / "notes.txt").write_text("no part of the checkpoint")
+        assert "## Results" in write_card(folder, [own]).read_text()
+    before = (checkpoint / "README.md").read_text()
+    change(checkpoint)
+    # and as version 0.1 wrote them, of a folder that has stayed as it was
+    for results in (own, results_of(copied, tmp_path / "of-the-copy")):
+        with pytest.raises(
+            ValueError, match=f"{results}.*results of another checkpoint, .*than there is in {checkpoint}"
+        ):
+            write_card(checkpoint, [results])
+    assert (checkpoint / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(("name", "fits"), [("runs/my-model", True), ("me/my-model", True), ("demo-llava", False)])
+def test_results_of_version_0_1_are_told_by_the_checkpoints_name(checkpoint, tmp_path, name, fits):
+    results = results_of(name, tmp_path / "evaluated")
+    if fits:
+        assert "## Results" in write_card(checkpoint, [results]).read_text()
+        return
+    with pytest.raises(ValueError, match="demo-llava, than there is in"):
+        write_card(checkpoint, [results])
+
+
+def test_the_command_writes_a_card(checkpoint, results, tmp_path):
     run = run_of(tmp_path)
-    done = CliRunner().invoke(app, ["card", str(checkpoint), "--results", str(copied), "--run", str(run)])
+    done = CliRunner().invoke(app, ["card", str(checkpoint), "--results", str(results), "--run", str(run)])
     assert done.exit_code == 0, done.output
     text = (checkpoint / "README.md").read_text()
     assert "## Results" in text

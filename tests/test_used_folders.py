@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from modeling_dms.training import release as releasing
 from modeling_dms.training.cli import app
 from modeling_dms.training.loading import load
+from modeling_dms.training.request import checkpoint_digest
 from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
 from tests import tiny
 
@@ -216,7 +217,7 @@ def results_of(folder, name):
     """Results of an evaluation, as if of a checkpoint."""
     written = Path(__file__).parent.parent / "docs" / "results" / "demo-llava" / "results.json"
     results = json.loads(written.read_text())
-    results["run"]["model"] = str(folder)
+    results["run"] |= {"model": str(folder), "model_sha256": checkpoint_digest(folder)}
     name.write_text(json.dumps(results))
     return name
 

@@ -26,6 +26,7 @@ from modeling_dms.training.grid import ORACLE
 from modeling_dms.training.loading import CHECKPOINTS, MODEL_CLASSES
 from modeling_dms.training.record import read_record
 from modeling_dms.training.report import DMS, STATIC
+from modeling_dms.training.request import checkpoint_digest
 
 
 CARD = "README.md"
@@ -80,8 +81,8 @@ def write_card(
             a `license`, only a checkpoint of a base that is made here has one.
 
     Raises:
-        ValueError: if the folder holds no checkpoint, a file is not what it should be, or an existing card has
-            metadata that cannot be read.
+        ValueError: if the folder holds no checkpoint, a file is not what it should be, results are of another
+            checkpoint, or an existing card has metadata that cannot be read.
         FileNotFoundError: for results that are not there.
     """
     card = generate(folder, results, runs, name or folder.resolve().name)
@@ -184,6 +185,8 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
     checkpoint = Checkpoint.read(folder)
     records = [read_record(run) for run in runs]
     evaluations = [_read_results(path) for path in results]
+    for path, evaluation in zip(results, evaluations, strict=True):
+        _check_measured(folder, path, evaluation["run"])
     trained = [record["arguments"] for record in records if "arguments" in record]
     base = _base(checkpoint, trained)
     recipe = RECIPES.get(base)
@@ -343,6 +346,26 @@ def _read_results(path: Path) -> dict[str, Any]:
     if not (isinstance(read, dict) and {"run", "results"} <= read.keys() and "groups" in read["results"]):
         raise ValueError(f"{file} was not written by `dms evaluate`")
     return read
+
+
+def _check_measured(folder: Path, path: Path, run: dict[str, Any]) -> None:
+    """Refuses the results of another checkpoint than the folder's. Version 0.1 told no more than a name: of a folder
+    that is there still it is found out, of others the name must be this folder's.
+
+    Raises:
+        ValueError: naming both.
+    """
+    name = Path(run["model"])
+    if "model_sha256" not in run and not name.is_dir():
+        same = name.name == folder.resolve().name
+    else:
+        measured = run["model_sha256"] if "model_sha256" in run else checkpoint_digest(name)
+        same = measured == checkpoint_digest(folder)
+    if not same:
+        raise ValueError(
+            f"{path} holds results of another checkpoint, {run['model']}, than there is in {folder}: evaluate this "
+            "one, as it is now"
+        )
 
 
 # ---- what is said of it
