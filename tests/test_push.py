@@ -18,6 +18,7 @@ from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.loading import load
 from modeling_dms.training.release import merge
+from modeling_dms.training.request import checkpoint_digest, model_request
 from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
 from tests import hub_server, tiny
 
@@ -255,9 +256,19 @@ def test_an_adapter_is_loaded_from_the_hub(hub, folder, tmp_path):
     assert "[More Information Needed]" not in card.text
     loaded, _ = load(REPO, merge=False)
     assert loaded.get_base_model().config.dms_config.weight_floor == 0.03
+    assert model_request(REPO)["sha256"] == [checkpoint_digest(place) for place in (tmp_path / "adapter", folder)]
     for name, value in loaded.state_dict().items():
         if "lora" in name:
             assert torch.equal(value, state[name.replace(".default", "")])
+
+
+def test_a_checkpoint_on_the_hub_is_the_folder_that_was_pushed(hub, folder):
+    assert push(folder, "--repo", REPO).exit_code == 0
+    load(REPO)
+    asked = model_request(REPO)
+    assert asked == {"name": REPO, "sha256": [checkpoint_digest(folder)]}
+    hub.repositories[REPO].files["config.json"] += b"\n"  # a later commit, which is not what was loaded
+    assert model_request(REPO) == asked
 
 
 def test_file_download_knows_the_endpoint_of_these_tests(hub):

@@ -13,10 +13,10 @@ from modeling_dms.training.loading import folders_of
 
 
 REQUEST = "request.json"
-# what `load` reads of a folder
+# what `load` reads of any folder, and of the Hub it fetches all of these
 _READ = re.compile(
-    r"(adapter_)?(config\.json|model.*\.safetensors)|generation_config\.json|.*processor.*\.json"
-    r"|(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece).*"
+    r"(adapter_)?(config\.json|model.*\.safetensors)|generation_config\.json|(pre)?processor_config\.json"
+    r"|tokenizer(_config)?\.json"
 )
 
 
