@@ -52,6 +52,7 @@ from transformers import (
 )
 
 from modeling_dms.training.data import load_openmoji
+from modeling_dms.training.names import check_names
 
 
 logger = logging.getLogger(__name__)
@@ -399,8 +400,7 @@ def assemble(name: str, out: Path) -> Path:
         ValueError: for an unknown name, or if the weights are not those that the released adapters were trained on.
         ImportError: naming what has to be installed.
     """
-    if name not in RECIPES:
-        raise ValueError(f"{name!r} is not known, expected one of {', '.join(RECIPES)}")
+    check_names("checkpoint", [name], RECIPES)
     model, processor = RECIPES[name].build()
     found = digest(model)
     if found != RECIPES[name].sha256:

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 
 from modeling_dms.staging import staged
 from modeling_dms.training.assemble import RECIPES, digest
-from modeling_dms.training.loading import load
+from modeling_dms.training.loading import base_of, load
+from modeling_dms.training.names import check_names
 
 
 def release(run: Path, base: str, out: Path) -> Path:
@@ -27,10 +28,11 @@ def release(run: Path, base: str, out: Path) -> Path:
         ValueError: if the run's own base differs from `base` in more than what the adapter holds.
         FileNotFoundError: if `run` holds no adapter.
     """
-    if base not in RECIPES:
-        raise ValueError(f"base must be one of {', '.join(RECIPES)}, got {base!r}")
-    described = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
-    own, _ = load(described["base_model_name_or_path"])
+    check_names("base", [base], RECIPES)
+    adapter = run / "adapter_config.json"
+    if not adapter.exists():
+        raise FileNotFoundError(f"{run} is no adapter: it holds no {adapter.name}")
+    own, _ = load(base_of(adapter))
     found = digest(own, without=("dms",))
     if found != RECIPES[base].sha256:
         raise ValueError(f"the adapter of {run} was not trained on {base}: SHA-256 {found} of the frozen weights")
@@ -41,6 +43,7 @@ def release(run: Path, base: str, out: Path) -> Path:
         for name, value in state.items()
     }
     save_file(rounded, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = json.loads(adapter.read_text(encoding="utf-8"))
     described["base_model_name_or_path"] = base
     (out / "adapter_config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     AutoConfig.from_pretrained(run, trust_remote_code=False).save_pretrained(out)
