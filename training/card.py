@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,7 +24,7 @@ from modeling_dms.training.documents import between_markers, points, share, tabl
 from modeling_dms.training.grid import ORACLE
 from modeling_dms.training.loading import CHECKPOINTS, MODEL_CLASSES
 from modeling_dms.training.record import read_record
-from modeling_dms.training.report import DMS, STATIC
+from modeling_dms.training.report import DMS, STATIC, read_results
 
 
 CARD = "README.md"
@@ -159,7 +160,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
     """A new card, see [`write_card`]."""
     checkpoint = Checkpoint.read(folder)
     records = [read_record(run) for run in runs]
-    evaluations = [_read_results(path) for path in results]
+    evaluations = [read_results(path) for path in results]
     trained = [record["arguments"] for record in records if "arguments" in record]
     base = _base(checkpoint, trained)
     recipe = RECIPES.get(base)
@@ -310,17 +311,6 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not Path(name).exists()
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not (isinstance(read, dict) and {"run", "results"} <= read.keys() and "groups" in read["results"]):
-        raise ValueError(f"{file} was not written by `dms evaluate`")
-    return read
-
-
 # ---- what is said of it
 
 
@@ -356,7 +346,7 @@ def _run(run: Path, record: dict[str, Any]) -> dict[str, str | None]:
         "command": record.get("command"),
         "text": text,
         "choices": choices,
-        "picture": _picture(run) if (run / "curves.png").exists() else None,
+        "picture": quote(_picture(run)) if (run / "curves.png").exists() else None,
     }
 
 
