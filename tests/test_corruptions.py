@@ -149,7 +149,7 @@ def test_imagenet_c_without_its_package_names_the_extra(monkeypatch):
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"modeling-dms\[train\]"):
+    with pytest.raises(ImportError, match=r"modeling-dms\[eval\]"):
         corrupt(sample(), "image:imagenet_c/snow")
     assert corrupt(sample(), "image:noise").image is not None
 
