@@ -31,6 +31,14 @@ def one_line_error(*arguments):
     return lines[0]
 
 
+def wrong_usage(*arguments):
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
 def test_the_presets_ship():
     assert set(NAMES) >= {"demo-scheduler", "lora", "paper", "scheduler"}
 
@@ -113,6 +121,17 @@ WRONG = {
     "dms: 3": "dms",
     "dms: [scheduler]": "dms",
     "calibration_samples: -1": "calibration_samples",
+    "data: [easy-vqa, openmoji]": "data must be one value",
+    "model: [demo-llava]": "model must be one value",
+    "output_dir: {run: 1}": "output_dir must be one value",
+    "stage: null": "stage must be one value",
+    "image_rate: null": "image_rate must be one value",
+    "image_families:": "image_families must be one value",
+    "save_steps: null": "save_steps must be one value",
+    "accelerator_config: {splitbatches: true}": "splitbatches",
+    "dms: {kapa: 2}": "did you mean kappa",
+    "dtype: half": "dtype",
+    "max_length: 0": "max_length",
     "image_rate: 1.5": "image_rate",
     "image_families: [noise, fire]": "image_families",
     "schedule_temperature: 0": "schedule_temperature",
@@ -176,19 +195,41 @@ def test_what_a_run_cannot_do_without(missing):
 def test_dms_train_prints_one_line_and_fails(tmp_path):
     tiny = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--max_samples", "4"]
     needed = ["--model", "demo-llava", "--output_dir", tmp_path / "run", *tiny]
-    assert "--model" in one_line_error("--config", "lora", "--output_dir", tmp_path)
-    assert "--nope" in one_line_error(*needed, "--nope", "1")
-    assert "stage" in one_line_error(*needed, "--stage", "banana")
     assert "presets" in one_line_error("--config", "nothing", *needed)
     assert "train_bridge" in one_line_error(*needed, "--train_bridge", "--calibration_samples", "0")
     assert "'bert'" in one_line_error(*needed, "--model", bert(tmp_path))
     assert "unknown source" in one_line_error(*needed, "--data", "no-such-data")
-    # refused by DMSConfig itself
-    assert "shcheduler" in one_line_error(*needed, "--dms", json.dumps({"shcheduler": "rule"}))
-    assert "scheduler" in one_line_error(*needed, "--dms", json.dumps({"scheduler": "banana"}))
-    assert "kappa" in one_line_error(*needed, "--dms", json.dumps({"kappa": -1}))
     assert "50" in one_line_error(*needed)  # too few samples to calibrate on
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_what_a_run_does_not_take_is_wrong_usage(tmp_path):
+    needed = ["--model", "demo-llava", "--output_dir", tmp_path / "run"]
+    assert "--model" in wrong_usage("--config", "lora", "--output_dir", tmp_path)
+    assert "--nope" in wrong_usage(*needed, "--nope", "1")
+    assert "stage" in wrong_usage(*needed, "--stage", "banana")
+    assert "'vq', did you mean vqa" in wrong_usage(*needed, "--task", "vq")
+    assert "unknown dtype 'cuda'" in wrong_usage(*needed, "--dtype", "cuda")
+    assert "max_samples must be at least 1, got 0" in wrong_usage(*needed, "--max_samples", "0")
+    # of DMSConfig, before anything is loaded
+    assert "did you mean scheduler" in wrong_usage(*needed, "--dms", json.dumps({"shcheduler": "rule"}))
+    assert "scheduler" in wrong_usage(*needed, "--dms", json.dumps({"scheduler": "banana"}))
+    assert "kappa" in wrong_usage(*needed, "--dms", json.dumps({"kappa": -1}))
+    assert "weight_floor" in wrong_usage(*needed, "--dms", json.dumps({"weight_floor": "low"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "comet_ml", "clearml"])
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(tmp_path, tracker, monkeypatch):
+    monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{tracker.split('_')[0]}_available", bool)
+    said = one_line_error(*NEEDED, "--report_to", tracker, "--output_dir", tmp_path / "run")
+    assert said.startswith("error: report_to: ")
+    assert "pip install" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_is_none_is_wrong_usage():
+    assert "trackioo is not supported, only " in wrong_usage(*NEEDED, "--report_to", "trackioo")
 
 
 def bert(tmp_path):

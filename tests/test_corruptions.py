@@ -149,7 +149,7 @@ def test_imagenet_c_without_its_package_names_the_extra(monkeypatch):
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"modeling-dms\[train\]"):
+    with pytest.raises(ImportError, match=r"modeling-dms\[eval\]"):
         corrupt(sample(), "image:imagenet_c/snow")
     assert corrupt(sample(), "image:noise").image is not None
 
@@ -244,17 +244,19 @@ def test_calibrations_families_are_families_here():
         assert names_in(modality, families)
 
 
-def test_unknown_names_list_what_is_accepted():
-    with pytest.raises(ValueError, match="image:imagenet_c/fog"):
+def test_unknown_names_are_told_the_nearest_or_all_that_are_accepted():
+    with pytest.raises(ValueError, match=r"'image:gaussian_noise', did you mean image:imagenet_c/gaussian_noise"):
         family_of("image:gaussian_noise")
+    with pytest.raises(ValueError, match=r"'rain', expected one of image:noise.*text:mismatch"):
+        family_of("rain")
     with pytest.raises(ValueError, match=r"'fuzz'.*weather"):
         names_in("image", ["noise", "fuzz"])
     with pytest.raises(ValueError, match=r"'weather'.*characters"):
         names_in("text", ["weather"])
     with pytest.raises(ValueError, match="image, text"):
         names_in("audio", ["noise"])
-    with pytest.raises(ValueError, match="image:imagenet_c/fog"):
-        corrupt(sample(), "image:imagenet_c/rain")
+    with pytest.raises(ValueError, match=r"did you mean .*image:imagenet_c/fog"):
+        corrupt(sample(), "image:imagenet_c/fgo")
 
 
 def test_the_default_configuration_divides_all_families():

@@ -461,7 +461,15 @@ def test_damage_to_both_modalities_is_the_damage_to_each(vqa):
         ({"seeds": 0}, "seeds"),
         ({"samples": 0}, "samples"),
         ({"validation_samples": 0}, "validation_samples"),
-        ({"task": "ocr"}, "task must be one of"),
+        ({"task": "ocr"}, "unknown task 'ocr', expected one of vqa, "),
+        ({"methods": ["rule", "vcd"]}, "unknown method 'vcd'"),
+        ({"split": "testing"}, "unknown split 'testing', did you mean test"),
+        ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
+        ({"kinds": ["image:pixelated"]}, "unknown kind 'image:pixelated', did you mean image:pixelate"),
+        ({"kinds": ["image:fog", "typos"]}, "unknown kind 'typos', did you mean text:typos"),
+        # known, but in none of the groups: nothing would be evaluated
+        ({"kinds": ["image:fog", "text:typos"], "corruptions": ["seen"]}, "image:fog, text:typos is in seen"),
+        ({"kinds": ["image:fog"], "corruptions": ["both"]}, "image:fog is in both"),
     ],
 )
 def test_wrong_choices_are_refused(changes, message):
@@ -522,7 +530,7 @@ def test_methods_by_name(vqa):
     assert [method.name for method in found] == names
     config = found[4].scheduler.config
     assert (config.scheduler, config.scheduler_signals, config.kappa) == ("learned", ["typicality"], 0)
-    with pytest.raises(ValueError, match=r"unknown method\(s\) magic.*static"):
+    with pytest.raises(ValueError, match=r"unknown method 'magic'.*static"):
         make_methods(model, lambda _: task, [], [], ["magic"], CorruptionConfig())
     assert set(names) < set(METHODS)
 

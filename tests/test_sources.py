@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from modeling_dms.training.data import (
 )
 from modeling_dms.training.data.openmoji import TONE
 from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS
+from modeling_dms.training.data.sources import named_sources
 
 
 datasets = pytest.importorskip("datasets")
@@ -440,6 +442,36 @@ def test_any_source_by_its_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_samples(*arguments)
+
+
+@pytest.mark.parametrize("name", ["a,b", "a, b", "pets:vqa", "a,b:caption", "easy-vqa,noto", "[x] *", " a ", "50%#"])
+def test_a_path_that_exists_is_one_source(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "what?", "context": f"in {name}", "answers": ["x"], "split": "train"}
+    Path(name).mkdir()
+    Path(name, "table.jsonl").write_text(json.dumps(row))
+    assert named_sources(name) == [(name, None)]
+    assert [sample.context for sample in load_sources(name, "train")] == [f"in {name}"]
+    # with a task, and among others
+    assert named_sources(f"{name}:vqa") == [(name, "vqa")]
+    listed = f"easy-vqa:caption,{name}, openmoji:vqa"
+    assert named_sources(listed) == [("easy-vqa", "caption"), (name, None), ("openmoji", "vqa")]
+    mixed = load_sources(f"easy-vqa,{name}", "train", limit=1)
+    assert {sample.context for sample in mixed} > {f"in {name}"}
+
+
+def test_a_path_goes_before_the_name_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openmoji").mkdir()
+    row = {"question": "what?", "context": "mine", "split": "train"}
+    (tmp_path / "openmoji" / "table.jsonl").write_text(json.dumps(row))
+    assert [sample.context for sample in load_samples("openmoji", "train")] == ["mine"]
+
+
+@pytest.mark.parametrize("sources", ["", ",", " , "])
+def test_a_list_without_sources_is_refused(sources):
+    with pytest.raises(ValueError, match="at least one source"):
+        load_sources(sources, "train")
 
 
 def test_several_sources_are_mixed_evenly():

@@ -53,6 +53,7 @@ from transformers import (
 
 from modeling_dms.staging import check_writable
 from modeling_dms.training.data import load_openmoji
+from modeling_dms.training.names import check_names
 
 
 logger = logging.getLogger(__name__)
@@ -401,8 +402,7 @@ def assemble(name: str, out: Path) -> Path:
         ImportError: naming what has to be installed.
         OSError: if `out` cannot be written to.
     """
-    if name not in RECIPES:
-        raise ValueError(f"{name!r} is not known, expected one of {', '.join(RECIPES)}")
+    check_names("checkpoint", [name], RECIPES)
     check_writable(out)
     model, processor = RECIPES[name].build()
     found = digest(model)

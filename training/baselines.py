@@ -30,6 +30,7 @@ from modeling_dms.training.methods import (
     Scheduled,
     search,
 )
+from modeling_dms.training.names import check_names
 from modeling_dms.training.tasks import Task
 
 
@@ -135,9 +136,7 @@ def make_methods(
     Raises:
         ValueError: for an unknown name.
     """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method(s) {', '.join(unknown)}, expected some of {', '.join(METHODS)}")
+    check_names("method", names, METHODS)
     found: dict[str, Method] = {
         "static": Method(),
         "rule": Scheduled("rule", _like(model, scheduler="rule")),

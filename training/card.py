@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -25,7 +26,7 @@ from modeling_dms.training.documents import between_markers, points, share, tabl
 from modeling_dms.training.grid import ORACLE
 from modeling_dms.training.loading import CHECKPOINTS, MODEL_CLASSES
 from modeling_dms.training.record import read_record
-from modeling_dms.training.report import DMS, STATIC
+from modeling_dms.training.report import DMS, STATIC, read_results
 from modeling_dms.training.request import checkpoint_digest
 
 
@@ -184,7 +185,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
     """A new card, see [`write_card`]."""
     checkpoint = Checkpoint.read(folder)
     records = [read_record(run) for run in runs]
-    evaluations = [_read_results(path) for path in results]
+    evaluations = [read_results(path) for path in results]
     for path, evaluation in zip(results, evaluations, strict=True):
         _check_measured(folder, path, evaluation["run"])
     trained = [record["arguments"] for record in records if "arguments" in record]
@@ -337,17 +338,6 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not Path(name).exists()
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not (isinstance(read, dict) and {"run", "results"} <= read.keys() and "groups" in read["results"]):
-        raise ValueError(f"{file} was not written by `dms evaluate`")
-    return read
-
-
 def _check_measured(folder: Path, path: Path, run: dict[str, Any]) -> None:
     """Refuses the results of another checkpoint than the folder's. Version 0.1 told no more than a name: of a folder
     that is there still it is found out, of others the name must be this folder's.
@@ -403,7 +393,7 @@ def _run(run: Path, record: dict[str, Any]) -> dict[str, str | None]:
         "command": record.get("command"),
         "text": text,
         "choices": choices,
-        "picture": _picture(run) if (run / "curves.png").exists() else None,
+        "picture": quote(_picture(run)) if (run / "curves.png").exists() else None,
     }
 
 

@@ -1,17 +1,111 @@
 """The command line `dms`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
+import torch
 import typer
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
+from typer.core import TyperCommand, TyperGroup
+
+from modeling_dms.training.extras import COMMANDS, install, missing_packages, require_extra
 
 
 # what went wrong outside of this program: told in one line
-FAULTS = (ValueError, OSError, ImportError, SafetensorError, UnpicklingError)
+FAULTS = (
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    HTTPError,
+    MemoryError,
+    SafetensorError,
+    UnpicklingError,
+    torch.OutOfMemoryError,
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Dynamic Modality Scheduling.")
+
+class _Commands(TyperGroup):
+    """Tells a fault in one line on standard error, with exit code 1. Wrong usage is typer's to tell."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+        except BrokenPipeError:  # whoever read the output has enough of it
+            raise
+        except FAULTS as error:
+            typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            raise typer.Exit(1) from error
+
+
+class _Command(TyperCommand):
+    """Names the extra that it needs, and looks for it before any work."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        super().format_epilog(ctx, formatter)
+        needs = {command: extra for command, extra in COMMANDS.items() if command.split()[0] == self.name}
+        formatter.write_paragraph()
+        with formatter.indentation():
+            for command, extra in needs.items():
+                formatter.write_text(f"`dms {command}` needs: {install(extra)}")
+
+    def invoke(self, ctx: Any) -> Any:
+        require_extra("demo --web" if ctx.params.get("web") else cast(str, self.name))
+        return super().invoke(ctx)
+
+
+class _Train(_Command):
+    """Lists the fields of a run, which a parser of its own reads."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        super().format_options(ctx, formatter)
+        if missing_packages(COMMANDS["train"]):
+            with formatter.section("Fields"):
+                formatter.write_text("Listed here where the packages below are installed.")
+            return
+        from modeling_dms.training.arguments import TRAINING_ARGUMENTS, described_fields, described_presets
+
+        for title, rows in described_fields().items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+        with formatter.indentation():
+            formatter.write_text(f"All: {TRAINING_ARGUMENTS}")
+        with formatter.section("Presets, for --config"):
+            formatter.write_dl(described_presets())
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+    help="Dynamic Modality Scheduling: weighs image and text of a LLaVA, BLIP-2 or InternVL, sample by sample, by how "
+    "far each can be trusted.",
+    epilog="""\b
+First steps:
+  dms predict --context "a teal circle." --question "what color is the shape?"
+  dms calibrate --model demo-llava --data easy-vqa --out my-model
+  dms evaluate --model my-model --out runs/my-model --samples 50 --seeds 1
+
+\b
+Exit codes:
+  0    done
+  1    a named fault: one line `error: ...` on standard error
+  2    wrong usage: an option or a value that the command does not take
+  130  interrupted by Ctrl-C""",
+)
+_command = partial(app.command, cls=_Command)
+
+DATA = "easy-vqa, openmoji, a Hub id, or a folder or file with a table of image, context, question, answers."
+CHECKPOINT = "Folder, Hub id or shipped name (demo-llava, demo-blip2) of a vanilla or DMS checkpoint, or an adapter."
 
 
 @app.callback()
@@ -22,13 +116,59 @@ def _main() -> None:
     logging.disable_progress_bar()
 
 
-def _failed(error: Exception) -> typer.Exit:
-    """Prints an error in one line."""
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    return typer.Exit(1)
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Within it, what is wrong is an option's value."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from error
 
 
-@app.command()
+def _listed(option: str, text: str) -> list[str]:
+    """What stands between commas, once each."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise typer.BadParameter(f"expected names or numbers separated by commas, got {text!r}", param_hint=option)
+    return parts
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected integers separated by commas, got {text!r}", param_hint=option) from error
+
+
+@_command(
+    epilog="""\b
+Examples:
+  dms predict --context "a teal circle." --question "what color is the shape?"
+  dms predict --model my-model --image photo.png --question "what color is the shape?\""""
+)
+def predict(
+    question: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,
+    context: Annotated[str | None, typer.Option(help="A passage that may answer the question too.")] = None,
+    model: Annotated[str, typer.Option(help=CHECKPOINT)] = "demo-llava",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
+) -> None:
+    """Answers one question about an image and a context.
+
+    Prints the answer, the weights of image and context, and the signals they came from. A shipped checkpoint is
+    calibrated first, which takes some seconds.
+    """
+    from modeling_dms.training.answer import predict_one
+
+    predict_one(question, image, context, model, max_new_tokens)
+
+
+@_command(
+    epilog="""\b
+Examples:
+  dms demo
+  dms demo --web --model my-model"""
+)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for table, numbers and picture.")] = Path("demo"),
     backbone: Annotated[Literal["llava", "blip2", "both"], typer.Option(help="Which checkpoint to run.")] = "both",
@@ -40,85 +180,37 @@ def demo(
     web: Annotated[
         bool, typer.Option("--web", help="Serve a page instead, to try inputs and corruptions on.")
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="With --web: folder, Hub id or shipped name of a checkpoint. Default: demo-llava."),
+    model: Annotated[str | None, typer.Option(help=f"With --web: {CHECKPOINT} Default: demo-llava.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="With --web: default is the first free one from 7860 on.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="With --web: default is the first free one from 7860 on.")] = None,
 ) -> None:
-    """Corrupts images and contexts of held-out easy-VQA samples and compares static, DMS and oracle weights."""
+    """Compares static, DMS and oracle weights on corrupted images and texts.
+
+    Takes held-out samples of easy-VQA and the two checkpoints that ship with this package.
+    """
     if not web:
         if model is not None or port is not None:
             raise typer.BadParameter("--model and --port are for --web")
         from modeling_dms.training.demo import run_demo
 
         backbones = ["llava", "blip2"] if backbone == "both" else [backbone]
-        try:
-            run_demo(out, backbones, samples, calibration_samples, write_docs)
-        except FAULTS as error:
-            raise _failed(error) from error
+        run_demo(out, backbones, samples, calibration_samples, write_docs)
         return
     from modeling_dms.training.web import serve
 
-    try:
-        serve(model or "demo-llava", port, calibration_samples)
-    except FAULTS as error:
-        raise _failed(error) from error
+    serve(model or "demo-llava", port, calibration_samples)
 
 
-@app.command()
-def assemble(
-    name: Annotated[str, typer.Argument(help="llava-dinov2s-smollm2-135m or blip2-dinov2s-smollm2-135m.")],
-    out: Annotated[Path, typer.Option(help="Folder that gets a folder of that name.")] = Path("bases"),
-) -> None:
-    """Builds a checkpoint from pretrained parts that Python packages carry; what no part has is yet to be trained."""
-    from modeling_dms.training.assemble import assemble as run
-
-    try:
-        typer.echo(f"wrote {run(name, out)}")
-    except FAULTS as error:
-        raise _failed(error) from error
-
-
-@app.command()
-def release(
-    run: Annotated[Path, typer.Argument(help="Folder with an adapter, of `dms train` or `dms calibrate`.")],
-    base: Annotated[str, typer.Option(help="The assembled checkpoint it was trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder for the small adapter.")],
-) -> None:
-    """Makes an adapter small, and independent of where it was trained: its base is rebuilt by `dms assemble`."""
-    from modeling_dms.training.release import release as write
-
-    try:
-        typer.echo(f"wrote {write(run, base, out)}")
-    except FAULTS as error:
-        raise _failed(error) from error
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
-    context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file, or the name of a preset such as scheduler or lora.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
-) -> None:
-    """Trains a scheduler, LoRA, or both. Any field of the file can be given as `--field value` too."""
-    from huggingface_hub.errors import HTTPError
-
-    from modeling_dms.training.arguments import read_arguments
-    from modeling_dms.training.train import run_training
-
-    try:
-        run_training(read_arguments(config, context.args), resume)
-    except (*FAULTS, FloatingPointError, HTTPError) as error:
-        raise _failed(error) from error
-
-
-@app.command()
+@_command(
+    epilog="""\b
+Examples:
+  dms calibrate --model demo-llava --data easy-vqa --out my-model
+  dms calibrate --model llava-hf/llava-1.5-7b-hf --data my_folder --out my-model"""
+)
 def calibrate(
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a vanilla or DMS checkpoint, or an adapter.")],
-    data: Annotated[str, typer.Option(help="As for `train`: its training split, no labels are used.")],
+    model: Annotated[str, typer.Option(help=CHECKPOINT)],
+    data: Annotated[str, typer.Option(help=f"{DATA} Its training split, no labels are used.")],
     out: Annotated[Path, typer.Option(help="Folder for the calibrated checkpoint.")],
     samples: Annotated[int, typer.Option(min=50, help="Clean samples, of different images.")] = 1000,
     scheduler: Annotated[
@@ -126,33 +218,38 @@ def calibrate(
     ] = None,
     dms: Annotated[str, typer.Option(help="Other fields of DMSConfig, as a JSON object.")] = "{}",
 ) -> None:
-    """Fits what clean data look like, so that DMS can tell damaged images and contexts from them."""
+    """Fits what clean data look like, so that damage stands out.
+
+    Prints how well each signal tells damage, and writes a checkpoint with the statistics in it.
+    """
     from modeling_dms.training.arguments import ModelArguments
+    from modeling_dms.training.loading import check_dms
     from modeling_dms.training.train import run_calibration
 
-    try:
+    with _usage():
         choices = {**cast(dict, ModelArguments(model, dms=dms).dms), **({"scheduler": scheduler} if scheduler else {})}
-        typer.echo(run_calibration(model, data, out, samples, choices))
-        typer.echo(f"wrote {out}")
-    except FAULTS as error:
-        raise _failed(error) from error
+        check_dms(choices)
+    typer.echo(run_calibration(model, data, out, samples, choices))
+    typer.echo(f"wrote {out}")
 
 
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-@app.command()
+@_command(
+    epilog="""\b
+Examples:
+  dms evaluate --model my-model --out runs/my-model --samples 50 --seeds 1
+  dms evaluate --model my-model --data my_folder --out runs/fog \\
+    --corruptions image:fog,text:typos,image:fog+text:typos --severities 1,3,5"""
+)
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder, Hub id or shipped name of a vanilla or DMS checkpoint.")],
+    model: Annotated[str, typer.Option(help=CHECKPOINT)],
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and pictures.")],
     task: Annotated[
         str, typer.Option(help="vqa (ranks answers), vqa-generate, caption, retrieval or matching.")
     ] = "vqa",
-    data: Annotated[str, typer.Option(help="As for `train`.")] = "easy-vqa",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    data: Annotated[str, typer.Option(help=DATA)] = "easy-vqa",
+    split: Annotated[str, typer.Option(help="train, validation, test, or one that the table names.")] = "test",
     training_data: Annotated[
-        str | None, typer.Option(help="Calibrates, and trains baselines, where `data` are for testing alone.")
+        str | None, typer.Option(help="Calibrates, and trains baselines, where --data is for testing alone.")
     ] = None,
     corruptions: Annotated[
         str,
@@ -160,30 +257,33 @@ def evaluate(
     ] = "seen,unseen,mismatch",
     kinds: Annotated[str | None, typer.Option(help="Only these kinds of the groups, separated by commas.")] = None,
     severities: Annotated[str, typer.Option(help="1 (mild) to 5 (strong), separated by commas.")] = "3,5",
-    seeds: Annotated[int, typer.Option(help="Draws of corruptions and questions.")] = 3,
-    samples: Annotated[int, typer.Option(help="Images a seed, one question each.")] = 250,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of corruptions and questions.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="Images a seed, one question each.")] = 250,
     methods: Annotated[
         str, typer.Option(help="Separated by commas; `all` for every baseline.")
     ] = "static,rule,oracle",
     calibration_samples: Annotated[
-        int, typer.Option(help="Clean samples that a checkpoint without calibration is calibrated on; 0: none.")
+        int,
+        typer.Option(min=0, help="Clean samples that a checkpoint without calibration is calibrated on; 0: none."),
     ] = 300,
-    training_samples: Annotated[int, typer.Option(help="Samples that trained baselines see.")] = 6000,
-    validation_samples: Annotated[int, typer.Option(help="Images that baselines are tuned on.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = 50,
-    dtype: Annotated[str, typer.Option(help="Precision of the weights, such as bfloat16.")] = "auto",
+    training_samples: Annotated[int, typer.Option(min=1, help="Samples that trained baselines see.")] = 6000,
+    validation_samples: Annotated[int, typer.Option(min=1, help="Images that baselines are tuned on.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 50,
+    dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, float32, bfloat16, float16.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what the folder holds.")] = False,
 ) -> None:
-    """Measures a checkpoint, clean and corrupted, against baselines on the same samples and corruptions."""
-    try:
-        from modeling_dms.training.baselines import METHODS
-        from modeling_dms.training.evaluate import EvaluationConfig
-        from modeling_dms.training.evaluate import evaluate as run
+    """Measures a checkpoint, clean and corrupted, against baselines.
 
-        chosen = _listed(methods) or []
-        if chosen == ["all"]:
-            chosen = [name for name in METHODS if name != "own"]
-        levels = [int(part) for part in _listed(severities) or []]
+    All methods see the same samples and corruptions.
+    """
+    from modeling_dms.training.baselines import METHODS
+    from modeling_dms.training.evaluate import EvaluationConfig
+    from modeling_dms.training.evaluate import evaluate as run
+
+    chosen = _listed("--methods", methods)
+    if chosen == ["all"]:
+        chosen = [name for name in METHODS if name != "own"]
+    with _usage():
         config = EvaluationConfig(
             model=model,
             out=out,
@@ -191,9 +291,9 @@ def evaluate(
             data=data,
             split=split,
             training_data=training_data,
-            corruptions=_listed(corruptions) or [],
-            kinds=_listed(kinds),
-            severities=levels,
+            corruptions=_listed("--corruptions", corruptions),
+            kinds=None if kinds is None else _listed("--kinds", kinds),
+            severities=[_number("--severities", part) for part in _listed("--severities", severities)],
             seeds=seeds,
             samples=samples,
             methods=chosen,
@@ -204,107 +304,169 @@ def evaluate(
             dtype=dtype,
             resume=resume,
         )
-        run(config)
-    except FAULTS as error:
-        raise _failed(error) from error
+    run(config)
 
 
-@app.command()
+@_command(
+    epilog="""\b
+Example:
+  dms report runs/my-model --out runs/results.md"""
+)
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that `evaluate` wrote.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `dms evaluate` wrote.")],
     out: Annotated[Path, typer.Option(help="Markdown file, in a folder above those.")],
     readme: Annotated[Path | None, typer.Option(help="File that gets a short table between its grid markers.")] = None,
 ) -> None:
     """Writes one document from several evaluations."""
     from modeling_dms.training.report import combine
 
-    try:
-        combine(folders, out, readme)
-    except FAULTS as error:
-        raise _failed(error) from error
+    combine(folders, out, readme)
 
 
-@app.command()
-def card(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
-    results: Annotated[
-        list[Path] | None, typer.Option(help="Folder or results.json of `evaluate`; may be repeated.")
-    ] = None,
-    run: Annotated[
-        list[Path] | None, typer.Option(help="Folder of `train`; repeated in the order of the stages.")
-    ] = None,
-    license: Annotated[str | None, typer.Option(help="Of the weights, as the Hub names it.")] = None,
+@app.command(
+    cls=_Train,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="""\b
+Examples:
+  dms train --config demo-scheduler
+  dms train --config lora --model my-model --data easy-vqa --output_dir runs/lora
+  dms train --config lora --model my-model --data my_folder --output_dir runs/mine --learning_rate 1e-4 --resume""",
+)
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file with fields, or the name of a preset.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
 ) -> None:
-    """Writes the model card README.md from what is on disk; text and metadata of yours in it are kept."""
-    from modeling_dms.training.card import write_card
+    """Trains a scheduler, LoRA, or both.
 
-    try:
-        path = write_card(folder, results or [], run or [], metadata={"license": license})
-        typer.echo(f"wrote {path}")
-    except FAULTS as error:
-        raise _failed(error) from error
+    Each field below can stand in the file or be given as an option, which wins.
+    """
+    from modeling_dms.training.arguments import read_arguments
+    from modeling_dms.training.train import run_training
+
+    with _usage():
+        arguments = read_arguments(config, context.args)
+    run_training(arguments, resume)
 
 
-@app.command()
+@_command(
+    epilog="""\b
+Example:
+  dms merge runs/lora/final --out my-merged-model"""
+)
 def merge(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")],
     out: Annotated[Path, typer.Option(help="Folder for the whole checkpoint.")],
 ) -> None:
-    """Merges an adapter into its base: the result loads with trust_remote_code=True, without this package."""
+    """Merges an adapter into its base.
+
+    The result loads with trust_remote_code=True, without this package.
+    """
     from modeling_dms.training.release import merge as write
 
-    try:
-        typer.echo(f"wrote {write(model, out)}")
-    except FAULTS as error:
-        raise _failed(error) from error
+    typer.echo(f"wrote {write(model, out)}")
 
 
-@app.command()
+@_command(
+    epilog="""\b
+Example:
+  dms card my-model --results runs/my-model --license mit"""
+)
+def card(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Folder or results.json of `dms evaluate`; may be repeated.")
+    ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `dms train`; repeated in the order of the stages.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights, as the Hub names it.")] = None,
+) -> None:
+    """Writes the model card README.md from what is on disk.
+
+    Text and metadata of yours in it are kept.
+    """
+    from modeling_dms.training.card import write_card
+
+    path = write_card(folder, results or [], run or [], metadata={"license": license})
+    typer.echo(f"wrote {path}")
+
+
+@_command(
+    epilog="""\b
+Example:
+  dms push my-model --repo me/my-model --private
+
+It needs a token: `hf auth login`, or HF_TOKEN."""
+)
 def push(
     folder: Annotated[Path, typer.Argument(help="A checkpoint or an adapter.")],
     repo: Annotated[str, typer.Option(help="On the Hub: owner/name. It is created where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="For a new one.")] = False,
 ) -> None:
-    """Uploads weights, configuration, processor, code and card to the Hugging Face Hub, in one commit."""
+    """Uploads a checkpoint or an adapter to the Hugging Face Hub.
+
+    Weights, configuration, processor, code and card, in one commit.
+    """
     from modeling_dms.training.push import push as run
 
-    try:
-        typer.echo(f"pushed: {run(folder, repo, private)}")
-    except FAULTS as error:
-        raise _failed(error) from error
+    typer.echo(f"pushed: {run(folder, repo, private)}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="""\b
+Example:
+  dms serve my-model --port 8000""",
+)
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a DMS checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a whole DMS checkpoint.")],
 ) -> None:
-    """Serves a checkpoint by OpenAI's API, with any option of `transformers serve`, such as `--port`."""
+    """Serves a checkpoint by OpenAI's API.
+
+    Takes any option of `transformers serve`, such as --port; `transformers serve --help` lists them.
+    """
     from modeling_dms.training.serve import serve as run
 
-    try:
-        run(model, context.args)
-    except (ValueError, OSError, ImportError) as error:
-        raise _failed(error) from error
+    run(model, context.args)
 
 
-@app.command()
-def predict(
-    question: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,
-    context: Annotated[str | None, typer.Option(help="A passage that may answer the question too.")] = None,
-    model: Annotated[
-        str, typer.Option(help="Folder, Hub id or shipped name of a vanilla or DMS checkpoint.")
-    ] = "demo-llava",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
+@_command(
+    epilog="""\b
+Example:
+  dms assemble llava-dinov2s-smollm2-135m --out bases"""
+)
+def assemble(
+    name: Annotated[str, typer.Argument(help="llava-dinov2s-smollm2-135m or blip2-dinov2s-smollm2-135m.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets a folder of that name.")] = Path("bases"),
 ) -> None:
-    """Answers one question about an image and a context, and prints the modality weights and signals."""
-    from modeling_dms.training.answer import predict_one
+    """Builds a checkpoint from pretrained parts of Python packages.
 
-    try:
-        predict_one(question, image, context, model, max_new_tokens)
-    except FAULTS as error:
-        raise _failed(error) from error
+    What no part has is yet to be trained.
+    """
+    from modeling_dms.training.assemble import assemble as run
+
+    typer.echo(f"wrote {run(name, out)}")
+
+
+@_command(
+    epilog="""\b
+Example:
+  dms release runs/llava-calibrated --base llava-dinov2s-smollm2-135m --out my-adapter"""
+)
+def release(
+    run: Annotated[Path, typer.Argument(help="Folder with an adapter, of `dms train` or `dms calibrate`.")],
+    base: Annotated[str, typer.Option(help="The assembled checkpoint it was trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the small adapter.")],
+) -> None:
+    """Makes an adapter small, and independent of where it was trained.
+
+    Its base is rebuilt by `dms assemble`.
+    """
+    from modeling_dms.training.release import release as write
+
+    typer.echo(f"wrote {write(run, base, out)}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 from modeling_dms import __version__
 from modeling_dms._compat import require
 from modeling_dms.staging import check_writable
-from modeling_dms.training.baselines import UNTRAINED, make_methods
-from modeling_dms.training.corruptions import CorruptionConfig, names_in
+from modeling_dms.training.baselines import METHODS, UNTRAINED, make_methods
+from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
-from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.data.samples import SPLITS, split_readable
 from modeling_dms.training.grid import Cell, Condition, run_grid
-from modeling_dms.training.loading import load, room_for_prompts
+from modeling_dms.training.loading import DTYPES, load, room_for_prompts
 from modeling_dms.training.methods import Method
+from modeling_dms.training.names import check_names
 from modeling_dms.training.report import draw, render, summarize
 from modeling_dms.training.request import data_request, model_request, read_request, whats_different, write_request
 from modeling_dms.training.sheet import Panel, draw_sheet
@@ -93,29 +94,36 @@ class EvaluationConfig:
     families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=0.15))
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        check_names("task", [self.task], TASKS)
+        check_names("method", self.methods, METHODS)
+        check_names("dtype", [self.dtype], DTYPES)
+        # a table may have splits of its own
+        if not Path(self.data).exists():
+            check_names("split", [self.split], SPLITS)
         for name in ("seeds", "samples", "training_samples", "validation_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if "static" not in self.methods:
             self.methods = ("static", *self.methods)
+        conditions_of(self)  # raises
 
 
 def conditions_of(config: EvaluationConfig) -> list[Condition]:
     """Clean, and every kind of the chosen groups at every severity; what leaves nothing at the highest alone.
 
     Raises:
-        ValueError: for an unknown corruption or a severity outside 1..5.
+        ValueError: for an unknown corruption or kind, kinds that are in none of the groups, or a severity outside
+            1..5.
     """
+    check_names("kind", config.kinds or (), NAMES)
     if not config.severities or not set(config.severities) <= set(range(1, 6)):
         raise ValueError(f"severities must be integers from 1 to 5, got {list(config.severities)}")
     found = [Condition("clean", "clean")]
     highest = max(config.severities)
     for wanted in config.corruptions:
         if wanted not in CORRUPTIONS:
-            for name in wanted.split("+"):
-                config.families.group_of(name)  # raises for an unknown name
+            # one that stands alone may be meant for a group
+            check_names("corruption", wanted.split("+"), NAMES if "+" in wanted else (*CORRUPTIONS, *NAMES))
             found += [Condition(wanted, wanted, severity) for severity in config.severities]
             continue
         names = {modality: _kinds_of(config, wanted, modality) for modality in ("image", "text")}
@@ -132,6 +140,8 @@ def conditions_of(config: EvaluationConfig) -> list[Condition]:
                     Condition(name, f"{group} {modality}" if wanted == "mismatch" else group, severity)
                     for severity in ((highest,) if whole else config.severities)
                 ]
+    if config.kinds is not None and config.corruptions and len(found) == 1:
+        raise ValueError(f"none of the kinds {', '.join(config.kinds)} is in {', '.join(config.corruptions)}")
     return found
 
 

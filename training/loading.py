@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import find_adapter_config_file
@@ -18,9 +19,13 @@ from modeling_dms import (
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms._compat import require
+from modeling_dms.training.names import check_names
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+# one of them makes a folder a checkpoint
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODEL_CLASSES = {
     "llava": DMSLlavaForConditionalGeneration,
     "dms_llava": DMSLlavaForConditionalGeneration,
@@ -50,6 +55,7 @@ def load(
         OSError: naming a checkpoint that is neither here nor to be had.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
+    name = located(name)
     adapter = _adapter(name)
     if adapter is not None:
         require("peft")
@@ -59,9 +65,8 @@ def load(
         folder = adapter.parent
         if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # peft would read pickled ones
             raise ValueError(f"{name} holds no {SAFETENSORS_WEIGHTS_NAME}: adapters are read from safetensors only")
-        own = _dms_config(_config(folder)) if (folder / "config.json").exists() else {}
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model, processor = load(base, {**own, **(dms or {})}, **kwargs)
+        own = _dms_config(read_config(folder)) if (folder / "config.json").exists() else {}
+        model, processor = load(base_of(adapter), {**own, **(dms or {})}, **kwargs)
         weights = load_peft_weights(str(folder), device="cpu")
         if own.get("scheduler") != "learned":  # one that is asked for is new
             for part, value in model.dms.scheduler.state_dict().items():
@@ -80,20 +85,23 @@ def load(
             # row by row, which on a CPU takes a hundred times as long with a large vocabulary
             return adapted.merge_and_unload().requires_grad_(True), processor
         return adapted, processor
-    name = _located(name)
-    config = _config(name)
+    config = read_config(name)
     if config.model_type not in MODEL_CLASSES:
         raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
     if dms:
-        unknown = sorted(set(dms) - set(DMSConfig.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"unknown field(s) {', '.join(unknown)} of DMSConfig")
-        try:
-            kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
-        except StrictDataclassError as error:
-            raise ValueError(f"dms: {error}") from error
+        check_dms(dms)
+        kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
     model = class_of(config).from_pretrained(name, **kwargs)
     return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def check_dms(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a field that `DMSConfig` does not have, or whose value it refuses."""
+    check_names("field of DMSConfig", fields, DMSConfig.__dataclass_fields__)
+    try:
+        DMSConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"dms: {error}") from error
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
@@ -107,12 +115,19 @@ def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> 
     return length if length < LARGE_INTEGER else None
 
 
-def _config(name: str | Path) -> Any:
+def read_config(name: str | Path) -> Any:
+    """The configuration of a checkpoint, whose code is not run.
+
+    Raises:
+        OSError, ValueError: as `load`.
+    """
     try:
         # left to its default, transformers asks whether to run a checkpoint's code
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:  # which does not always say what it looked for
-        raise OSError(f"{name}: {error}") from error
+        if Path(name).exists():
+            raise OSError(f"{name}: {error}") from error
+        raise OSError(f"{_nowhere(name)}, and the Hub gives none: {error}") from error
     except (ValueError, ImportError):
         raise
     except Exception as error:  # what transformers stumbles over in a file that is JSON but no configuration
@@ -128,31 +143,74 @@ def _adapter(name: str | Path) -> Path | None:
     return file if file.exists() else None
 
 
+def base_of(adapter: Path) -> str:
+    """The checkpoint that an adapter's configuration builds on.
+
+    Raises:
+        ValueError: if the file does not say.
+    """
+    try:
+        described = json.loads(adapter.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{adapter} is not JSON: {error}") from error
+    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{adapter} names no base_model_name_or_path, got {base!r}")
+    return base
+
+
 def class_of(config: Any) -> Any:
     """The DMS class for a checkpoint of `MODEL_CLASSES`."""
     retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
     return DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
 
 
-def _located(name: str | Path) -> str | Path:
-    """The folder of a checkpoint that this package ships or assembles; other names as they are."""
-    if Path(name).exists():
+def located(name: str | Path) -> str | Path:
+    """The folder of a checkpoint: given, shipped or assembled; or a Hub id.
+
+    Raises:
+        OSError: naming what can be given, for a folder without a checkpoint, or a name that cannot be one.
+    """
+    folder = Path(name)
+    if any((folder / file).is_file() for file in CONFIGURATIONS):
         return name
-    if (CHECKPOINTS / name).exists():
+    if str(name) in shipped():
         return CHECKPOINTS / name
     from modeling_dms.training.assemble import RECIPES, assembled
 
-    return assembled(str(name)) if name in RECIPES else name
+    if str(name) in RECIPES:
+        return assembled(str(name))
+    if folder.is_dir():
+        raise FileNotFoundError(f"the folder {name} holds no {' or '.join(CONFIGURATIONS)}: it is no checkpoint")
+    if folder.exists():
+        raise NotADirectoryError(f"{name} is a file, expected the folder of a checkpoint")
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{_nowhere(name)}, and it is no id of the Hub (owner/name)") from error
+    return name
+
+
+def shipped() -> list[str]:
+    """The names of the checkpoints that this package ships."""
+    return sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+
+
+def _nowhere(name: str | Path) -> str:
+    from modeling_dms.training.assemble import RECIPES
+
+    return (
+        f"{name}: there is no such folder, this package has no such checkpoint ({', '.join((*shipped(), *RECIPES))})"
+    )
 
 
 def folders_of(name: str | Path) -> list[Path]:
     """The folders that `load` has read a checkpoint from: an adapter's own, and its base's behind it."""
     adapter = _adapter(name)
     if adapter is not None:
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return [adapter.parent, *folders_of(base)]
-    located = Path(_located(name))
-    return [located if located.exists() else Path(snapshot_download(str(name), local_files_only=True))]
+        return [adapter.parent, *folders_of(base_of(adapter))]
+    folder = Path(located(name))
+    return [folder if folder.exists() else Path(snapshot_download(str(name), local_files_only=True))]
 
 
 def _dms_config(config: Any) -> dict[str, Any]:

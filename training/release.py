@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from modeling_dms.staging import check_writable
 from modeling_dms.training.assemble import RECIPES, digest
 from modeling_dms.training.card import replacing
-from modeling_dms.training.loading import load
+from modeling_dms.training.loading import base_of, load
+from modeling_dms.training.names import check_names
 
 
 def release(run: Path, base: str, out: Path) -> Path:
@@ -29,11 +30,12 @@ def release(run: Path, base: str, out: Path) -> Path:
         FileNotFoundError: if `run` holds no adapter.
         OSError: if `out` cannot be written to.
     """
-    if base not in RECIPES:
-        raise ValueError(f"base must be one of {', '.join(RECIPES)}, got {base!r}")
+    check_names("base", [base], RECIPES)
     check_writable(out)
-    described = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
-    own, _ = load(described["base_model_name_or_path"])
+    adapter = run / "adapter_config.json"
+    if not adapter.exists():
+        raise FileNotFoundError(f"{run} is no adapter: it holds no {adapter.name}")
+    own, _ = load(base_of(adapter))
     found = digest(own, without=("dms",))
     if found != RECIPES[base].sha256:
         raise ValueError(f"the adapter of {run} was not trained on {base}: SHA-256 {found} of the frozen weights")
@@ -43,6 +45,7 @@ def release(run: Path, base: str, out: Path) -> Path:
         for name, value in state.items()
     }
     config = AutoConfig.from_pretrained(run, trust_remote_code=False)
+    described = json.loads(adapter.read_text(encoding="utf-8"))
     described["base_model_name_or_path"] = base
     text = json.dumps(described, indent=1, sort_keys=True) + "\n"
     with replacing(out) as folder:

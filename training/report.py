@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -295,22 +297,48 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote.
+
+    Args:
+        path: the file `results.json`, or its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is none, naming the file.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}: expected a folder that `dms evaluate` wrote")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not (isinstance(read, dict) and {"run", "results"} <= read.keys() and "groups" in read["results"]):
+        raise ValueError(f"{file} was not written by `dms evaluate`")
+    return read
+
+
 def combine(folders: Sequence[Path], out: Path, readme: Path | None = None) -> None:
     """One document from the `results.json` of several evaluations, with their pictures.
 
     Args:
-        folders: inside of the document's folder.
+        folders: that `dms evaluate` wrote.
         readme: a file that gets the `brief` table between its `grid` markers.
+
+    Raises:
+        FileNotFoundError, ValueError: for a folder without results, or a `readme` without markers.
     """
+    evaluations = [read_results(folder) for folder in folders]
     parts = ["# Results", "Written by `dms report` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
-    for folder in folders:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for folder, results in zip(folders, evaluations, strict=True):
         parts.append(render(results).replace("\n#", "\n##").replace("# ", "## ", 1).strip())
         pictures = sorted(folder.glob("*.png"))
-        parts += [f"![{picture.stem}]({picture.relative_to(out.parent).as_posix()})" for picture in pictures]
+        places = [quote(Path(os.path.relpath(picture, out.parent)).as_posix()) for picture in pictures]
+        parts += [f"![{picture.stem}]({place})" for picture, place in zip(pictures, places, strict=True)]
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if readme is not None:
-        write_between_markers(readme, "grid", brief([json.loads((f / "results.json").read_text()) for f in folders]))
+        write_between_markers(readme, "grid", brief(evaluations))
 
 
 def brief(evaluations: Sequence[dict[str, Any]]) -> str:

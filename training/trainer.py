@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from modeling_dms._compat import require
@@ -48,6 +49,11 @@ class DMSTrainingArguments(TrainingArguments):
     def __post_init__(self):
         require("accelerate")
         super().__post_init__()
+        for tracker in get_reporting_integration_callbacks(self.report_to):
+            try:
+                tracker()
+            except RuntimeError as error:  # as in `Trainer`, but before any work
+                raise ImportError(f"report_to: {error}") from error
         self.remove_unused_columns = False
         if self.schedule_temperature <= 0:
             raise ValueError(f"schedule_temperature must be above 0, got {self.schedule_temperature}")

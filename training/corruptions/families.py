@@ -6,6 +6,7 @@ from typing import Literal
 
 from modeling_dms import self_corruption
 from modeling_dms.training.corruptions.registry import NAMES
+from modeling_dms.training.names import check_names
 
 
 # by modality, by family: kinds that look alike share a family, so that a family held out has not been seen in disguise
@@ -72,8 +73,7 @@ def family_of(name: str) -> str:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in _FAMILY_OF:
-        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(NAMES)}")
+    check_names("corruption", [name], NAMES)
     return _FAMILY_OF[name]
 
 
@@ -87,9 +87,7 @@ def names_in(modality: str, families: Iterable[str]) -> list[str]:
         raise ValueError(f"modality must be one of {', '.join(FAMILIES)}, got {modality!r}")
     names = []
     for family in families:
-        if family not in FAMILIES[modality]:
-            accepted = ", ".join(FAMILIES[modality])
-            raise ValueError(f"unknown {modality} family {family!r}, expected one of {accepted}")
+        check_names(f"{modality} family", [family], FAMILIES[modality])
         names += [f"{modality}:{kind}" for kind in FAMILIES[modality][family]]
     return names
 

@@ -26,7 +26,7 @@ def _corrupt(kind: str, image: Image.Image, severity: int, generator: np.random.
         from imagecorruptions import corruption_dict
     except ImportError as error:
         raise ImportError(
-            'ImageNet-C corruptions need the package imagecorruptions-imaug: pip install "modeling-dms[train]"'
+            'ImageNet-C corruptions need the package imagecorruptions-imaug: pip install "modeling-dms[eval]"'
         ) from error
     seed = int(generator.integers(2**32))
     # the package draws from numpy's global generator, which belongs to the caller

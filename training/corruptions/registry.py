@@ -8,6 +8,7 @@ from modeling_dms.training.corruptions.imagenet_c import IMAGENET_C
 from modeling_dms.training.corruptions.images import IMAGE_CORRUPTIONS
 from modeling_dms.training.corruptions.text import TEXT_CORRUPTIONS
 from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.names import check_names
 
 
 MODALITIES = ("image", "text")
@@ -42,8 +43,7 @@ def corrupt(sample: Sample, name: str, severity: int = 3, other: Sample | None =
     """
     if severity not in range(1, 6):
         raise ValueError(f"severity must be an integer from 1 to 5, got {severity!r}")
-    if name not in NAMES:
-        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(NAMES)}")
+    check_names("corruption", [name], NAMES)
     modality, _, kind = name.partition(":")
     field = {"image": "image", "text": "context"}[modality]
     damage = 1.0 if kind in ("missing", "mismatch") else severity / 5

@@ -76,7 +76,7 @@ def _read(table: Path) -> list[tuple[str, dict[str, Any]]]:
             import pyarrow
             from pyarrow import parquet
         except ImportError as error:
-            raise ImportError('Parquet files need the train extra: pip install "modeling-dms[train]"') from error
+            raise ImportError('Parquet files need the eval extra: pip install "modeling-dms[eval]"') from error
         try:
             file = parquet.ParquetFile(table)
             rows = file.read([name for name in COLUMNS if name in file.schema_arrow.names]).to_pylist()

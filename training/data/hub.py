@@ -68,7 +68,7 @@ def load_hub(
     Raises:
         ValueError: for an unknown name or split, missing columns, or a split without samples.
         ConnectionError: if the Hub cannot be reached and the data set is not in the local cache.
-        ImportError: without the `train` extra.
+        ImportError: without the `eval` extra.
     """
     if name not in HUB_DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(HUB_DATASETS)}")
@@ -84,7 +84,7 @@ def _rows(name: str, streaming: bool, data_files: str | Sequence[str] | None) ->
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f'{name} needs the train extra: pip install "modeling-dms[train]"') from error
+        raise ImportError(f'{name} needs the eval extra: pip install "modeling-dms[eval]"') from error
 
     spec = HUB_DATASETS[name]
     columns = {spec.id, spec.image_id, spec.answers, spec.image} | ({spec.question} if spec.question else set())

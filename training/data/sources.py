@@ -1,8 +1,8 @@
 """One way to name any data set."""
 
 import hashlib
+import os
 from itertools import islice
-from pathlib import Path
 
 from modeling_dms.training.data.easy_vqa import load_easy_vqa
 from modeling_dms.training.data.folder import load_folder
@@ -26,8 +26,8 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
     points all flags stand together.
 
     Args:
-        source: `"easy-vqa"`, one of `PICTURES`, an id of `HUB_DATASETS`, or the path of a folder or file for
-            `load_folder`.
+        source: the path of a folder or file for `load_folder`, `"easy-vqa"`, one of `PICTURES`, or an id of
+            `HUB_DATASETS`.
         split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
             holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
@@ -42,14 +42,14 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    if source == "easy-vqa":
+    if os.path.exists(source):
+        samples = load_folder(source, split)
+    elif source == "easy-vqa":
         samples = load_easy_vqa(split, task or "vqa")
     elif source in PICTURES:
         samples = sorted(PICTURES[source](split, task or "caption"), key=_drawn)
     elif source in HUB_DATASETS:
         samples = load_hub(source, split, limit=limit)
-    elif Path(source).exists():
-        samples = load_folder(source, split)
     else:
         names = ", ".join(("easy-vqa", *PICTURES, *HUB_DATASETS))
         raise ValueError(f"unknown source {source!r}, expected {names}, or the path of a folder or file")
@@ -70,14 +70,17 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
     """The samples of several data sets, mixed evenly: the first hundred hold as much of each as all do.
 
     Args:
-        sources: separated by commas, as for `load_samples`; `name:task` takes another task of one than `task`.
+        sources: separated by commas, as for `load_samples`; `name:task` takes another task of one than `task`. A path
+            that exists is one source, whatever its name.
         limit: of each source.
 
     Raises:
         ValueError, ConnectionError, FileNotFoundError, ImportError: as `load_samples`.
     """
-    placed = []
-    for name, wanted in named_sources(sources):
+    placed, named = [], named_sources(sources)
+    if not named:
+        raise ValueError(f"expected at least one source, got {sources!r}")
+    for name, wanted in named:
         found = load_samples(name, split, wanted or task, limit)
         placed += [((place + 0.5) / len(found), sample) for place, sample in enumerate(found)]
     return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]
@@ -86,7 +89,18 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
 def named_sources(sources: str) -> list[tuple[str, str | None]]:
     """Each source and the task it was asked for, of a list as `load_sources` takes it."""
     found = []
-    for source in (part.strip() for part in sources.split(",") if part.strip()):
-        name, _, wanted = source.rpartition(":")
-        found.append((name, wanted) if name and wanted in TASKS else (source, None))
+    parts = sources.split(",")
+    while parts:
+        # a path may hold commas and colons itself: the longest one that exists is meant
+        ends = (end for end in range(len(parts), 1, -1) if os.path.exists(_named(",".join(parts[:end]))[0]))
+        end = next(ends, 1)
+        source, parts = ",".join(parts[:end]), parts[end:]
+        source = source if os.path.exists(source) else source.strip()
+        if source:
+            found.append(_named(source))
     return found
+
+
+def _named(source: str) -> tuple[str, str | None]:
+    name, _, wanted = source.rpartition(":")
+    return (name, wanted) if name and wanted in TASKS and not os.path.exists(source) else (source, None)
