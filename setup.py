@@ -9,7 +9,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
-DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10", "scipy>=1.13"]
+DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10.1", "scipy>=1.13"]
 EVAL = ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pyyaml>=6", *DEMO]
 TRAIN = [
     "accelerate>=1.10",

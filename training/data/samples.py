@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from tqdm.auto import tqdm
 
 
@@ -21,6 +21,18 @@ HELD_OUT_SPLITS = SPLITS[1:]
 CAPTION_QUESTION = "describe the picture."
 # pixels of the longer side of a rendered drawing: no supported checkpoint takes larger images, so none is enlarged
 SVG_SIZE = 384
+# how a camera was held, in EXIF -> what turns its picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# largest values of grey levels that are numbers: floats from 0 to 1, 8 and 16 bits
+GREY_RANGES = (1, 255, 65535)
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 
@@ -58,17 +70,17 @@ class Sample:
                 object.__setattr__(self, name, fine)
 
     def load_image(self) -> Image.Image | None:
-        """The image as RGB, upright: transparency over white, 16-bit grey scaled to 8 bits. One that is more than
-        `MAX_ASPECT` times as long as wide loses its ends.
+        """The image as a viewer shows it, see `as_seen`.
 
         Raises:
-            ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode.
+            ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode,
+                or holds numbers that are no grey levels.
             ImportError: for an SVG without the `train` extra.
         """
         if self.image is None:
             return None
         try:
-            return trimmed(to_rgb(_upright(_open(self.image))))
+            return as_seen(_open(self.image))
         except ImportError:
             raise
         except Exception as error:  # Pillow's decoders stumble over broken files in every way, IndexErrors too
@@ -114,13 +126,21 @@ def _open(image: Path | Image.Image | bytes) -> Image.Image:
     return Image.open(io.BytesIO(png))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say that the camera was held."""
+def as_seen(image: Image.Image) -> Image.Image:
+    """What a viewer shows of an image: its first frame in sRGB, upright, transparency over white. One that is more
+    than `MAX_ASPECT` times as long as wide loses its ends.
+
+    Raises:
+        ValueError: as `to_rgb`.
+        OSError: if the file is truncated.
+    """
     image.load()
+    rgb = to_rgb(image)
     try:
-        return ImageOps.exif_transpose(image)
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's parser stumbles over: broken EXIF data are no reason to lose the pixels
-        return image
+        turn = None
+    return trimmed(rgb if turn is None else rgb.transpose(turn))
 
 
 def trimmed(image: Image.Image) -> Image.Image:
@@ -133,17 +153,63 @@ def trimmed(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode as RGB: transparency is laid over white, 16-bit and float grey are scaled to 8 bits."""
+    """Any PIL mode as sRGB: transparency is laid over white, an embedded color profile is applied. Grey levels that
+    are numbers are scaled to 8 bits: 16-bit files by their format, integers and floats by the smallest of
+    `GREY_RANGES` that holds them.
+
+    Raises:
+        ValueError: for numbers outside of all ranges, negative, NaN or infinite.
+    """
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith(("I", "F")):
-        # Pillow clips instead of scaling when it converts these modes
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values = values / 257 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = _grey(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # premultiplied grey converts to nothing else
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    rgb = _in_srgb(image, profile)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info = {}  # what it says of profile, transparency and orientation is done, and must not be done again
+    return rgb
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8 bits of modes I and F, which Pillow would clip instead of scaling."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(initial=0), values.max(initial=0)
+    # Pillow reads 16-bit PGM as 32-bit integers
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    ranges = GREY_RANGES[2:] if sixteen else GREY_RANGES if image.mode == "F" else GREY_RANGES[1:]
+    top = next((top for top in ranges if high <= top), None)
+    if low < 0 or top is None or not np.isfinite(values).all():
+        accepted = " or ".join(f"0 to {top}" for top in ranges)
+        raise ValueError(f"its grey levels range from {low:g} to {high:g}, expected {accepted}")
+    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An opaque image as RGB, by its own color profile where that can be read and fits."""
+    if image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if profile is not None:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if image.mode == "L" and own.profile.xcolor_space.strip() == "RGB":
+                image = image.convert("RGB")
+            if "sRGB" not in (own.profile.profile_description or ""):
+                return _converted(image, own)
+        except (ImageCms.PyCMSError, OSError):  # viewers too show the pixels of a file whose profile is broken
+            pass
+    return _converted(image, ImageCms.createProfile("LAB")) if image.mode == "LAB" else image.convert("RGB")
+
+
+def _converted(image: Image.Image, profile: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return cast(Image.Image, converted)
 
 
 def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tuple[list[Sample], dict[str, str]]:
