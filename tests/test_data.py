@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.collator import as_text
-from modeling_dms.training.data.samples import to_rgb
+from modeling_dms.training.data.samples import image_key, to_rgb
 from modeling_dms.training.demo import CHECKPOINTS
 from tests import tiny
 
@@ -298,17 +298,19 @@ def test_what_the_trainer_reads(collator, tmp_path):
         Sample("no-image", None, CONTEXT, QUESTION, ("teal",), damage=(1.0, 0.0)),
         Sample("in-memory", image(), CONTEXT, QUESTION, ("teal",), damage=(0.0, 1.0)),
         Sample("same-file", path, None, QUESTION, ("teal",), damage=(0.0, 1.0)),
+        Sample("its-bytes", path.read_bytes(), None, QUESTION, ("teal",)),
     ]
     batch = PromptCollator(collator.processor, True, schedule_temperature=0.5, with_ids=True)(samples)
     assert batch["sample_ids"] == [sample.id for sample in samples]
     # one a picture, not one a sample
-    assert batch["image_keys"] == [f"{path}#0", None, None, f"{path}#0"]
-    assert len(batch["pixel_values"]) == 4
+    file, in_memory = (f"{image_key(shown)}#0" for shown in (path, image()))
+    assert batch["image_keys"] == [file, None, in_memory, file, file]
+    assert len(batch["pixel_values"]) == 5
     target = batch["schedule_target"]
     assert target.dtype == torch.float32
-    torch.testing.assert_close(target.sum(1), torch.ones(5))
+    torch.testing.assert_close(target.sum(1), torch.ones(6))
     assert torch.equal(target[0], torch.tensor([0.5, 0.5]))
-    odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5)]
+    odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5), np.exp(0.0)]
     torch.testing.assert_close(target[:, 0] / target[:, 1], torch.tensor(odds, dtype=torch.float32))
     # a model takes tensors alone
     plain = PromptCollator(collator.processor, True, schedule_temperature=0.5)(samples)

@@ -23,7 +23,7 @@ from modeling_dms.training.baselines import UNTRAINED, make_methods
 from modeling_dms.training.corruptions import CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
-from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.data.samples import image_key, split_readable
 from modeling_dms.training.grid import Cell, Condition, run_grid
 from modeling_dms.training.loading import load, room_for_prompts
 from modeling_dms.training.methods import Method
@@ -144,7 +144,7 @@ def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
     """One sample of each of `count` images, two of three not yes/no questions where there are others."""
     by_image: dict[str, list[Sample]] = {}
     for sample in samples:
-        by_image.setdefault(str(sample.image) if isinstance(sample.image, Path) else sample.id, []).append(sample)
+        by_image.setdefault(image_key(sample.image) or sample.id, []).append(sample)
     chosen = []
     for number, own in enumerate(list(by_image.values())[:count]):
         closed = [sample for sample in own if sample.answers[:1] in (("yes",), ("no",))]

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import Blip2Processor, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_dms.prompt import TEXT, VISION
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import Sample, image_key
 
 
 def as_text(processor: ProcessorMixin, text: str) -> str:
@@ -41,7 +40,7 @@ class PromptCollator:
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
-            tell undamaged images of files apart (`None` for any other), one for each row of `pixel_values`.
+            tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`.
     """
 
     processor: ProcessorMixin
@@ -76,8 +75,9 @@ class PromptCollator:
             if self.max_length is not None:
                 ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
             pixels += tiles
-            known = isinstance(sample.image, Path) and not sample.damage[0]
-            keys += [f"{sample.image}#{number}" if known else None for number in range(len(tiles))]
+            if self.with_ids:
+                key = None if sample.damage[0] else image_key(sample.image)
+                keys += [key and f"{key}#{number}" for number in range(len(tiles))]
             labels = [-100] * len(ids) + answer
             ids, modality_ids = ids + answer, modality_ids + [0] * len(answer)
             rows.append(

@@ -1,10 +1,13 @@
 """One sample schema for every data set and task."""
 
+import functools
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +15,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 from tqdm.auto import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("vqa", "caption", "retrieval")
 SPLITS = ("train", "validation", "test")
@@ -33,6 +38,8 @@ UPRIGHT = {
 }
 # largest values of grey levels that are numbers: floats from 0 to 1, 8 and 16 bits
 GREY_RANGES = (1, 255, 65535)
+# of what is left out so many are named, all are counted
+NAMED = 5
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 
@@ -102,6 +109,44 @@ def split_of(sample_id: str) -> str:
 def held_out_split_of(sample_id: str) -> str:
     """`"validation"` or `"test"`, a half each, by a hash: for what is never trained on."""
     return HELD_OUT_SPLITS[hashlib.sha256(sample_id.encode()).digest()[0] % 2]
+
+
+def image_key(image: Path | Image.Image | bytes | None) -> str | None:
+    """What is the same for one image however it is referred to, and another for another: the SHA-256 of its encoded
+    content, or of the pixels of a PIL image. A file that cannot be read has its path, no image has `None`."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    try:
+        found = image.stat()
+        return _file_key(image, found.st_size, found.st_mtime_ns)
+    except (OSError, ValueError):  # a path with a zero byte in it
+        return str(image)
+
+
+@functools.lru_cache(maxsize=2**20)
+def _file_key(path: Path, size: int, modified: int) -> str:
+    """Of a file that has not changed since, a reading is enough."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_keys(samples: Sequence[Sample]) -> list[str | None]:
+    """The `image_key` of each sample."""
+    with ThreadPoolExecutor() as pool:
+        keys = pool.map(lambda sample: image_key(sample.image), samples)
+        return list(tqdm(keys, desc="reading images", total=len(samples), unit="", delay=3))
+
+
+def warn_left_out(errors: Collection[str], total: int, why: str) -> None:
+    """Names the first `NAMED` of those that are left out, and says how many there are."""
+    for error in islice(errors, NAMED):
+        logger.warning(f"left out: {error}")
+    if errors:
+        logger.warning(f"{len(errors)} of {total} samples left out: {why}")
 
 
 def _well_formed(text: str) -> str:
