@@ -289,6 +289,33 @@ def test_max_length_never_cuts_image_question_or_answer(collator, with_labels):
         PromptCollator(collator.processor, with_labels, max_length=length - 1)([contextless])
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_what_a_call_would_refuse_is_known_before(collator, with_labels):
+    """Also of samples whose image takes more tokens than another's, as InternVL's tiles do."""
+    texts = ("what?", QUESTION, "what? " * 4, "<image>" * 3)
+    sizes = ((64, 64), (200, 64), (64, 200))
+    asked = [
+        Sample(f"{size} {question} {context}", image(size=size), context, question, ("teal",))
+        for size in sizes
+        for question in texts
+        for context in (None, CONTEXT * 9)
+    ]
+    asked += [
+        Sample("no image", None, CONTEXT, QUESTION, ("teal",)),
+        Sample("nothing", None, " ", QUESTION, ("teal",)),
+    ]
+    asked.append(Sample("no answer", image(), CONTEXT, QUESTION))
+    bare = PromptCollator(collator.processor, with_labels)([asked[2]])["input_ids"].shape[1]
+    for max_length in (None, bare - 1, bare, bare + 1):
+        strict = PromptCollator(collator.processor, with_labels, max_length)
+        good, failed = strict.split_askable(asked)
+        errors = {sample.id: outcome(strict, [sample])[1] for sample in asked}
+        assert [sample.id for sample in good] == [name for name, error in errors.items() if not error]
+        assert list(failed) == [name for name, error in errors.items() if error]
+        assert all(repr(name) in error for name, error in failed.items())
+        assert max_length is None or 0 < len(good) < len(asked) - 2
+
+
 def test_what_the_trainer_reads(collator, tmp_path):
     path = tmp_path / "drawn.png"
     image().save(path)

@@ -1,5 +1,6 @@
 """`dms evaluate`: how good and how robust a checkpoint is, against baselines on the same samples and corruptions."""
 
+import functools
 import json
 import platform
 import shlex
@@ -23,7 +24,9 @@ from modeling_dms.training.baselines import UNTRAINED, make_methods
 from modeling_dms.training.corruptions import CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
-from modeling_dms.training.data.samples import image_key, split_readable
+from modeling_dms.training.data.folder import Table
+from modeling_dms.training.data.samples import image_key, kept, split_answered, split_readable
+from modeling_dms.training.data.sources import opened, print_summary
 from modeling_dms.training.grid import Cell, Condition, run_grid
 from modeling_dms.training.loading import load, room_for_prompts
 from modeling_dms.training.methods import Method
@@ -36,7 +39,7 @@ from modeling_dms.training.tasks import (
     Task,
     VisualQuestionAnswering,
 )
-from modeling_dms.training.train import calibrate
+from modeling_dms.training.train import UNANSWERED, UNASKABLE, UNREADABLE, calibrate
 
 
 CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
@@ -160,25 +163,19 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     require("accelerate")
     # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model, processor = load(config.model, dtype=config.dtype)
-    model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
     kind = TASKS[config.task]
-    training_data = config.training_data or config.data
-    train, test = load_samples(training_data, "train", kind), load_samples(config.data, config.split, kind)
-    test, failed = split_readable(test, state.is_local_main_process)
-    if not test:
-        raise ValueError(f"none of the samples of {config.data!r} can be read")
+    data = opened(config.data)
+    training_data = data if config.training_data in (None, config.data) else opened(config.training_data)
+    tables = [table for table in dict.fromkeys((data, training_data)) if isinstance(table, Table)]
+    if state.is_local_main_process:
+        for table in tables:
+            print_summary(table)
+    train, test = load_samples(training_data, "train", kind), load_samples(data, config.split, kind)
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
-    validation = one_per_image(validation, config.validation_samples, 0)
-    if config.calibration_samples and not model.dms.calibration.is_calibrated:
-        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
-        calibrate(model, collator, train, config.calibration_samples, state.is_local_main_process)
-
-    def samples_of(seed: int) -> list[Sample]:
-        # what is retrieved is the same for every seed
-        return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
+    model, processor = load(config.model, dtype=config.dtype)
+    model.eval().to(cast(Any, state.device))
 
     def task_of(samples: Sequence[Sample]) -> Task:
         task = _task(config, processor, train, samples)
@@ -186,8 +183,38 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             task.max_length = room_for_prompts(model, processor, task.longest_answer())
         return task
 
+    failed: dict[str, str] = {}  # of the evaluated split
+    left_out = {row: why for table in tables for row, why in table.repeated.items()}
+    readable = functools.partial(split_readable, show_progress=state.is_local_main_process)
+
+    def usable(samples: list[Sample], errors: dict[str, str]) -> list[Sample]:
+        """Those that can be asked and scored."""
+        samples = kept(samples, split_answered, UNANSWERED, errors)
+        task = task_of(samples)
+        if isinstance(task, ImageTextMatching):  # which cuts its texts
+            return samples
+        collator = PromptCollator(processor, max_length=task.max_length)
+        return kept(samples, collator.split_askable, UNASKABLE, errors)
+
+    test = usable(kept(test, readable, UNREADABLE, failed), failed)
+    calibrates = config.calibration_samples > 0 and not model.dms.calibration.is_calibrated
+    fitted = kept(train, readable, UNREADABLE, left_out) if calibrates or needs_training else []
+    if calibrates:
+        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+        clean = kept(fitted, collator.split_askable, UNASKABLE, left_out)
+        calibrate(model, collator, clean, config.calibration_samples, state.is_local_main_process)
+    if needs_training:
+        fitted = usable(fitted, left_out)
+        validation = usable(kept(validation, readable, UNREADABLE, left_out), left_out)
+        validation = one_per_image(validation, config.validation_samples, 0)
+
+    @functools.cache
+    def samples_of(seed: int) -> list[Sample]:
+        # what is retrieved is the same for every seed
+        return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
+
     task = task_of(samples_of(0))
-    some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
+    some = [fitted[int(i)] for i in seeded("training").permutation(len(fitted))[: config.training_samples]]
     searched = config.out / "searched.json"
     if state.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -214,6 +241,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "metric": task.metric,
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
+            "left_out": left_out,
             "failed": failed | {id_: error for cell in cells for id_, error in cell.failed.items()},
             "chosen": {method.name: _plain(method) for method in methods},
             "command": shlex.join(["dms", *sys.argv[1:]]),
@@ -304,6 +332,10 @@ def _task(
     if config.task == "matching":
         return ImageTextMatching(processor, samples)
     answers = sorted({sample.answers[0] for sample in train if sample.answers})
+    if config.task == "vqa" and not answers:
+        raise ValueError(
+            "task 'vqa' ranks the training split's answers, and there are none; 'vqa-generate' needs none"
+        )
     return VisualQuestionAnswering(processor, None if config.task == "vqa-generate" else answers)
 
 

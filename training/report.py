@@ -233,8 +233,12 @@ def render(results: dict[str, Any]) -> str:
     ]
     if run["failed"]:
         parts.append(
-            f"{len(run['failed'])} sample(s) failed: unreadable ones are left out, those that could not be corrupted "
-            f"count as wrong for every method: {', '.join(run['failed'])}."
+            f"{len(run['failed'])} sample(s) failed: those that cannot be read, asked or scored are left out, those "
+            f"that could not be corrupted count as wrong for every method: {', '.join(run['failed'])}."
+        )
+    if run.get("left_out"):  # results of version 0.1 do not say
+        parts.append(
+            f"{len(run['left_out'])} sample(s) left out of training, calibration and validation, or repeated."
         )
     chosen = {name: choice for name, choice in run["chosen"].items() if choice}
     if chosen:

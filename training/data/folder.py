@@ -25,7 +25,7 @@ COLUMNS = ("id", "image", "context", "question", "prompt", "answers", "answer", 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """A user's table.
 

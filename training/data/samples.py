@@ -4,7 +4,7 @@ import functools
 import hashlib
 import io
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -141,6 +141,34 @@ def image_keys(samples: Sequence[Sample]) -> list[str | None]:
         return list(tqdm(keys, desc="reading images", total=len(samples), unit="", delay=3))
 
 
+def kept(
+    samples: Sequence[Sample],
+    split: Callable[[Sequence[Sample]], tuple[list[Sample], dict[str, str]]],
+    why: str,
+    left_out: dict[str, str] | None = None,
+) -> list[Sample]:
+    """The samples that can be used; the others are named, counted and left out.
+
+    Before a run rather than during it, so that no sample costs the others their result, and what a step of training
+    sees depends on neither workers nor resumption.
+
+    Args:
+        split: into samples that can be used and the errors of the others by id.
+        why: what the others have in common.
+        left_out: the errors are added to it.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    good, failed = split(samples)
+    if not good:
+        raise ValueError(f"none of the {len(samples)} samples can be used: {why}; {next(iter(failed.values()))}")
+    warn_left_out(failed.values(), len(samples), why)
+    if left_out is not None:
+        left_out |= failed
+    return good
+
+
 def warn_left_out(errors: Collection[str], total: int, why: str) -> None:
     """Names the first `NAMED` of those that are left out, and says how many there are."""
     for error in islice(errors, NAMED):
@@ -257,6 +285,12 @@ def _converted(image: Image.Image, profile: Any) -> Image.Image:
     return cast(Image.Image, converted)
 
 
+def split_answered(samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
+    """The samples with an answer, and of the others the error by id."""
+    failed = {sample.id: f"sample {sample.id!r} has no answer" for sample in samples if not sample.answers}
+    return [sample for sample in samples if sample.answers], failed
+
+
 def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tuple[list[Sample], dict[str, str]]:
     """The samples whose image can be read, and of the others the error by id. A file is read once."""
 
@@ -267,21 +301,19 @@ def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tup
             return str(error)
         return None
 
-    files = {sample.image: sample for sample in samples if isinstance(sample.image, Path)}
-    rest = [sample for sample in samples if not isinstance(sample.image, Path)]
-    checked = [*files.values(), *rest]
+    def file(sample: Sample) -> Any:
+        return sample.image if isinstance(sample.image, Path) else id(sample)
+
+    checked = {file(sample): sample for sample in samples}
     with ThreadPoolExecutor() as pool:
-        found = list(
-            tqdm(
-                pool.map(problem, checked),
-                desc="checking images",
-                total=len(checked),
-                unit="",
-                disable=not show_progress,
-            )
+        found = tqdm(
+            pool.map(problem, checked.values()),
+            desc="checking images",
+            total=len(checked),
+            unit="",
+            disable=not show_progress,
         )
-    broken = {image for image, error in zip(files, found, strict=False) if error is not None}
-    failed = {s.id: error for s, error in zip(rest, found[len(files) :], strict=True) if error is not None}
+        broken = {key for key, error in zip(checked, found, strict=True) if error is not None}
     # an error names its own sample
-    failed |= {s.id: cast(str, problem(s)) for s in samples if isinstance(s.image, Path) and s.image in broken}
-    return [sample for sample in samples if sample.id not in failed], failed
+    failed = {sample.id: cast(str, problem(sample)) for sample in samples if file(sample) in broken}
+    return [sample for sample in samples if file(sample) not in broken], failed
