@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -41,6 +42,8 @@ from modeling_dms.training.tasks import (
 )
 from modeling_dms.training.train import UNANSWERED, UNASKABLE, UNREADABLE, calibrate
 
+
+logger = logging.getLogger(__name__)
 
 CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
 # by name: the kind of samples it takes
@@ -213,6 +216,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         # what is retrieved is the same for every seed
         return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
 
+    conditions_left_out: dict[str, str] = {}
+    for condition in [*conditions]:
+        reasons = [condition.why_not(samples_of(seed), seed) for seed in range(config.seeds)]
+        if any(reasons):
+            conditions.remove(condition)
+            conditions_left_out[condition.name] = next(filter(None, reasons))
+    for name, reason in conditions_left_out.items():
+        logger.warning(f"left out: {name}: {reason}")
+
     task = task_of(samples_of(0))
     some = [fitted[int(i)] for i in seeded("training").permutation(len(fitted))[: config.training_samples]]
     searched = config.out / "searched.json"
@@ -242,6 +254,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
             "left_out": left_out,
+            "conditions_left_out": conditions_left_out,
             "failed": failed | {id_: error for cell in cells for id_, error in cell.failed.items()},
             "chosen": {method.name: _plain(method) for method in methods},
             "command": shlex.join(["dms", *sys.argv[1:]]),
