@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.collator import as_text
-from modeling_dms.training.data.samples import to_rgb
+from modeling_dms.training.data.samples import image_key, to_rgb
 from modeling_dms.training.demo import CHECKPOINTS
 from tests import tiny
 
@@ -289,6 +289,33 @@ def test_max_length_never_cuts_image_question_or_answer(collator, with_labels):
         PromptCollator(collator.processor, with_labels, max_length=length - 1)([contextless])
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_what_a_call_would_refuse_is_known_before(collator, with_labels):
+    """Also of samples whose image takes more tokens than another's, as InternVL's tiles do."""
+    texts = ("what?", QUESTION, "what? " * 4, "<image>" * 3)
+    sizes = ((64, 64), (200, 64), (64, 200))
+    asked = [
+        Sample(f"{size} {question} {context}", image(size=size), context, question, ("teal",))
+        for size in sizes
+        for question in texts
+        for context in (None, CONTEXT * 9)
+    ]
+    asked += [
+        Sample("no image", None, CONTEXT, QUESTION, ("teal",)),
+        Sample("nothing", None, " ", QUESTION, ("teal",)),
+    ]
+    asked.append(Sample("no answer", image(), CONTEXT, QUESTION))
+    bare = PromptCollator(collator.processor, with_labels)([asked[2]])["input_ids"].shape[1]
+    for max_length in (None, bare - 1, bare, bare + 1):
+        strict = PromptCollator(collator.processor, with_labels, max_length)
+        good, failed = strict.split_askable(asked)
+        errors = {sample.id: outcome(strict, [sample])[1] for sample in asked}
+        assert [sample.id for sample in good] == [name for name, error in errors.items() if not error]
+        assert list(failed) == [name for name, error in errors.items() if error]
+        assert all(repr(name) in error for name, error in failed.items())
+        assert max_length is None or 0 < len(good) < len(asked) - 2
+
+
 def test_what_the_trainer_reads(collator, tmp_path):
     path = tmp_path / "drawn.png"
     image().save(path)
@@ -298,17 +325,19 @@ def test_what_the_trainer_reads(collator, tmp_path):
         Sample("no-image", None, CONTEXT, QUESTION, ("teal",), damage=(1.0, 0.0)),
         Sample("in-memory", image(), CONTEXT, QUESTION, ("teal",), damage=(0.0, 1.0)),
         Sample("same-file", path, None, QUESTION, ("teal",), damage=(0.0, 1.0)),
+        Sample("its-bytes", path.read_bytes(), None, QUESTION, ("teal",)),
     ]
     batch = PromptCollator(collator.processor, True, schedule_temperature=0.5, with_ids=True)(samples)
     assert batch["sample_ids"] == [sample.id for sample in samples]
     # one a picture, not one a sample
-    assert batch["image_keys"] == [f"{path}#0", None, None, f"{path}#0"]
-    assert len(batch["pixel_values"]) == 4
+    file, in_memory = (f"{image_key(shown)}#0" for shown in (path, image()))
+    assert batch["image_keys"] == [file, None, in_memory, file, file]
+    assert len(batch["pixel_values"]) == 5
     target = batch["schedule_target"]
     assert target.dtype == torch.float32
-    torch.testing.assert_close(target.sum(1), torch.ones(5))
+    torch.testing.assert_close(target.sum(1), torch.ones(6))
     assert torch.equal(target[0], torch.tensor([0.5, 0.5]))
-    odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5)]
+    odds = [np.exp(0.0), np.exp(-0.6 / 0.5), np.exp(-1 / 0.5), np.exp(1 / 0.5), np.exp(1 / 0.5), np.exp(0.0)]
     torch.testing.assert_close(target[:, 0] / target[:, 1], torch.tensor(odds, dtype=torch.float32))
     # a model takes tensors alone
     plain = PromptCollator(collator.processor, True, schedule_temperature=0.5)(samples)

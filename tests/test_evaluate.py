@@ -5,16 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from modeling_dms.scheduler import ModalityScheduler
 from modeling_dms.training import baselines, grid
 from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record, scorer
+from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.data.samples import split_readable
@@ -137,15 +140,74 @@ def test_a_sample_that_cannot_be_corrupted_is_named_and_counts_as_wrong(vqa):
         run_condition(model, task, [Method()], [small], condition, 0, 14)
 
 
-def test_a_sample_of_which_nothing_is_left_counts_as_wrong(vqa):
+LACKING = {
+    "text:typos": ({"context": None}, "no sample has a context"),
+    "text:missing": ({"context": " "}, "no sample has a context"),
+    "text:mismatch": ({"context": ""}, "no sample has a context"),
+    "image:fog": ({"image": None}, "no sample has an image"),
+    "image:mismatch": ({"image": None}, "no sample has an image"),
+    "image:fog+text:typos": ({"context": None}, "no sample has a context"),
+    "image:missing": ({"context": None}, "no sample has anything left to answer from"),
+    "image:black+text:missing": ({"image": None}, "no sample has an image"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_sample_that_a_condition_does_not_change_is_not_measured_under_it(vqa, name):
+    """It would look robust, to damage that it never saw."""
     model, task, samples = vqa
-    bare = samples[1].replace(context=None)
-    changed, failed = Condition("image:missing", "seen", 5).apply([samples[0], bare], 0)
-    assert [sample.id for sample in changed] == [samples[0].id]
-    assert "neither image nor context" in failed[bare.id]
-    cell = run_condition(model, task, [Method()], [samples[0], bare], Condition("image:missing", "seen", 5), 0, 2)[0]
-    assert cell.metrics["score"][1] == 0
-    assert cell.weights[1].tolist() == [0.5, 0.5]
+    (change, reason), condition = LACKING[name], Condition(name, "g", 4)
+    # each lacks something in its own place, first and last too
+    mixed = [sample.replace(**change) if place % 3 == 0 else sample for place, sample in enumerate(samples)]
+    some = [place % 3 != 0 for place in range(14)]
+    changed, failed = condition.apply(mixed, 0)
+    assert [sample.id for sample in changed] == [
+        sample.id for sample in mixed[1:3] + mixed[4:6] + mixed[7:9] + mixed[10:12] + mixed[13:]
+    ]
+    assert not failed
+    for new in changed:
+        assert new.image is not None or new.context is not None
+        assert not name.endswith("mismatch") or (new.image is not None and new.context)
+    (cell,) = run_condition(model, task, [Method()], mixed, condition, 0, 5)
+    (alone,) = run_condition(
+        model, task, [Method()], [s for s, yes in zip(mixed, some, strict=True) if yes], condition, 0, 5
+    )
+    assert cell.measured.tolist() == some
+    assert not cell.metrics["score"][~cell.measured].any()
+    assert np.array_equal(cell.metrics["score"][some], alone.metrics["score"])
+    np.testing.assert_allclose(cell.metrics["confidence"][some], alone.metrics["confidence"], atol=1e-5)
+    assert cell.mean() == alone.mean()
+    assert condition.why_not(mixed, 0) is None
+    none = [sample.replace(**change) for sample in samples]
+    assert condition.why_not(none, 0) == reason
+    with pytest.raises(ValueError, match=f"no sample could be asked, {reason}"):
+        run_condition(model, task, [Method()], none, condition, 0, 5)
+    # other conditions take these samples as they are
+    assert Condition("clean", "clean").why_not(none, 0) is None
+
+
+def test_texts_alone_and_images_alone_are_mismatched_with_their_like(vqa):
+    samples = vqa[2]
+    for name, field, absent in (("text:mismatch", "context", "image"), ("image:mismatch", "image", "context")):
+        alone = [sample.replace(**{absent: None}) for sample in samples]
+        changed, failed = Condition(name, "m", 5).apply(alone, 0)
+        assert not failed
+        for old, new in zip(alone, changed, strict=True):
+            assert getattr(new, field) is not None
+            assert getattr(new, field) != getattr(old, field)
+    # one picture under two names is no other image
+    twins = [samples[0], samples[1].replace(image=samples[0].image.read_bytes(), context="another.")]
+    assert "no other sample" in Condition("image:mismatch", "m", 5).why_not(twins, 0)
+
+
+def test_hyperparameters_are_chosen_under_conditions_that_change_something(vqa):
+    model, task, samples = vqa
+    bare = [sample.replace(context=None) for sample in samples[:6]]
+    candidates = [Fixed(vision=0.5), Fixed(vision=0.01)]
+    conditions = [CLEAN, BLACK, TYPOS, Condition("text:missing", "seen", 5)]
+    assert scorer(model, task, bare, conditions, 6)(candidates) == scorer(model, task, bare, [CLEAN, BLACK], 6)(
+        candidates
+    )
 
 
 def test_samples_that_cannot_be_asked_are_named_and_count_as_wrong_in_batches_of_any_size(vqa):
@@ -535,7 +597,138 @@ def test_methods_by_name(vqa):
     assert set(names) < set(METHODS)
 
 
+# ---- tables of one modality
+
+
+def evaluate_table(folder, rows, *options):
+    folder.mkdir()
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        "evaluate",
+        "--model=demo-llava",
+        f"--data={folder}",
+        f"--out={folder / 'run'}",
+        "--samples=6",
+        "--seeds=2",
+    ]
+    command += ["--severities=5", "--methods=static,rule", "--calibration-samples=0", *options]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    results = json.loads((folder / "run" / "results.json").read_text())
+    measured = {row["condition"]: row["samples"] for row in results["results"]["conditions"]}
+    return measured, results["run"]["conditions_left_out"], (folder / "run" / "report.md").read_text()
+
+
+def rows_of(samples, **changes):
+    rows = [
+        {
+            "id": s.id,
+            "image": str(s.image),
+            "context": s.context,
+            "question": s.question,
+            "answers": s.answers,
+            **changes,
+        }
+        for s in samples
+    ]
+    return rows + [{**row, "id": f"train {row['id']}", "split": "train"} for row in rows[:2]]
+
+
+NAMES = "image:black,image:missing,text:typos,text:missing,text:mismatch,image:fog+text:typos"
+
+
+def test_a_table_without_contexts_is_evaluated_where_it_can_be(vqa, tmp_path, caplog):
+    rows = rows_of(vqa[2], context=None, split="test")
+    measured, left_out, report = evaluate_table(tmp_path / "data", rows, f"--corruptions={NAMES}")
+    assert measured == {"clean": 6, "image:black": 6}
+    assert left_out.pop("image:missing") == "no sample has anything left to answer from"
+    assert left_out == dict.fromkeys(NAMES.split(",")[2:], "no sample has a context")
+    for name, reason in left_out.items():
+        assert f"left out: {name}: {reason}" in caplog.messages
+        assert f"{name}: {reason}" in report
+    assert "| text: typos |" not in report
+
+
+def test_a_table_of_texts_is_evaluated_where_it_can_be(vqa, tmp_path, caplog):
+    rows = [{**row, "file_name": row["image"], "image": None} for row in rows_of(vqa[2], split="test")]
+    measured, left_out, report = evaluate_table(tmp_path / "data", rows, f"--corruptions={NAMES}")
+    # without a context too nothing would be left
+    assert measured == {"clean": 6, "text:typos": 6, "text:mismatch": 6}
+    assert left_out.pop("text:missing") == "no sample has anything left to answer from"
+    assert set(left_out.values()) == {"no sample has an image"}
+    assert "no image in any row" in caplog.text
+    assert "image: black" not in report
+
+
+def test_conditions_that_no_sample_of_a_group_can_take_cost_no_other(vqa, tmp_path):
+    """Images too small for ImageNet-C, and one scene that cannot be mismatched with itself."""
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+        Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [
+        {"id": n, "image": f"../{n}.png", "context": "a box.", "question": "what?", "answer": "box"} for n in range(6)
+    ]
+    rows = [{**row, "split": split, "id": f"{split} {row['id']}"} for row in rows for split in ("train", "test")]
+    names = "--corruptions=image:imagenet_c/fog,image:black,image:mismatch"
+    measured, left_out, _ = evaluate_table(tmp_path / "data", rows, names)
+    assert measured == {"clean": 6, "image:black": 6}
+    assert "16" in left_out["image:imagenet_c/fog"]
+    assert "no other sample" in left_out["image:mismatch"]
+
+
+def test_where_some_samples_lack_a_modality_their_number_is_shown(vqa, tmp_path):
+    rows = rows_of(vqa[2], split="test")
+    for row in rows[:2]:
+        row["context"] = None
+    measured, left_out, report = evaluate_table(tmp_path / "data", rows, "--corruptions=text:typos,image:black")
+    assert measured == {"clean": 6, "text:typos": 4, "image:black": 6}
+    assert not left_out
+    assert "| text: typos (4 of 6) |" in report
+    assert "| image: black |" in report
+
+
 # ---- numbers
+
+
+def test_numbers_of_what_was_measured():
+    """As if the others were not there: in means, in differences to static, and in what is clean."""
+    fog, typos = Condition("image:fog", "unseen image", 5), Condition("text:typos", "unseen text", 5)
+    some = np.array([True, False, True, True, False])
+    scores = {
+        (CLEAN, "static"): [1, 0, 1, 1, 0],
+        (CLEAN, "rule"): [1, 0, 1, 1, 1],
+        (fog, "static"): [0, 1, 0, 1, 1],
+        (fog, "rule"): [1, 1, 0, 1, 1],
+        (typos, "static"): [0, 0, 0, 1, 0],
+        (typos, "rule"): [1, 0, 0, 1, 0],
+    }
+    cells, only = [], []
+    for (condition, method), score in scores.items():
+        weights = [[0.4, 0.6]] * 5
+        whole = cell(method, condition, 0, score, weights, [0.9, 0.5, 0.8, 0.7, 0.6])
+        if condition is typos:
+            whole = replace(whole, measured=some, metrics={k: v * some for k, v in whole.metrics.items()})
+        cells.append(whole)
+        part = {name: values[some] for name, values in whole.metrics.items()}
+        only.append(Cell(method, condition, 0, part, whole.weights[some], 0.5))
+    numbers, expected = summarize(cells), summarize(only)
+    found, wanted = ({(row["group"], row["method"]): row for row in of["groups"]} for of in (numbers, expected))
+    for method in ("static", "rule"):
+        row, other = found["unseen text", method], wanted["unseen text", method]
+        for name in ("answers", "score", "aurc", "ece", "mcnemar"):
+            assert row[name] == pytest.approx(other[name])
+        assert row["minus_static"][0] == pytest.approx(other["minus_static"][0])
+        assert found["unseen", method]["answers"] == 8
+        assert found["unseen image", method]["answers"] == 5
+    assert found["unseen", "rule"]["score"] == pytest.approx((4 + 2) / (5 + 3))
+    assert found["unseen", "rule"]["minus_static"][0] == pytest.approx(2 / 8)
+    assert found["unseen", "rule"]["minus_static"][1] >= 0
+    assert numbers["against"]["minus"]["static"][0] == pytest.approx(2 / 8)
+    (row,) = (row for row in numbers["robustness"] if row["method"] == "static")
+    # clean: 3 of 5 for fog, 3 of 3 for typos
+    assert row["relative_robustness"] == pytest.approx(np.mean([(3 / 5) / (3 / 5), (1 / 3) / (3 / 3)]))
+    counts = {(row["condition"], row["method"]): row["samples"] for row in numbers["conditions"]}
+    assert counts["text:typos", "rule"] == 3
 
 
 def cell(method, condition, seed, score, weights=None, confidence=None):

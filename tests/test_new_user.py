@@ -3,11 +3,14 @@ the README's, which tests/test_docs.py runs."""
 
 import json
 import re
+import shutil
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_dms.training.cli import app
+from modeling_dms.training.data.samples import SPLITS
 from tests import tiny
 
 
@@ -28,8 +31,17 @@ def without(column):
         ("no folder", r"unknown source '.*/data', expected .* or the path of a folder or file"),
         ("no table", r"data: expected exactly one file of type .json, .jsonl, .parquet, found none"),
         ("no questions", r"table.jsonl, row 1, column 'question' \(or 'prompt'\): missing or empty"),
-        ("no pictures", r"none of the 60 samples can be read; .*0.png cannot be read: .*No such file"),
+        (
+            "no pictures",
+            r"none of the 60 samples can be used: their images cannot be read; .*0.png cannot be read: .*No such file",
+        ),
         ("one picture", r"needs 50 different images and 50 contexts to weigh them against, got 1 and 1;"),
+        ("copies", r"needs 50 different images and 50 contexts to weigh them against, got 1 and 1; .*column 'split'"),
+        (
+            "no split",
+            r"got (4\d) and \1; these are of the training split, .* four of five images .* without a column 'split'",
+        ),
+        ("questions too long", r"none of the 60 samples can be used: they cannot be asked; sample .* max_length=512"),
         ("no contexts", r"got 60 and 0; without contexts, docs/calibrate.md weighs images against questions"),
         ("no model", r"error: nowhere: "),
     ],
@@ -48,6 +60,13 @@ def test_a_mistake_is_named_in_one_line(mistake, said, tmp_path):
                 picture.unlink()
         case "one picture":
             change(folder, lambda row: {**row, "image": "0.png", "id": row["image"]})
+        case "copies":
+            for number in range(1, 60):
+                shutil.copy(folder / "0.png", folder / f"{number}.png")
+        case "no split":
+            change(folder, without("split"))
+        case "questions too long":
+            change(folder, lambda row: {**row, "question": "what? " * 600})
         case "no contexts":
             change(folder, without("context"))
     model = "nowhere" if mistake == "no model" else "demo-llava"
@@ -70,8 +89,96 @@ def test_pictures_that_are_missing_are_named_and_left_out(tmp_path, caplog):
     assert done.exit_code == 1
     assert "got 40 and 40" in done.stderr
     said = [record.getMessage() for record in caplog.records]
-    assert sum(text.startswith("left out: sample") and "cannot be read" in text for text in said) == 20
+    # a few show what is wrong, thousands would hide it
+    assert sum(text.startswith("left out: sample") and "cannot be read" in text for text in said) == 5
     assert said[-1] == "20 of 60 samples left out: their images cannot be read"
+
+
+BAD = {
+    "unreadable": {"image": "nowhere.png"},
+    "unanswered": {"answers": []},
+    "blank": {"answers": ["", " "]},
+    "too long": {"question": "what? " * 600},
+    "of nothing": {"image": None, "context": " "},
+    "repeated": {"id": "2"},
+}
+
+
+def spoilt(folder, splits):
+    """A table of good rows, and in each split one of every kind of `BAD`."""
+    rows = []
+    for split, count in splits.items():
+        for number in range(count):
+            name = f"{split}-{number}.png"
+            Image.new("RGB", (64, 64), (3 * number, SPLITS.index(split) * 80, 0)).save(folder / name)
+            answers = ["box" if number % 2 else "circle"]
+            row = {"image": name, "context": f"a {answers[0]}.", "question": "what?", "answers": answers}
+            rows.append({"id": str(len(rows)), "split": split, **row})
+        good = rows[-1]
+        rows += [{**good, "id": f"{split} {kind}", "question": f"what {kind}?", **bad} for kind, bad in BAD.items()]
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_training_goes_on_without_the_samples_that_cannot_be_used(tmp_path, caplog):
+    spoilt(tmp_path, {"train": 8})
+    arguments = {
+        "model": "demo-llava",
+        "data": tmp_path,
+        "output_dir": tmp_path / "run",
+        "max_steps": 8,
+        "use_cpu": True,
+    }
+    arguments |= {
+        "config": "scheduler",
+        "calibration_samples": 0,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+    }
+    done = CliRunner().invoke(app, ["train", *(f"--{name}={value}" for name, value in arguments.items())])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["samples"] == 8
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for kind in ("unreadable", "unanswered", "blank", "too long", "of nothing"):
+        assert f"left out: sample 'train {kind}'" in said
+    assert "left out: " + str(tmp_path / "table.jsonl") + ", row 14: the id '2'" in said
+    for count, why in ((2, "they have no answer"), (1, "their images cannot be read"), (2, "they cannot be asked")):
+        assert re.search(rf"{count} of \d+ samples left out: {why}", said)
+
+
+def test_an_evaluation_goes_on_without_the_samples_that_cannot_be_used(tmp_path, caplog):
+    """Of no split that it uses: the checkpoint is calibrated, and baselines are trained and searched."""
+    spoilt(tmp_path, {"train": 60, "validation": 4, "test": 4})
+    out = tmp_path / "run"
+    options = {"samples": 9, "seeds": 1, "severities": 5, "corruptions": "image:black", "methods": "static,energy"}
+    options |= {"model": "demo-llava", "data": tmp_path, "out": out, "validation_samples": 4}
+    done = CliRunner().invoke(app, ["evaluate", *(f"--{k.replace('_', '-')}={v}" for k, v in options.items())])
+    assert done.exit_code == 0, done.output
+    run = json.loads((out / "results.json").read_text())["run"]
+    assert run["samples"] == 4
+    kinds = [kind for kind in BAD if kind != "repeated"]
+    assert set(run["failed"]) == {f"test {kind}" for kind in kinds}
+    repeated = {f"{tmp_path / 'table.jsonl'}, row {row}" for row in (66, 76, 86)}
+    assert set(run["left_out"]) == {f"{s} {kind}" for s in ("train", "validation") for kind in kinds} | repeated
+    for errors in (run["failed"], run["left_out"]):
+        for name, error in errors.items():
+            assert name in error
+    assert "5 sample(s) failed" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train", "evaluate"])
+def test_every_command_says_once_what_it_found_in_the_table(tmp_path, command):
+    folder = tiny.table(tmp_path / "data", 55)
+    change(folder, lambda row: {**row, "note": "-", "split": "test" if row["image"] == "0.png" else "train"})
+    out, data = str(tmp_path / "out"), ["--model", "demo-llava", "--data", str(folder)]
+    options = {
+        "calibrate": f"--out {out}",
+        "train": f"--output_dir {out} --config scheduler --max_steps 1 --use_cpu true",
+        "evaluate": f"--out {out} --samples 1 --corruptions image:black --seeds 1 --methods static",
+    }
+    done = CliRunner().invoke(app, [command, *data, *options[command].split()])
+    assert done.exit_code == 0, done.output
+    said = "55 rows (train 54, test 1); 55 with an image (55 different), 55 with a context, 55 with answers"
+    assert done.stderr.count(f"{folder / 'table.jsonl'}: {said}; columns ignored: note\n") == 1
 
 
 def test_a_picture_to_ask_about_must_exist(tmp_path):

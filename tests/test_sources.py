@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_dms.training import evaluate
 from modeling_dms.training.data import (
     HUB_DATASETS,
     load_folder,
@@ -25,7 +27,7 @@ from modeling_dms.training.data import (
     split_of,
 )
 from modeling_dms.training.data.openmoji import TONE
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS
+from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, image_keys
 from modeling_dms.training.data.sources import named_sources
 
 
@@ -258,6 +260,119 @@ def test_folder_splits_do_not_depend_on_order(tmp_path):
         assert all(samples[s.id] == s for s in again)
 
 
+REFERRED = {
+    "dotted": lambda folder, name: f"./{name}",
+    "absolute": lambda folder, name: str(folder.resolve() / name),
+    "copied": lambda folder, name: f"copies/{name}",
+    "linked": lambda folder, name: f"links/{name}",
+    "bytes": lambda folder, name: (folder / name).read_bytes(),
+    "struct": lambda folder, name: {"bytes": (folder / name).read_bytes(), "path": f"elsewhere-{name}"},
+    "path in a struct": lambda folder, name: {"bytes": None, "path": name},
+}
+
+
+@pytest.mark.parametrize("way", REFERRED)
+def test_an_image_is_in_one_split_however_it_is_referred_to(tmp_path, way):
+    """`datasets` writes bytes; beside them stand tables of the same images by their names."""
+    for folder in ("copies", "links"):
+        (tmp_path / folder).mkdir()
+    for number in range(40):
+        name = f"{number}.png"
+        (tmp_path / name).write_bytes(png(number))
+        (tmp_path / "copies" / name).write_bytes(png(number))
+        (tmp_path / "links" / name).symlink_to(tmp_path / name)
+    plain = [{"id": f"{n}-{k}", "image": f"{n}.png", "question": f"what {k}?"} for n in range(40) for k in range(3)]
+    others = [{**row, "image": REFERRED[way](tmp_path, row["image"])} for row in plain]
+    write_jsonl(tmp_path / "plain.jsonl", plain)
+    datasets.Dataset.from_list(others).to_parquet(tmp_path / "others.parquet")
+    tables = (tmp_path / "plain.jsonl", tmp_path / "others.parquet")
+    expected, found = ({split: {s.id for s in load_folder(table, split)} for split in SPLITS} for table in tables)
+    assert found == expected
+    for one, other in combinations(expected.values(), 2):
+        assert not {i.split("-")[0] for i in one} & {i.split("-")[0] for i in other}
+    samples = [*load_folder(tables[0]), *load_folder(tables[1])]
+    assert image_keys(samples[:120]) == image_keys(samples[120:])
+    assert len(evaluate.one_per_image(samples, 200, 0)) == 40
+
+
+def test_an_image_in_two_splits_is_named(tmp_path, caplog):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "again.png").write_bytes(png(1))
+    rows = [
+        {"image": f"{n}.png", "question": "what?", "split": split}
+        for n, split in enumerate(("train", "test", "train"))
+    ]
+    table = write_jsonl(
+        tmp_path / "rows.jsonl", [*rows, {"context": "no image", "question": "what?", "split": "test"}]
+    )
+    assert len(load_folder(table, "train")) == 2
+    assert not caplog.messages
+    twice = [
+        {"image": image, "question": "now?", "split": split}
+        for image, split in (("./2.png", "dev"), ("again.png", "train"))
+    ]
+    write_jsonl(table, [*rows, *twice])
+    assert len(load_folder(table, "train")) == 3
+    (said,) = caplog.messages
+    assert "2 image(s) stand in more than one split, such as " in said
+    assert re.search(r"(1|again)\.png in test and train;", said)
+
+
+def test_of_rows_with_one_id_the_first_stays(tmp_path, caplog):
+    rows = [{"id": n // 3, "question": f"what {n}?"} for n in range(30)] + [{"question": "the same"}] * 3
+    table = write_jsonl(tmp_path / "rows.jsonl", rows)
+    samples = load_folder(table)
+    assert [s.question for s in samples] == [*(f"what {n}?" for n in range(0, 30, 3)), "the same"]
+    assert caplog.messages[0] == f"left out: {table}, row 2: the id '0' is that of an earlier row"
+    assert caplog.messages[-1] == "22 of 33 samples left out: earlier rows have their ids"
+    assert len(caplog.messages) == 5 + 1
+
+
+@pytest.mark.parametrize("column", ["images", "image_path", "file_name", "img", "Image"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_a_table_without_the_column_of_images_says_so(tmp_path, column, suffix, caplog, capsys):
+    rows = [
+        {"id": str(n), column: f"{n}.png", "note": "-", "question": "what?", "answer": "x", "split": "train"}
+        for n in range(3)
+    ]
+    table = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(table, rows)
+    elif suffix == "json":
+        table.write_text(json.dumps(rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(table)
+    capsys.readouterr()
+    load_sources(str(table), "train")
+    (said,) = caplog.messages
+    assert "no image in any row" in said
+    assert said.endswith(f"these columns are ignored: {column}, note")
+    expected = "3 rows (train 3); 0 with an image (0 different), 0 with a context, 3 with answers; columns ignored: "
+    expected += f"{column}, note"
+    assert capsys.readouterr().err == f"{table}: {expected}\n"
+
+
+def test_what_was_found_in_a_table_is_said_once(tmp_path, capsys, caplog):
+    for name, seed in (("a", 0), ("b", 1), ("copy", 0)):
+        (tmp_path / f"{name}.png").write_bytes(png(seed))
+    rows = [
+        {"image": f"{name}.png", "question": "what?", "split": "train", "context": "it."}
+        for name in ("a", "b", "copy")
+    ]
+    rows += [
+        {"question": "what?", "answers": answers, "split": split}
+        for answers, split in ((["x"], "train"), ([""], "dev"))
+    ]
+    table = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert len(load_sources(f"{table},easy-vqa", "train", limit=10)) == 14
+    expected = "5 rows (train 4, dev 1); 3 with an image (2 different), 3 with a context, 1 with answers"
+    assert capsys.readouterr().err == f"{table}: {expected}\n"
+    assert not caplog.messages  # a table of texts among others is none to warn of
+    load_sources(str(table), "train", show_summary=False)
+    assert not capsys.readouterr().err
+
+
 def test_folder_takes_its_own_split_column(tmp_path):
     rows = [{"id": i, "question": "what?", "split": "dev" if i % 2 else "train"} for i in range(6)]
     table = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -278,7 +393,6 @@ def test_folder_takes_its_own_split_column(tmp_path):
         ({"question": "q", "answers": [1]}, r"row 2, column 'answers'.*\[1\]"),
         ({"question": "q", "answer": 1}, r"row 2, column 'answer'"),
         ({"question": "q", "task": "ocr"}, r"row 2, column 'task'.*'ocr'"),
-        ({"question": "q", "id": "first"}, r"row 2, column 'id'.*'first'"),
         ({"question": "q", "id": 1.5}, r"row 2, column 'id'.*float"),
         (["question"], r"row 2: expected an object"),
     ],

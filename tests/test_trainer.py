@@ -17,6 +17,7 @@ from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import COLORS, draw_curves
 from modeling_dms.training.data import PromptCollator, load_samples
+from modeling_dms.training.data.samples import kept, split_readable
 from modeling_dms.training.features import FeatureCache
 from modeling_dms.training.loading import load
 from modeling_dms.training.stages import LORA_TARGETS, prepare
@@ -490,7 +491,7 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
     assert repr(data[4].id) in named[1]
     assert "2 of 6 samples left out" in caplog.text
     with pytest.raises(ValueError, match="none of the 2 samples"):
-        train.readable([data[2], data[4]], show_progress=False)
+        kept([data[2], data[4]], split_readable, "their images cannot be read")
 
 
 @pytest.mark.parametrize(

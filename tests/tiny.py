@@ -410,7 +410,7 @@ def table(folder: Path, rows: int = 12) -> Path:
     folder.mkdir()
     described = []
     for number in range(rows):
-        Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(folder / f"{number}.png")
+        Image.new("RGB", (64, 64), (20 * number % 256, number // 13, 0)).save(folder / f"{number}.png")
         row = {"context": "a red box.", "question": "what?", "answers": ["box"], "split": "train"}
         described.append({"image": f"{number}.png", **row})
     (folder / "table.jsonl").write_text("\n".join(map(json.dumps, described)))

@@ -103,12 +103,14 @@ def fit_scheduler(
 def scorer(
     model: PreTrainedModel, task: Task, samples: Sequence[Sample], conditions: Sequence[Condition], batch_size: int
 ) -> Callable[[Sequence[Method]], list[float]]:
-    """Methods -> for each the sum of its mean scores over conditions, whose images are encoded once for all."""
+    """Methods -> for each the sum of its mean scores over conditions, whose images are encoded once for all. Those
+    under which no sample can be measured are left out."""
+    conditions = [condition for condition in conditions if condition.why_not(samples, 0) is None]
 
     def score(methods: Sequence[Method]) -> list[float]:
         numbered = [replace(method, name=str(number)) for number, method in enumerate(methods)]
         found = [run_condition(model, task, numbered, samples, c, 0, batch_size) for c in conditions]
-        return [sum(float(cell.metrics["score"].mean()) for cell in cells) for cells in zip(*found, strict=True)]
+        return [sum(cell.mean() for cell in cells) for cells in zip(*found, strict=True)]
 
     return score
 

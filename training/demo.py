@@ -19,6 +19,7 @@ from modeling_dms.staging import check_writable
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.data.samples import image_key
 from modeling_dms.training.documents import write_between_markers
 from modeling_dms.training.evaluation import answer_tokens, predict
 from modeling_dms.training.loading import CHECKPOINTS, load
@@ -106,9 +107,9 @@ def load_demo_model(backbone: str) -> tuple[PreTrainedModel, PromptCollator]:
 
 def one_per_image(samples: Sequence[Sample], count: int) -> list[Sample]:
     """One question an image, two thirds of them open, of `count` images in the data's order."""
-    by_image: dict[str, list[Sample]] = {}
+    by_image: dict[str | None, list[Sample]] = {}
     for sample in samples:
-        by_image.setdefault(sample.id.rsplit("-", 1)[0], []).append(sample)
+        by_image.setdefault(image_key(sample.image), []).append(sample)
     chosen = []
     for number, asked in enumerate(list(by_image.values())[:count]):
         is_open = [sample.answers[0] in (*COLORS, *SHAPES) for sample in asked]

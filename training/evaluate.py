@@ -1,6 +1,8 @@
 """`dms evaluate`: how good and how robust a checkpoint is, against baselines on the same samples and corruptions."""
 
+import functools
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -24,7 +26,9 @@ from modeling_dms.training.baselines import METHODS, UNTRAINED, make_methods
 from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
-from modeling_dms.training.data.samples import SPLITS, split_readable
+from modeling_dms.training.data.folder import Table
+from modeling_dms.training.data.samples import SPLITS, image_key, kept, split_answered, split_readable
+from modeling_dms.training.data.sources import opened, print_summary
 from modeling_dms.training.grid import Cell, Condition, run_grid
 from modeling_dms.training.loading import DTYPES, load, room_for_prompts
 from modeling_dms.training.methods import Method
@@ -39,8 +43,10 @@ from modeling_dms.training.tasks import (
     Task,
     VisualQuestionAnswering,
 )
-from modeling_dms.training.train import calibrate
+from modeling_dms.training.train import UNANSWERED, UNASKABLE, UNREADABLE, calibrate
 
+
+logger = logging.getLogger(__name__)
 
 CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
 # by name: the kind of samples it takes
@@ -156,7 +162,7 @@ def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Samp
     """One sample of each of `count` images, two of three not yes/no questions where there are others."""
     by_image: dict[str, list[Sample]] = {}
     for sample in samples:
-        by_image.setdefault(str(sample.image) if isinstance(sample.image, Path) else sample.id, []).append(sample)
+        by_image.setdefault(image_key(sample.image) or sample.id, []).append(sample)
     chosen = []
     for number, own in enumerate(list(by_image.values())[:count]):
         closed = [sample for sample in own if sample.answers[:1] in (("yes",), ("no",))]
@@ -204,23 +210,25 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     check_writable(config.out)
     # told so, accelerate takes gloo; otherwise several processes on CPUs know nothing of each other
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model, processor = load(config.model, dtype=config.dtype)
-    model.eval().to(cast(Any, state.device))
     conditions = conditions_of(config)
     kind = TASKS[config.task]
-    training_data = config.training_data or config.data
-    train, test = load_samples(training_data, "train", kind), load_samples(config.data, config.split, kind)
-    test, failed = split_readable(test, state.is_local_main_process)
-    if not test:
-        raise ValueError(f"none of the samples of {config.data!r} can be read")
+    data = opened(config.data)
+    training_data = data if config.training_data in (None, config.data) else opened(config.training_data)
+    tables = [table for table in dict.fromkeys((data, training_data)) if isinstance(table, Table)]
+    if state.is_local_main_process:
+        for table in tables:
+            print_summary(table)
+    train, test = load_samples(training_data, "train", kind), load_samples(data, config.split, kind)
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
-    validation = one_per_image(validation, config.validation_samples, 0)
+    model, processor = load(config.model, dtype=config.dtype)
+    model.eval().to(cast(Any, state.device))
+    trained_on = config.training_data or config.data
     # a batch's size changes no more than the rounding: a run that is out of memory goes on with smaller ones
     asked = {
         "model": model_request(config.model),
         "data": data_request(config.data, test),
-        "training_data": data_request(training_data, train),
+        "training_data": data_request(trained_on, train),
         **{name: getattr(config, name) for name in ("task", "split", "samples", "dtype")},
         "families": asdict(config.families),
     }
@@ -228,15 +236,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         asked["calibration_samples"] = config.calibration_samples
     if needs_training:
         asked |= {"training_samples": config.training_samples, "validation_samples": config.validation_samples}
-        asked["validation_data"] = data_request(training_data, validation)
+        asked["validation_data"] = data_request(trained_on, validation)
     begin(config.out, asked, config.resume)
-    if config.calibration_samples and not model.dms.calibration.is_calibrated:
-        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
-        calibrate(model, collator, train, config.calibration_samples, state.is_local_main_process)
-
-    def samples_of(seed: int) -> list[Sample]:
-        # what is retrieved is the same for every seed
-        return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
 
     def task_of(samples: Sequence[Sample]) -> Task:
         task = _task(config, processor, train, samples)
@@ -244,8 +245,47 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             task.max_length = room_for_prompts(model, processor, task.longest_answer())
         return task
 
+    failed: dict[str, str] = {}  # of the evaluated split
+    left_out = {row: why for table in tables for row, why in table.repeated.items()}
+    readable = functools.partial(split_readable, show_progress=state.is_local_main_process)
+
+    def usable(samples: list[Sample], errors: dict[str, str]) -> list[Sample]:
+        """Those that can be asked and scored."""
+        samples = kept(samples, split_answered, UNANSWERED, errors)
+        task = task_of(samples)
+        if isinstance(task, ImageTextMatching):  # which cuts its texts
+            return samples
+        collator = PromptCollator(processor, max_length=task.max_length)
+        return kept(samples, collator.split_askable, UNASKABLE, errors)
+
+    test = usable(kept(test, readable, UNREADABLE, failed), failed)
+    calibrates = config.calibration_samples > 0 and not model.dms.calibration.is_calibrated
+    fitted = kept(train, readable, UNREADABLE, left_out) if calibrates or needs_training else []
+    if calibrates:
+        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+        clean = kept(fitted, collator.split_askable, UNASKABLE, left_out)
+        calibrate(model, collator, clean, config.calibration_samples, state.is_local_main_process)
+    if needs_training:
+        fitted = usable(fitted, left_out)
+        validation = usable(kept(validation, readable, UNREADABLE, left_out), left_out)
+        validation = one_per_image(validation, config.validation_samples, 0)
+
+    @functools.cache
+    def samples_of(seed: int) -> list[Sample]:
+        # what is retrieved is the same for every seed
+        return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
+
+    conditions_left_out: dict[str, str] = {}
+    for condition in [*conditions]:
+        reasons = [condition.why_not(samples_of(seed), seed) for seed in range(config.seeds)]
+        if any(reasons):
+            conditions.remove(condition)
+            conditions_left_out[condition.name] = next(filter(None, reasons))
+    for name, reason in conditions_left_out.items():
+        logger.warning(f"left out: {name}: {reason}")
+
     task = task_of(samples_of(0))
-    some = [train[int(i)] for i in seeded("training").permutation(len(train))[: config.training_samples]]
+    some = [fitted[int(i)] for i in seeded("training").permutation(len(fitted))[: config.training_samples]]
     methods = make_methods(
         model,
         task_of,
@@ -267,6 +307,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "metric": task.metric,
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
+            "left_out": left_out,
+            "conditions_left_out": conditions_left_out,
             "failed": failed | {id_: error for cell in cells for id_, error in cell.failed.items()},
             "chosen": {method.name: _plain(method) for method in methods},
             "command": shlex.join(["dms", *sys.argv[1:]]),
@@ -357,6 +399,10 @@ def _task(
     if config.task == "matching":
         return ImageTextMatching(processor, samples)
     answers = sorted({sample.answers[0] for sample in train if sample.answers})
+    if config.task == "vqa" and not answers:
+        raise ValueError(
+            "task 'vqa' ranks the training split's answers, and there are none; 'vqa-generate' needs none"
+        )
     return VisualQuestionAnswering(processor, None if config.task == "vqa-generate" else answers)
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import Sample
+from modeling_dms.training.data.samples import image_key
 from modeling_dms.training.methods import Batch, Fixed, Method
 from modeling_dms.training.tasks import Task
 
@@ -49,36 +50,68 @@ class Condition:
         """The names of all corruptions, one after the other."""
         return [] if self.name == "clean" else self.name.split("+")
 
+    def lacks(self, sample: Sample) -> str | None:
+        """What a sample needs to be measured under this condition and does not have: it would stay as it is, and look
+        robust, or leave nothing to ask. `None` where it has all."""
+        there = {"image": sample.image is not None, "text": bool((sample.context or "").strip())}
+        for kind in self.kinds:
+            if not there[kind.partition(":")[0]]:
+                return "an image" if kind.startswith("image") else "a context"
+        missing = {kind.partition(":")[0] for kind in self.kinds if kind.endswith(":missing")}
+        if missing and not any(is_there for modality, is_there in there.items() if modality not in missing):
+            return "anything left to answer from"
+        return None
+
     def apply(self, samples: Sequence[Sample], seed: int) -> tuple[list[Sample], dict[str, str]]:
-        """Corrupted copies, and of samples that cannot be corrupted the error by id. A mismatch takes the image or
-        context of the next sample with another one of both and another first answer."""
-        if not self.kinds:
-            return list(samples), {}
+        """Corrupted copies of the samples that lack nothing, and of those that cannot be corrupted the error by id."""
         changed, failed = [], {}
         for place, sample in enumerate(samples):
-            other = None
-            if any(kind.endswith(":mismatch") for kind in self.kinds):
-                rest = [*samples[place + 1 :], *samples[:place]]
-                other = next((o for o in rest if _differ(o, sample)), None)
-                if other is None:
-                    failed[sample.id] = f"sample {sample.id!r}: there is no other sample to mismatch it with"
-                    continue
-            new = sample
-            try:
-                for kind in self.kinds:
-                    new = corrupt(new, kind, max(1, self.severity), other, f"@{seed}")
-            except ValueError as error:
-                failed[sample.id] = str(error)
-                continue
-            if new.image is None and not (new.context or "").strip():
-                failed[sample.id] = f"sample {sample.id!r}: {self.name} leaves neither image nor context"
-                continue
-            changed.append(new)
+            if self.lacks(sample) is None:
+                try:
+                    changed.append(self._corrupted(samples, place, seed))
+                except ValueError as error:
+                    failed[sample.id] = str(error)
         return changed, failed
+
+    def why_not(self, samples: Sequence[Sample], seed: int) -> str | None:
+        """Why no sample can be measured under this condition; `None` where one can."""
+        reason = None
+        for place, sample in enumerate(samples):
+            what = self.lacks(sample)
+            if what is not None:
+                reason = reason or f"no sample has {what}"
+                continue
+            try:
+                self._corrupted(samples, place, seed)
+            except ValueError as error:
+                reason = str(error)
+            else:
+                return None
+        return reason
+
+    def _corrupted(self, samples: Sequence[Sample], place: int, seed: int) -> Sample:
+        """The corrupted copy of one of the samples. A mismatch takes the image or context of the next one with another
+        image, another context and another first answer.
+
+        Raises:
+            ValueError: naming the sample that cannot be corrupted.
+        """
+        new, other = samples[place], None
+        if any(kind.endswith(":mismatch") for kind in self.kinds):
+            rest = [*samples[place + 1 :], *samples[:place]]
+            other = next((o for o in rest if self.lacks(o) is None and _differ(o, new)), None)
+            if other is None:
+                raise ValueError(f"sample {new.id!r}: there is no other sample to mismatch it with")
+        for kind in self.kinds:
+            new = corrupt(new, kind, max(1, self.severity), other, f"@{seed}")
+        return new
 
 
 def _differ(one: Sample, other: Sample) -> bool:
-    return one.image != other.image and one.context != other.context and one.answers[:1] != other.answers[:1]
+    """In whatever they have."""
+    if one.answers[:1] == other.answers[:1] or (one.context is not None and one.context == other.context):
+        return False
+    return one.image is None or image_key(one.image) != image_key(other.image)
 
 
 @dataclass
@@ -91,8 +124,9 @@ class Cell:
         weights: (n, M), `None` for a method without.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
             methods, and answers of methods that weigh a whole batch alike found once, and counted for each.
-        failed: errors by id of samples that could not be corrupted, or asked (too long, or nothing to answer from):
-            their metrics are 0, their weights equal.
+        failed: errors by id of samples that could not be corrupted or asked: their metrics are 0, their weights equal.
+        measured: (n,), whether the condition changes a sample, see `Condition.lacks`; all by default. Where it does
+            not, metrics are 0, and count nowhere.
     """
 
     method: str
@@ -102,6 +136,15 @@ class Cell:
     weights: np.ndarray | None
     seconds: float
     failed: dict[str, str] = field(default_factory=dict)
+    measured: np.ndarray = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.measured is None:
+            self.measured = np.ones(len(self.metrics["score"]), dtype=bool)
+
+    def mean(self, metric: str = "score") -> float:
+        """Over the samples that were measured."""
+        return float(self.metrics[metric][self.measured].mean())
 
 
 def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
@@ -184,24 +227,27 @@ def run_condition(
     rows = sorted(gather_object(own), key=lambda row: row[0])
     failed |= dict(gather_object(unfit))
     if not rows:
-        raise ValueError(f"{condition.name}: no sample could be asked, {next(iter(failed.values()))}")
+        reason = next(iter(failed.values()), condition.why_not(samples, seed))
+        raise ValueError(f"{condition.name}: no sample could be asked, {reason}")
     answered = [sample for sample in corrupted if sample.id not in failed]
+    measured = np.array([condition.lacks(sample) is None for sample in samples])
     cells = []
     for method in chosen:
         mine = [row for row in rows if row[1] == method.name]
         answers = [answer for row in mine for answer in row[2]]
         weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
         metrics = task.scores(answers, answered)
-        if failed:
-            kept = [place for place, sample in enumerate(samples) if sample.id not in failed]
+        if failed or not measured.all():
+            kept = [place for place, sample in enumerate(samples) if measured[place] and sample.id not in failed]
             metrics = {name: _spread(values, kept, len(samples), 0.0) for name, values in metrics.items()}
             weights = None if weights is None else _spread(weights, kept, len(samples), 1 / weights.shape[1])
-        cells.append(Cell(method.name, condition, seed, metrics, weights, sum(row[4] for row in mine), failed))
+        seconds = sum(row[4] for row in mine)
+        cells.append(Cell(method.name, condition, seed, metrics, weights, seconds, failed, measured))
     if any(cell.method.startswith(f"{ORACLE} ") for cell in cells):
         both = [cell for cell in cells if cell.method.startswith(f"{ORACLE} ")]
-        best = max(both, key=lambda cell: cell.metrics["score"].mean())
+        best = max(both, key=Cell.mean)
         cells = [cell for cell in cells if cell not in both]
-        cells.append(Cell(ORACLE, condition, seed, best.metrics, best.weights, best.seconds, failed))
+        cells.append(replace(best, method=ORACLE))
     return cells
 
 
@@ -275,6 +321,7 @@ def _written(cell: Cell) -> dict[str, Any]:
         "weights": None if cell.weights is None else cell.weights.tolist(),
         "seconds": cell.seconds,
         "failed": cell.failed,
+        "measured": cell.measured.tolist(),
     }
 
 
@@ -287,4 +334,5 @@ def _read(kept: dict[str, Any], condition: Condition, seed: int) -> Cell:
         None if kept["weights"] is None else np.array(kept["weights"]),
         kept["seconds"],
         kept["failed"],
+        np.array(kept["measured"]),
     )

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Blip2Processor, GenerationConfig
 
-from modeling_dms.training.data.samples import to_rgb, trimmed
+from modeling_dms.training.data.samples import as_seen
 from modeling_dms.training.loading import load
 
 
@@ -152,7 +152,7 @@ class DMS(lmms):
         single = isinstance(self.processor, Blip2Processor)
         if not all(isinstance(visual, Image.Image) for visual in visuals) or (single and len(visuals) > 1):
             raise ValueError(f"sample {name!r}: expected {'one image' if single else 'images'} or none, got {visuals}")
-        images = [trimmed(to_rgb(visual)) for visual in visuals]
+        images = [as_seen(visual) for visual in visuals]
         token, bos = str(self.processor.image_token), self.processor.tokenizer.bos_token
         context = context.replace(token, "").strip()
         if self.processor.chat_template:

@@ -21,7 +21,6 @@ from modeling_dms.training.metrics.robust import (
     modality_auroc,
     multimodal_impact,
     oracle_gap_closed,
-    paired_difference,
     relative_robustness,
 )
 
@@ -68,6 +67,20 @@ class Results:
         """(conditions and seeds, n)."""
         return np.stack([cell.metrics[metric] for cell in self.chosen(method, wanted)])
 
+    def measured(self, method: str, wanted: Callable[[Condition], bool]) -> np.ndarray:
+        """(conditions and seeds, n): 1 where a sample was measured, 0 where its metrics are 0 instead."""
+        return np.stack([cell.measured for cell in self.chosen(method, wanted)]).astype(float)
+
+
+def _mean(values: np.ndarray, measured: np.ndarray) -> float:
+    """Over what was measured; values are 0 elsewhere."""
+    return float(values.sum() / measured.sum()) if measured.any() else float("nan")
+
+
+def _difference(one: np.ndarray, other: np.ndarray, measured: np.ndarray) -> tuple[float, float, float]:
+    """Paired, of two methods on the same samples: the mean and its interval."""
+    return _mean(one - other, measured), *bootstrap_interval(_mean, one - other, measured)
+
 
 def is_unseen(condition: Condition) -> bool:
     """Whether neither training nor calibration saw its family, conflicts apart."""
@@ -106,13 +119,13 @@ def _against(results: Results) -> dict[str, Any] | None:
     dms = next((name for name in DMS if name in results.methods), None)
     if dms is None or not results.chosen(dms, is_unseen):
         return None
-    own = results.array(dms, is_unseen)
+    own, measured = results.array(dms, is_unseen), results.measured(dms, is_unseen)
     others = [m for m in results.methods if m != dms and m != ORACLE and results.chosen(m, is_unseen)]
     clean = functools.partial(_is_in, "clean")
     return {
         "dms": dms,
-        "minus": {m: tuple(paired_difference(own, results.array(m, is_unseen))) for m in others},
-        "clean": tuple(paired_difference(results.array(dms, clean), results.array(STATIC, clean))),
+        "minus": {m: _difference(own, results.array(m, is_unseen), measured) for m in others},
+        "clean": _difference(results.array(dms, clean), results.array(STATIC, clean), results.measured(dms, clean)),
     }
 
 
@@ -121,14 +134,16 @@ def _group_row(results: Results, group: str, method: str, wanted: Callable) -> d
     if not results.chosen(method, wanted):  # the oracle has no clean condition
         return None
     static, own = results.array(STATIC, wanted), results.array(method, wanted)
+    measured = results.measured(method, wanted)
+    some = measured > 0
     row: dict[str, Any] = {
         "group": group,
         "method": method,
         "conditions": len({cell.condition for cell in results.chosen(method, wanted)}),
-        "answers": own.size,
-        "score": float(own.mean()),
-        "interval": bootstrap_interval(np.mean, own),
-        "minus_static": tuple(paired_difference(own, static)),
+        "answers": int(measured.sum()),
+        "score": _mean(own, measured),
+        "interval": bootstrap_interval(_mean, own, measured),
+        "minus_static": _difference(own, static, measured),
         "gap_closed": None,
     }
     if results.chosen(ORACLE, wanted):
@@ -136,11 +151,11 @@ def _group_row(results: Results, group: str, method: str, wanted: Callable) -> d
         if triple[2].sum() > triple[0].sum():
             row["gap_closed"] = (oracle_gap_closed(*triple), *bootstrap_interval(oracle_gap_closed, *triple))
     if len(own) == 1 and np.isin([own, static], (0, 1)).all():
-        row["mcnemar"] = mcnemar(own[0], static[0])
+        row["mcnemar"] = mcnemar(own[some], static[some])
     if "confidence" in results.chosen(method, wanted)[0].metrics and np.isin(own, (0, 1)).all():
         confidence = results.array(method, wanted, "confidence")
-        row["aurc"] = aurc(confidence.ravel(), own.ravel())
-        row["ece"] = expected_calibration_error(confidence.ravel(), own.ravel())
+        row["aurc"] = aurc(confidence[some], own[some])
+        row["ece"] = expected_calibration_error(confidence[some], own[some])
     return row
 
 
@@ -151,9 +166,9 @@ def _condition_row(cell: Cell) -> dict[str, Any]:
         "severity": cell.condition.severity,
         "seed": cell.seed,
         "method": cell.method,
-        "samples": len(cell.metrics["score"]),
-        **{name: float(values.mean()) for name, values in cell.metrics.items()},
-        "weights": None if cell.weights is None else cell.weights.mean(0).tolist(),
+        "samples": int(cell.measured.sum()),
+        **{name: cell.mean(name) for name in cell.metrics},
+        "weights": None if cell.weights is None else cell.weights[cell.measured].mean(0).tolist(),
     }
 
 
@@ -163,22 +178,24 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
     unseen = results.chosen(method, is_unseen)
     if not clean or not unseen:
         return None
-    level = float(np.mean([cell.metrics["score"].mean() for cell in clean]))
+    measured = {(cell.condition, cell.seed): cell.measured for cell in unseen}
     names = list(dict.fromkeys(cell.condition.name for cell in unseen))
+
+    def level(cell: Cell) -> float:
+        """Of the same samples when they are clean."""
+        return float(np.mean([c.metrics["score"][measured[cell.condition, c.seed]].mean() for c in clean]))
 
     def errors(of: str) -> np.ndarray:
         """(kinds, severities and seeds); every kind has as many."""
-        return np.stack(
-            [[1 - c.metrics["score"].mean() for c in results.chosen(of, lambda k, n=n: k.name == n)] for n in names]
-        )
+        return np.stack([[1 - c.mean() for c in results.chosen(of, lambda k, n=n: k.name == n)] for n in names])
 
-    scores = 1 - errors(method)
+    levels, scores = np.array([level(cell) for cell in unseen]), np.array([cell.mean() for cell in unseen])
     # an error is what is missing to 1, of a metric that ends there: CIDEr does not
     bounded = all(cell.metrics["score"].max() <= 1 for cell in results.cells)
     row: dict[str, Any] = {
         "method": method,
-        "mmi": multimodal_impact(level, scores.ravel()) if level else None,
-        "relative_robustness": float(relative_robustness(level, scores.ravel()).mean()) if level else None,
+        "mmi": multimodal_impact(levels, scores) if levels.all() else None,
+        "relative_robustness": float(relative_robustness(levels, scores).mean()) if levels.all() else None,
         "mce": mean_corruption_error(errors(method), errors(STATIC))
         if bounded and errors(STATIC).sum(1).all()
         else None,
@@ -186,7 +203,11 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
     }
     damaged = results.chosen(method, lambda c: c.damaged is not None)
     sides = [
-        [cell.weights[:, 0] for cell in damaged if cell.weights is not None and cell.condition.damaged == side]
+        [
+            cell.weights[cell.measured, 0]
+            for cell in damaged
+            if cell.weights is not None and cell.condition.damaged == side
+        ]
         for side in (0, 1)
     ]
     if all(sides):
@@ -204,7 +225,7 @@ def _costs(results: Results) -> list[dict[str, Any]]:
         static = [cell for c in own for cell in results.chosen(STATIC, lambda k, c=c: k == c.condition)]
         static = [cell for cell in static if cell.seed in {c.seed for c in own}]
         seconds = {cell.seconds for cell in own}
-        count = sum(len(cell.metrics["score"]) for cell in own)
+        count = sum(int(cell.measured.sum()) for cell in own)
         reference = sum(cell.seconds for cell in {id(cell): cell for cell in static}.values())
         rows.append(
             {
@@ -235,9 +256,16 @@ def render(results: dict[str, Any]) -> str:
     ]
     if run["failed"]:
         parts.append(
-            f"{len(run['failed'])} sample(s) failed: unreadable ones are left out, those that could not be corrupted "
-            f"count as wrong for every method: {', '.join(run['failed'])}."
+            f"{len(run['failed'])} sample(s) failed: those that cannot be read, asked or scored are left out, those "
+            f"that could not be corrupted count as wrong for every method: {', '.join(run['failed'])}."
         )
+    if run.get("left_out"):  # results of version 0.1 do not say
+        parts.append(
+            f"{len(run['left_out'])} sample(s) left out of training, calibration and validation, or repeated."
+        )
+    if run.get("conditions_left_out"):
+        shown = "; ".join(f"{name}: {why}" for name, why in run["conditions_left_out"].items())
+        parts.append(f"Conditions left out, since no sample can be measured under them: {shown}.")
     chosen = {name: choice for name, choice in run["chosen"].items() if choice}
     if chosen:
         shown = "; ".join(f"{n}: {', '.join(f'{k} {v}' for k, v in of.items())}" for n, of in chosen.items())
@@ -284,16 +312,19 @@ def render(results: dict[str, Any]) -> str:
     )
     means = _condition_means(numbers["conditions"])
     methods = list(dict.fromkeys(row["method"] for row in numbers["conditions"]))
+    counts = {(row["condition"], row["severity"]): row["samples"] for row in numbers["conditions"]}
+    some = {key: f" ({count} of {run['samples']})" for key, count in counts.items() if count < run["samples"]}
     body = [
         [
-            name.replace(":", ": ").replace("_", " "),
+            name.replace(":", ": ").replace("_", " ") + some.get((name, severity), ""),
             group,
             str(severity or "-"),
             *(_number(of.get(method, {}).get("score")) for method in methods),
         ]
         for (name, group, severity), of in means.items()
     ]
-    parts.append(f"## Conditions\n\n{table(('corrupted', 'group', 'severity', *methods), body)}")
+    note = "In brackets: the samples that a condition changes, where these are not all.\n\n" if some else ""
+    parts.append(f"## Conditions\n\n{note}{table(('corrupted', 'group', 'severity', *methods), body)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -446,8 +477,8 @@ def draw(results: dict[str, Any], cells: Sequence[Cell], out: Path, methods: Seq
             mine = [cell for cell in scored if cell.method == method]
             if not mine:
                 continue
-            confidence = np.concatenate([cell.metrics["confidence"] for cell in mine])
-            right = np.concatenate([cell.metrics["score"] for cell in mine])
+            confidence = np.concatenate([cell.metrics["confidence"][cell.measured] for cell in mine])
+            right = np.concatenate([cell.metrics["score"][cell.measured] for cell in mine])
             bins = np.minimum((confidence * 10).astype(int), 9)
             kept = [b for b in range(10) if (bins == b).sum() >= 20]
             axis.plot(

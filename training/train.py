@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from modeling_dms.training.card import replacing, write_card
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.curves import draw_curves
 from modeling_dms.training.data import PromptCollator, Sample, load_sources
-from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.data.samples import image_key, kept, split_answered, split_readable
 from modeling_dms.training.loading import folders_of, load, room_for_prompts
 from modeling_dms.training.push import push
 from modeling_dms.training.record import is_recorded, training_request, write_record
@@ -30,24 +31,8 @@ from modeling_dms.training.trainer import DMSTrainer
 logger = logging.getLogger(__name__)
 
 BATCH = 32  # of calibration
-
-
-def readable(samples: Sequence[Sample], show_progress: bool = True) -> list[Sample]:
-    """The samples whose image can be read; the others are named, left out and counted.
-
-    Before training rather than during it, so that what a step sees depends on neither workers nor resumption.
-
-    Raises:
-        ValueError: if none is left.
-    """
-    good, failed = split_readable(samples, show_progress)
-    if not good:
-        raise ValueError(f"none of the {len(samples)} samples can be read; {next(iter(failed.values()))}")
-    for error in failed.values():
-        logger.warning(f"left out: {error}")
-    if failed:
-        logger.warning(f"{len(failed)} of {len(samples)} samples left out: their images cannot be read")
-    return good
+# why samples are left out
+UNREADABLE, UNANSWERED, UNASKABLE = "their images cannot be read", "they have no answer", "they cannot be asked"
 
 
 def calibrate(
@@ -67,15 +52,24 @@ def calibrate(
     Raises:
         ValueError: for too few images or contexts, or as `model.calibrate`.
     """
-    distinct = list({str(sample.image): sample for sample in reversed(samples)}.values())[::-1]
+    distinct = list({image_key(sample.image): sample for sample in reversed(samples)}.values())[::-1]
+    images = sum(sample.image is not None for sample in distinct)
     count = min(count, len(distinct))
     distinct = [distinct[place * len(distinct) // count] for place in range(count)]
     with_image = sum(sample.image is not None for sample in distinct)
     with_context = sum(bool((sample.context or "").strip()) for sample in distinct)
     if min(with_image, with_context) < MIN_SAMPLES:
+        hint = ""
+        if images < MIN_SAMPLES:
+            hint += (
+                "; these are of the training split, which holds four of five images of a table without a column "
+                "'split': with 'train' there in every row all are taken"
+            )
+        if with_context < with_image:
+            hint += "; without contexts, docs/calibrate.md weighs images against questions"
         raise ValueError(
             f"calibration needs {MIN_SAMPLES} different images and {MIN_SAMPLES} contexts to weigh them against, got "
-            f"{with_image} and {with_context}; without contexts, docs/calibrate.md weighs images against questions"
+            f"{with_image} and {with_context}{hint}"
         )
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
@@ -116,7 +110,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     `curves.png`. With `push_to_hub` it ends on the Hub, after all is written.
 
     Raises:
-        ValueError: for choices that exclude each other, data none of which can be read, an adapter that would be saved
+        ValueError: for choices that exclude each other, data none of which can be used, an adapter that would be saved
             over its base, or `resume` where only other runs have left checkpoints.
         OSError: if `output_dir` cannot be written to.
         ConnectionError: if pushing fails.
@@ -142,9 +136,10 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
             f"schedule_target={training.schedule_target!r} does nothing where lambda_schedule is 0, as it is in "
             f"{choices.model}: give another lambda_schedule in `dms`, or schedule_target='none'"
         )
-    samples = load_sources(data.data, "train", data.task, data.max_samples)
+    samples = load_sources(data.data, "train", data.task, data.max_samples, training.should_log)
     show_progress = training.should_log and not training.disable_tqdm
-    samples = readable(samples, show_progress)
+    samples = kept(samples, split_answered, UNANSWERED)
+    samples = kept(samples, partial(split_readable, show_progress=show_progress), UNREADABLE)
     request = training_request(arguments, samples)
     start = last_complete_checkpoint(run, request) if resume else None
     collator = PromptCollator(
@@ -154,6 +149,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         schedule_temperature=training.schedule_temperature,
         with_ids=True,
     )
+    samples = kept(samples, collator.split_askable, UNASKABLE)
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
         calibrate(model, collator, samples, data.calibration_samples, show_progress)
     trained = prepare(
@@ -202,16 +198,18 @@ def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dic
         The report, which can be printed.
 
     Raises:
-        ValueError: if no sample can be read, for a field that `DMSConfig` does not have or refuses, or if an adapter
+        ValueError: if no sample can be used, for a field that `DMSConfig` does not have or refuses, or if an adapter
             would be saved over its base.
         OSError: if it cannot be saved; what was in `out` is still there then.
     """
     check_writable(out)
-    samples = readable(load_sources(data, "train"))  # first: a mistake in a table costs no loading of billions
+    samples = load_sources(data, "train")  # first: a mistake in a table costs no loading of billions
+    samples = kept(samples, split_readable, UNREADABLE)
     model, processor = load(name, dms, merge=False)
     if hasattr(model, "peft_config"):
         check_base(name, out)
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+    samples = kept(samples, collator.split_askable, UNASKABLE)
     report = calibrate(model, collator, samples, count)
     with replacing(out) as folder:
         model.save_pretrained(folder)

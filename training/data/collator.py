@@ -3,16 +3,16 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import Blip2Processor, ProcessorMixin
+from transformers import Blip2Processor, InternVLProcessor, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_dms.prompt import TEXT, VISION
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import Sample, image_key
 
 
 def as_text(processor: ProcessorMixin, text: str) -> str:
@@ -41,7 +41,7 @@ class PromptCollator:
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
-            tell undamaged images of files apart (`None` for any other), one for each row of `pixel_values`.
+            tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`.
     """
 
     processor: ProcessorMixin
@@ -66,18 +66,13 @@ class PromptCollator:
             ids, modality_ids, tiles = self._encode(sample, image)
             if not any(modality_ids):
                 raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
-            answer: list[Any] = []
-            if self.with_labels:
-                if not sample.answers:
-                    raise ValueError(f"sample {sample.id!r} has no answer to train on")
-                text = as_text(self.processor, sample.answers[0])
-                answer = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-                answer = [*answer, tokenizer.eos_token_id]
+            answer = self._answer(sample)
             if self.max_length is not None:
                 ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
             pixels += tiles
-            known = isinstance(sample.image, Path) and not sample.damage[0]
-            keys += [f"{sample.image}#{number}" if known else None for number in range(len(tiles))]
+            if self.with_ids:
+                key = None if sample.damage[0] else image_key(sample.image)
+                keys += [key and f"{key}#{number}" for number in range(len(tiles))]
             labels = [-100] * len(ids) + answer
             ids, modality_ids = ids + answer, modality_ids + [0] * len(answer)
             rows.append(
@@ -101,6 +96,51 @@ class PromptCollator:
             batch["sample_ids"] = [sample.id for sample in samples]
             batch["image_keys"] = keys
         return batch
+
+    def split_askable(self, samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
+        """The samples that a call takes, and of the others the error by id. Images, which `split_readable` checks, are
+        read only where the number of their tokens depends on their size."""
+        tiles = isinstance(self.processor, InternVLProcessor)
+        lengths: dict[Any, int] = {}  # of texts and of images by their size: many are the same
+
+        def least(sample: Sample, has_context: bool) -> int:
+            """Length of the row without its context, of which `context:` is left."""
+            some, text = sample.replace(context="a" * has_context), (has_context, sample.question, *sample.answers[:1])
+            if text not in lengths:
+                lengths[text] = self._encode(some, None)[1].count(0) + len(self._answer(sample))
+            if sample.image is None:
+                return lengths[text]
+            image = sample.load_image() if tiles else Image.new("RGB", (32, 32))
+            if image.size not in lengths:
+                lengths[image.size] = len(self._encode(some, image)[0]) - len(self._encode(some, None)[0])
+            return lengths[text] + lengths[image.size]
+
+        good, failed = [], {}
+        for sample in samples:
+            try:
+                has_context = bool((sample.context or "").strip())
+                if sample.image is None and not has_context:
+                    raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
+                length = least(sample, has_context)
+                if self.max_length is not None and length > self.max_length:
+                    raise ValueError(
+                        f"sample {sample.id!r} has {length} tokens even without its context, more than "
+                        f"max_length={self.max_length}"
+                    )
+                good.append(sample)
+            except ValueError as error:
+                failed[sample.id] = str(error)
+        return good, failed
+
+    def _answer(self, sample: Sample) -> list[int]:
+        """Ids of the answer and the end token where labels are asked for."""
+        if not self.with_labels:
+            return []
+        if not sample.answers:
+            raise ValueError(f"sample {sample.id!r} has no answer to train on")
+        tokenizer = self.processor.tokenizer
+        text = as_text(self.processor, sample.answers[0])
+        return [*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
     def _shortened(self, name: str, ids: list[int], modality_ids: list[int], length: int) -> tuple[list, list]:
         """The prompt without the end of its context, so that it has at most `length` tokens."""

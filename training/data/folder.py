@@ -2,56 +2,154 @@
 
 import hashlib
 import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, TASKS, Sample, split_of
+from modeling_dms.training.data.samples import (
+    CAPTION_QUESTION,
+    TASKS,
+    Sample,
+    image_keys,
+    split_of,
+    warn_left_out,
+)
 
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("id", "image", "context", "question", "prompt", "answers", "answer", "task", "split")
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A user's table.
+
+    Attributes:
+        path: the file.
+        samples: one a row.
+        splits: which split each sample is in.
+        images: how many different ones there are.
+        ignored: columns that are not read.
+        repeated: why a row is left out: an earlier one has its id.
+    """
+
+    path: Path
+    samples: list[Sample]
+    splits: Sequence[str | None]
+    images: int
+    ignored: list[str]
+    repeated: dict[str, str]
+
+    def of(self, split: str | None) -> list[Sample]:
+        """The samples of a split; all for `None`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = [s for s, own in zip(self.samples, self.splits, strict=True) if split is None or own == split]
+        if not found:
+            there = ", ".join(sorted(map(repr, set(self.splits))))
+            raise ValueError(f"{self.path}: no rows of split {split!r}, there are {there}")
+        return found
+
+    def summary(self) -> str:
+        """What was found in it, in a line."""
+        splits = ", ".join(f"{name} {count}" for name, count in Counter(self.splits).most_common())
+        images = sum(sample.image is not None for sample in self.samples)
+        contexts = sum(bool((sample.context or "").strip()) for sample in self.samples)
+        answers = sum(bool(sample.answers) for sample in self.samples)
+        ignored = f"; columns ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        return (
+            f"{self.path}: {len(self.samples)} rows ({splits}); {images} with an image ({self.images} different), "
+            f"{contexts} with a context, {answers} with answers{ignored}"
+        )
+
+
 def load_folder(path: str | Path, split: str | None = None) -> list[Sample]:
-    """Reads a table, one sample a row. Images are not opened here: a broken one is found, and named, by `load_image`.
+    """Reads a table, one sample a row. Images are not decoded here: a broken one is found, and named, by `load_image`.
 
     Columns, all but `question` optional: `id`; `image` (a path relative to the table's folder, in Parquet also bytes
     or the struct that `datasets` writes); `context`; `question` or `prompt` (captions and retrieval have a default);
     `answers` (a list or one string) or `answer`; `task` (`"vqa"` by default); `split`. Others are ignored. A row
-    without an `id` gets one from its content, so that no id changes when rows are added or moved.
+    without an `id` gets one from its content, so that no id changes when rows are added or moved. Of rows with the
+    same id the first one stays.
 
     Args:
         path: a `.jsonl`, `.json` (a list of objects) or `.parquet` file, or a folder that holds exactly one.
         split: the rows whose `split` is this; in a table without that column, the rows in this part of a fixed
-            division into `"train"`, `"validation"` and `"test"`. It goes by the hash of the image's path where there
-            is one, so that all questions on an image stay together, and of the id otherwise. `None`: all rows.
+            division into `"train"`, `"validation"` and `"test"`. It goes by the hash of the image's content where
+            there is one, so that all questions on an image stay together whatever it is called, and of the id
+            otherwise. `None`: all rows.
 
     Raises:
         ValueError: naming file, row and column of what cannot be used; for a split without rows.
         FileNotFoundError: where there is no such file or folder.
     """
+    return read_table(path).of(split)
+
+
+def read_table(path: str | Path) -> Table:
+    """Reads a table as `load_folder` does. Warns of repeated ids, of images in two splits, and where no row has an
+    image although there are columns that are not read.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_folder`.
+    """
     table = _find_table(Path(path))
-    rows = _read(table)
+    rows, columns = _read(table)
     if not rows:
         raise ValueError(f"{table}: no rows")
-    has_splits = any("split" in row for _, row in rows)
-    if split is not None and not has_splits and split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-
-    samples: list[Sample] = []
-    splits: dict[str, str | None] = {}
+    samples: dict[str, Sample] = {}
+    given: list[str | None] = []
+    repeated: dict[str, str] = {}
     for where, row in rows:
         sample = _sample(table, where, row)
-        if sample.id in splits:
-            raise ValueError(f"{where}, column 'id': {sample.id!r} is already the id of another row")
-        image = row.get("image")
-        grouped_by = Path(image).as_posix() if isinstance(image, str) else sample.id
-        splits[sample.id] = _text(where, row, "split") if has_splits else split_of(grouped_by)
-        if split is None or splits[sample.id] == split:
-            samples.append(sample)
-    if not samples:
-        raise ValueError(f"{table}: no rows of split {split!r}, there are {sorted(map(str, set(splits.values())))}")
-    return samples
+        split = _text(where, row, "split")
+        if sample.id in samples:
+            repeated[where] = f"{where}: the id {sample.id!r} is that of an earlier row"
+            continue
+        samples[sample.id] = sample
+        given.append(split)
+    warn_left_out(repeated.values(), len(rows), "earlier rows have their ids")
+
+    found = list(samples.values())
+    keys = image_keys(found)
+    if "split" in columns:
+        splits = given
+        _warn_of_shared_images(table, found, keys, splits)
+    else:
+        splits = [split_of(key or sample.id) for key, sample in zip(keys, found, strict=True)]
+    images = len(set(keys) - {None})
+    ignored = [name for name in columns if name not in COLUMNS]
+    if ignored and not images:
+        logger.warning(
+            f"{table}: no image in any row. Images are read from the column 'image'; "
+            f"these columns are ignored: {', '.join(ignored)}"
+        )
+    return Table(table, found, splits, images, ignored, repeated)
+
+
+def _warn_of_shared_images(
+    table: Path, samples: list[Sample], keys: list[str | None], splits: Sequence[str | None]
+) -> None:
+    """The column `split` is taken at its word, but a test image that was trained on tests little."""
+    places: dict[str, dict[str, Sample]] = {}
+    for sample, key, split in zip(samples, keys, splits, strict=True):
+        if key is not None and split is not None:
+            places.setdefault(key, {})[split] = sample
+    shared = [own for own in places.values() if len(own) > 1]
+    if shared:
+        sample = next(iter(shared[0].values()))
+        name = sample.image if isinstance(sample.image, Path) else f"that of sample {sample.id!r}"
+        logger.warning(
+            f"{table}: {len(shared)} image(s) stand in more than one split, such as {name} in "
+            f"{' and '.join(shared[0])}; what is measured on an image is worth little where it was trained on"
+        )
 
 
 def _find_table(path: Path) -> Path:
@@ -68,8 +166,8 @@ def _find_table(path: Path) -> Path:
     return tables[0]
 
 
-def _read(table: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows, each with how to name it in errors."""
+def _read(table: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """The rows, each with how to name it in errors, and the names of all columns."""
     suffix = table.suffix.lower()
     if suffix == ".parquet":
         try:
@@ -79,10 +177,11 @@ def _read(table: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ImportError('Parquet files need the eval extra: pip install "modeling-dms[eval]"') from error
         try:
             file = parquet.ParquetFile(table)
-            rows = file.read([name for name in COLUMNS if name in file.schema_arrow.names]).to_pylist()
+            columns = file.schema_arrow.names
+            rows = file.read([name for name in COLUMNS if name in columns]).to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{table}: not a Parquet file: {error}") from error
-        return [(f"{table}, row {number}", row) for number, row in enumerate(rows, 1)]
+        return [(f"{table}, row {number}", row) for number, row in enumerate(rows, 1)], columns
 
     try:
         text = table.read_text(encoding="utf-8-sig")
@@ -100,7 +199,7 @@ def _read(table: Path) -> list[tuple[str, dict[str, Any]]]:
     for where, row in values:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object of columns, got {type(row).__name__}")
-    return values
+    return values, list(dict.fromkeys(name for _, row in values for name in row))
 
 
 def _parse(text: str, where: str) -> Any:
@@ -129,6 +228,7 @@ def _sample(table: Path, where: str, row: dict[str, Any]) -> Sample:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}, column {column!r}: expected text or a list of texts, got {answers!r:.100}")
+    answers = [answer for answer in answers if answer.strip()]
     sample_id = row.get("id")
     if sample_id is None:
         content = repr([(name, row[name]) for name in COLUMNS if row.get(name) is not None and name != "split"])

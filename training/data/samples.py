@@ -1,17 +1,22 @@
 """One sample schema for every data set and task."""
 
+import functools
 import hashlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from tqdm.auto import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("vqa", "caption", "retrieval")
 SPLITS = ("train", "validation", "test")
@@ -21,6 +26,20 @@ HELD_OUT_SPLITS = SPLITS[1:]
 CAPTION_QUESTION = "describe the picture."
 # pixels of the longer side of a rendered drawing: no supported checkpoint takes larger images, so none is enlarged
 SVG_SIZE = 384
+# how a camera was held, in EXIF -> what turns its picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# largest values of grey levels that are numbers: floats from 0 to 1, 8 and 16 bits
+GREY_RANGES = (1, 255, 65535)
+# of what is left out so many are named, all are counted
+NAMED = 5
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 
@@ -58,17 +77,17 @@ class Sample:
                 object.__setattr__(self, name, fine)
 
     def load_image(self) -> Image.Image | None:
-        """The image as RGB, upright: transparency over white, 16-bit grey scaled to 8 bits. One that is more than
-        `MAX_ASPECT` times as long as wide loses its ends.
+        """The image as a viewer shows it, see `as_seen`.
 
         Raises:
-            ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode.
+            ValueError: naming this sample, if the file is missing, empty, truncated, no image, or too large to decode,
+                or holds numbers that are no grey levels.
             ImportError: for an SVG without the `train` extra.
         """
         if self.image is None:
             return None
         try:
-            return trimmed(to_rgb(_upright(_open(self.image))))
+            return as_seen(_open(self.image))
         except ImportError:
             raise
         except Exception as error:  # Pillow's decoders stumble over broken files in every way, IndexErrors too
@@ -90,6 +109,72 @@ def split_of(sample_id: str) -> str:
 def held_out_split_of(sample_id: str) -> str:
     """`"validation"` or `"test"`, a half each, by a hash: for what is never trained on."""
     return HELD_OUT_SPLITS[hashlib.sha256(sample_id.encode()).digest()[0] % 2]
+
+
+def image_key(image: Path | Image.Image | bytes | None) -> str | None:
+    """What is the same for one image however it is referred to, and another for another: the SHA-256 of its encoded
+    content, or of the pixels of a PIL image. A file that cannot be read has its path, no image has `None`."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    try:
+        found = image.stat()
+        return _file_key(image, found.st_size, found.st_mtime_ns)
+    except (OSError, ValueError):  # a path with a zero byte in it
+        return str(image)
+
+
+@functools.lru_cache(maxsize=2**20)
+def _file_key(path: Path, size: int, modified: int) -> str:
+    """Of a file that has not changed since, a reading is enough."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_keys(samples: Sequence[Sample]) -> list[str | None]:
+    """The `image_key` of each sample."""
+    with ThreadPoolExecutor() as pool:
+        keys = pool.map(lambda sample: image_key(sample.image), samples)
+        return list(tqdm(keys, desc="reading images", total=len(samples), unit="", delay=3))
+
+
+def kept(
+    samples: Sequence[Sample],
+    split: Callable[[Sequence[Sample]], tuple[list[Sample], dict[str, str]]],
+    why: str,
+    left_out: dict[str, str] | None = None,
+) -> list[Sample]:
+    """The samples that can be used; the others are named, counted and left out.
+
+    Before a run rather than during it, so that no sample costs the others their result, and what a step of training
+    sees depends on neither workers nor resumption.
+
+    Args:
+        split: into samples that can be used and the errors of the others by id.
+        why: what the others have in common.
+        left_out: the errors are added to it.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    good, failed = split(samples)
+    if not good:
+        raise ValueError(f"none of the {len(samples)} samples can be used: {why}; {next(iter(failed.values()))}")
+    warn_left_out(failed.values(), len(samples), why)
+    if left_out is not None:
+        left_out |= failed
+    return good
+
+
+def warn_left_out(errors: Collection[str], total: int, why: str) -> None:
+    """Names the first `NAMED` of those that are left out, and says how many there are."""
+    for error in islice(errors, NAMED):
+        logger.warning(f"left out: {error}")
+    if errors:
+        logger.warning(f"{len(errors)} of {total} samples left out: {why}")
 
 
 def _well_formed(text: str) -> str:
@@ -114,13 +199,21 @@ def _open(image: Path | Image.Image | bytes) -> Image.Image:
     return Image.open(io.BytesIO(png))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say that the camera was held."""
+def as_seen(image: Image.Image) -> Image.Image:
+    """What a viewer shows of an image: its first frame in sRGB, upright, transparency over white. One that is more
+    than `MAX_ASPECT` times as long as wide loses its ends.
+
+    Raises:
+        ValueError: as `to_rgb`.
+        OSError: if the file is truncated.
+    """
     image.load()
+    rgb = to_rgb(image)
     try:
-        return ImageOps.exif_transpose(image)
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's parser stumbles over: broken EXIF data are no reason to lose the pixels
-        return image
+        turn = None
+    return trimmed(rgb if turn is None else rgb.transpose(turn))
 
 
 def trimmed(image: Image.Image) -> Image.Image:
@@ -133,17 +226,69 @@ def trimmed(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode as RGB: transparency is laid over white, 16-bit and float grey are scaled to 8 bits."""
+    """Any PIL mode as sRGB: transparency is laid over white, an embedded color profile is applied. Grey levels that
+    are numbers are scaled to 8 bits: 16-bit files by their format, integers and floats by the smallest of
+    `GREY_RANGES` that holds them.
+
+    Raises:
+        ValueError: for numbers outside of all ranges, negative, NaN or infinite.
+    """
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith(("I", "F")):
-        # Pillow clips instead of scaling when it converts these modes
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values = values / 257 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = _grey(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # premultiplied grey converts to nothing else
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    rgb = _in_srgb(image, profile)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info = {}  # what it says of profile, transparency and orientation is done, and must not be done again
+    return rgb
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8 bits of modes I and F, which Pillow would clip instead of scaling."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(initial=0), values.max(initial=0)
+    # Pillow reads 16-bit PGM as 32-bit integers
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    ranges = GREY_RANGES[2:] if sixteen else GREY_RANGES if image.mode == "F" else GREY_RANGES[1:]
+    top = next((top for top in ranges if high <= top), None)
+    if low < 0 or top is None or not np.isfinite(values).all():
+        accepted = " or ".join(f"0 to {top}" for top in ranges)
+        raise ValueError(f"its grey levels range from {low:g} to {high:g}, expected {accepted}")
+    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An opaque image as RGB, by its own color profile where that can be read and fits."""
+    if image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if profile is not None:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if image.mode == "L" and own.profile.xcolor_space.strip() == "RGB":
+                image = image.convert("RGB")
+            if "sRGB" not in (own.profile.profile_description or ""):
+                return _converted(image, own)
+        except (ImageCms.PyCMSError, OSError):  # viewers too show the pixels of a file whose profile is broken
+            pass
+    return _converted(image, ImageCms.createProfile("LAB")) if image.mode == "LAB" else image.convert("RGB")
+
+
+def _converted(image: Image.Image, profile: Any) -> Image.Image:
+    converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return cast(Image.Image, converted)
+
+
+def split_answered(samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
+    """The samples with an answer, and of the others the error by id."""
+    failed = {sample.id: f"sample {sample.id!r} has no answer" for sample in samples if not sample.answers}
+    return [sample for sample in samples if sample.answers], failed
 
 
 def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tuple[list[Sample], dict[str, str]]:
@@ -156,21 +301,19 @@ def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tup
             return str(error)
         return None
 
-    files = {sample.image: sample for sample in samples if isinstance(sample.image, Path)}
-    rest = [sample for sample in samples if not isinstance(sample.image, Path)]
-    checked = [*files.values(), *rest]
+    def file(sample: Sample) -> Any:
+        return sample.image if isinstance(sample.image, Path) else id(sample)
+
+    checked = {file(sample): sample for sample in samples}
     with ThreadPoolExecutor() as pool:
-        found = list(
-            tqdm(
-                pool.map(problem, checked),
-                desc="checking images",
-                total=len(checked),
-                unit="",
-                disable=not show_progress,
-            )
+        found = tqdm(
+            pool.map(problem, checked.values()),
+            desc="checking images",
+            total=len(checked),
+            unit="",
+            disable=not show_progress,
         )
-    broken = {image for image, error in zip(files, found, strict=False) if error is not None}
-    failed = {s.id: error for s, error in zip(rest, found[len(files) :], strict=True) if error is not None}
+        broken = {key for key, error in zip(checked, found, strict=True) if error is not None}
     # an error names its own sample
-    failed |= {s.id: cast(str, problem(s)) for s in samples if isinstance(s.image, Path) and s.image in broken}
-    return [sample for sample in samples if sample.id not in failed], failed
+    failed = {sample.id: cast(str, problem(sample)) for sample in samples if file(sample) in broken}
+    return [sample for sample in samples if file(sample) not in broken], failed

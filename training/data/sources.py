@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import sys
 from itertools import islice
 
 from modeling_dms.training.data.easy_vqa import load_easy_vqa
-from modeling_dms.training.data.folder import load_folder
+from modeling_dms.training.data.folder import Table, read_table
 from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
 from modeling_dms.training.data.noto import load_noto
 from modeling_dms.training.data.openmoji import load_openmoji
@@ -19,15 +20,20 @@ PICTURES = {"openmoji": load_openmoji, "noto": load_noto, "stamps": load_stamps}
 CAPTIONED = {"caption", "retrieval"}
 
 
-def load_samples(source: str, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
+def opened(source: str) -> str | Table:
+    """The table of a path, which is then read once for all splits; the name of any other source."""
+    return read_table(source) if os.path.exists(source) else source
+
+
+def load_samples(source: str | Table, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
     """The samples of a split of any data set.
 
     Those of `PICTURES` come in the order of a hash, so that the first ones are a fair sample of all: by their code
     points all flags stand together.
 
     Args:
-        source: the path of a folder or file for `load_folder`, `"easy-vqa"`, one of `PICTURES`, or an id of
-            `HUB_DATASETS`.
+        source: the path of a folder or file for `load_folder`, `"easy-vqa"`, one of `PICTURES`, an id of
+            `HUB_DATASETS`, or what `opened` makes of any of them.
         split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
             holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
@@ -42,8 +48,9 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    if os.path.exists(source):
-        samples = load_folder(source, split)
+    source = opened(source) if isinstance(source, str) else source
+    if isinstance(source, Table):
+        samples = source.of(split)
     elif source == "easy-vqa":
         samples = load_easy_vqa(split, task or "vqa")
     elif source in PICTURES:
@@ -58,7 +65,8 @@ def load_samples(source: str, split: str, task: str | None = None, limit: int | 
         samples = [sample.replace(task=task) for sample in samples if sample.task in served]
     samples = list(islice(samples, limit))
     if not samples:
-        raise ValueError(f"{source}: no samples for task {task!r} in split {split!r}")
+        name = source.path if isinstance(source, Table) else source
+        raise ValueError(f"{name}: no samples for task {task!r} in split {split!r}")
     return samples
 
 
@@ -66,13 +74,22 @@ def _drawn(sample: Sample) -> bytes:
     return hashlib.sha256(sample.id.encode()).digest()
 
 
-def load_sources(sources: str, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
+def print_summary(source: str | Table) -> None:
+    """Says on standard error what was found in a table."""
+    if isinstance(source, Table):
+        print(source.summary(), file=sys.stderr)
+
+
+def load_sources(
+    sources: str, split: str, task: str | None = None, limit: int | None = None, show_summary: bool = True
+) -> list[Sample]:
     """The samples of several data sets, mixed evenly: the first hundred hold as much of each as all do.
 
     Args:
         sources: separated by commas, as for `load_samples`; `name:task` takes another task of one than `task`. A path
             that exists is one source, whatever its name.
         limit: of each source.
+        show_summary: `print_summary` of each source.
 
     Raises:
         ValueError, ConnectionError, FileNotFoundError, ImportError: as `load_samples`.
@@ -81,7 +98,10 @@ def load_sources(sources: str, split: str, task: str | None = None, limit: int |
     if not named:
         raise ValueError(f"expected at least one source, got {sources!r}")
     for name, wanted in named:
-        found = load_samples(name, split, wanted or task, limit)
+        source = opened(name)
+        if show_summary:
+            print_summary(source)
+        found = load_samples(source, split, wanted or task, limit)
         placed += [((place + 0.5) / len(found), sample) for place, sample in enumerate(found)]
     return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])]
 
