@@ -97,11 +97,20 @@ def load(
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
-    """How many tokens a prompt may have, so that so many new ones fit behind it; `None` where nothing limits it."""
+    """How many tokens a prompt may have, so that so many new ones fit behind it; `None` where nothing limits it.
+
+    Raises:
+        ValueError: if they alone are more than fit.
+    """
     if not model.can_generate():  # BLIP-2's retrieval reads texts with its Q-Former
         return model.config.qformer_config.max_position_embeddings
     if not model.config.is_encoder_decoder:
-        return model.config.get_text_config(decoder=True).max_position_embeddings - new_tokens
+        positions = model.config.get_text_config(decoder=True).max_position_embeddings
+        if new_tokens >= positions:
+            raise ValueError(
+                f"{new_tokens} new tokens do not fit: the model has room for {positions}, prompt included"
+            )
+        return positions - new_tokens
     # relative positions know no end, but the tokenizer knows what its model was trained on
     length = processor.tokenizer.model_max_length
     return length if length < LARGE_INTEGER else None
