@@ -399,7 +399,8 @@ class DMSMixin(CalibrationMixin):
         if found != needed or bool((placeholders.sum(1) % tokens.shape[1]).any()):
             raise ValueError(
                 f"{tokens.shape[0]} image(s) need {needed} image tokens, {tokens.shape[1]} each, but the prompts hold "
-                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, or truncation cut some"
+                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, truncation cut some, "
+                "or the processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
             )
 
     def _check_weights(self, weights: Tensor, modality_mask: Tensor) -> Tensor:
