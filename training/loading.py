@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import find_adapter_config_file
 
@@ -18,6 +18,7 @@ from modeling_dms import (
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms._compat import require
+from modeling_dms.training.processors import load_processor
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -34,7 +35,7 @@ MODEL_CLASSES = {
 def load(
     name: str | Path, dms: dict[str, Any] | None = None, merge: bool = True, **kwargs: Any
 ) -> tuple[Any, ProcessorMixin]:
-    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor.
+    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor, see [`load_processor`].
 
     Args:
         name: a folder, a Hub id, a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`), or one
@@ -46,7 +47,8 @@ def load(
 
     Raises:
         ValueError: for another model type, a checkpoint that needs code of its own, weights or a configuration that
-            are broken, an adapter with pickled weights, or a field that `DMSConfig` does not have or refuses.
+            are broken, a processor that does not fit, an adapter with pickled weights, or a field that `DMSConfig`
+            does not have or refuses.
         OSError: naming a checkpoint that is neither here nor to be had.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
@@ -93,7 +95,7 @@ def load(
         except StrictDataclassError as error:
             raise ValueError(f"dms: {error}") from error
     model = class_of(config).from_pretrained(name, **kwargs)
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    return model, load_processor(name, model)
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
