@@ -208,6 +208,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         """
         if hasattr(self, "hf_device_map"):
             self._preprocess_accelerate()
+        self._check_padding(attention_mask)
         images = None
         if pixel_values is not None:
             images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
