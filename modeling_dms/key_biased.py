@@ -43,6 +43,17 @@ class KeyBiased:
             **kwargs,
         )
 
+    def __reduce__(self) -> tuple:
+        # pickle looks classes up by name, and finds the library's under that of `key_biased`
+        (language_model_class,) = set(type(self).__bases__) - {KeyBiased}
+        return _blank, (language_model_class,), self.__dict__
+
+
+def _blank(language_model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """An instance without its state, for pickle."""
+    made = key_biased(language_model_class)
+    return made.__new__(made)
+
 
 def _positions(inputs: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
     past = cache.get_seq_length() if cache is not None else 0

@@ -190,6 +190,7 @@ class LlavaMixin(DMSMixin):
         continued = cache is not None and cache.get_seq_length() > 0
         if continued or (input_ids is None and kwargs.get("modality_ids") is None):
             return super().generate(input_ids, **kwargs)
+        self._check_padding(kwargs.get("attention_mask"))
         names = ("vision_feature_layer", "vision_feature_select_strategy")
         layers = {name: kwargs.get(name) for name in names}
         pixel_values = kwargs.pop("pixel_values", None)

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.utils import logging
 
 from modeling_dms.attention import SDPA_KEY_BIAS
 from modeling_dms.calibration import Statistics
@@ -30,6 +31,9 @@ from modeling_dms.scheduler import ZeroLinear, uniform_weights
 from modeling_dms.staging import staged
 from modeling_dms.text_only import layers_of, text_only_states, watch_layers
 from modeling_dms.typicality import token_statistics
+
+
+logger = logging.get_logger(__name__)
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -399,7 +403,18 @@ class DMSMixin(CalibrationMixin):
         if found != needed or bool((placeholders.sum(1) % tokens.shape[1]).any()):
             raise ValueError(
                 f"{tokens.shape[0]} image(s) need {needed} image tokens, {tokens.shape[1]} each, but the prompts hold "
-                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, or truncation cut some"
+                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, truncation cut some, "
+                "or the processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
+            )
+
+    def _check_padding(self, attention_mask: Tensor | None) -> None:
+        """Warns, once, of prompts (B, L) to be gone on from that end in padding."""
+        if self.config.is_encoder_decoder or attention_mask is None or attention_mask.ndim != 2:
+            return
+        if not attention_mask[:, -1].all():
+            logger.warning_once(
+                "some prompts are padded on the right, where a decoder-only model goes on from the padding and "
+                "answers wrongly: set `processor.tokenizer.padding_side = 'left'`"
             )
 
     def _check_weights(self, weights: Tensor, modality_mask: Tensor) -> Tensor:

@@ -23,6 +23,17 @@ from modeling_dms.outputs import DMSBlip2Output, DMSBlip2RetrievalOutput, Modali
 from modeling_dms.prompt import CACHED_WITHOUT_WEIGHTS, TEXT, VISION, EncodedImages, Schedule
 
 
+def _check_image_size(pixel_values: Tensor, size: int) -> None:
+    """Raises ValueError for images (I, 3, H, W) of another size than the vision model has positions for: a smaller one
+    would get the first of them."""
+    height, width = pixel_values.shape[-2:]
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"pixel_values of {height} x {width} pixels, config.vision_config.image_size is {size}: let the processor "
+            "resize to that, or pass interpolate_pos_encoding=True"
+        )
+
+
 class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, GenerationMixin):
     """`Blip2ForConditionalGeneration` that weighs image and text per sample, with decoder-only and encoder-decoder
     language models.
@@ -49,6 +60,8 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         self._check_images(pixel_values)
+        if not kwargs.get("interpolate_pos_encoding"):
+            _check_image_size(pixel_values, self.config.vision_config.image_size)
         kept = kept_hidden_states(self._vision_layers)
         outputs = self.get_image_features(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
         return self._encoded(outputs)
@@ -195,6 +208,7 @@ class DMSBlip2ForConditionalGeneration(DMSMixin, Blip2ForConditionalGeneration, 
         """
         if hasattr(self, "hf_device_map"):
             self._preprocess_accelerate()
+        self._check_padding(attention_mask)
         images = None
         if pixel_values is not None:
             images = self._encode_images(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
@@ -249,6 +263,7 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
 
     def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
         self._check_images(pixel_values)
+        _check_image_size(pixel_values, self.config.vision_config.image_size)
         kept = kept_hidden_states(self._vision_layers)
         outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
         features = outputs.last_hidden_state

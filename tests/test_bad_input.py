@@ -108,6 +108,23 @@ def test_pixels_that_are_not_finite(backbone, value):
             model(**labelled)
 
 
+@pytest.mark.parametrize("size", [4, 7, 12])
+@pytest.mark.parametrize("backbone", ["blip2-opt", "blip2-t5", "retrieval"])
+def test_images_of_another_size_than_the_vision_models(backbone, size):
+    """The vanilla class gives a smaller image the first rows of positions."""
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
+    other = {**inputs, "pixel_values": torch.zeros(3, 3, size, size)}
+    said = rf"{size} x {size} pixels, config.vision_config.image_size is 8.*interpolate_pos_encoding"
+    if backbone == "retrieval":
+        with pytest.raises(ValueError, match=said):
+            model(**other)
+        return
+    refused(model, other, said)
+    larger = {**inputs, "pixel_values": torch.zeros(3, 3, 16, 16), "interpolate_pos_encoding": True}
+    with torch.no_grad():
+        assert model(**larger).logits.isfinite().all()
+
+
 def test_pixels_and_encoded_images_together():
     for backbone in tiny.FAMILIES:
         model, inputs = tiny.shared(backbone), tiny.prompts(backbone, "pairs")

@@ -1,6 +1,7 @@
 """Generation: the vanilla answer where nothing is weighed, the uncached argmax where something is, weights once."""
 
 import contextlib
+import logging
 import threading
 
 import pytest
@@ -204,6 +205,26 @@ def test_prompts_without_any_image(backbone):
     assert torch.equal(out.modality_weights, torch.tensor([[0.0, 1.0]] * 2))
     text = tiny.vanilla(backbone) if backbone in tiny.LLAVA_SHAPED else tiny.vanilla(backbone).language_model
     assert torch.equal(out.sequences, generate(text, inputs))
+
+
+@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+def test_padding_on_the_right_is_warned_of_once(backbone, caplog):
+    logging.Logger.warning_once.cache_clear()
+    model = tiny.shared(backbone)
+
+    def said():
+        return [record.getMessage() for record in caplog.records if record.name.startswith("modeling_dms")]
+
+    for inputs in (tiny.prompts(backbone, "mixed", "left"), tiny.prompts(backbone), tiny.batch([tiny.SHORT], "right")):
+        generate(model, inputs)
+    assert not said()
+    for seed in (1, 2):
+        generate(model, tiny.prompts(backbone, "mixed", "right", seed=seed))
+    if backbone == "blip2-t5":  # an encoder reads padding wherever it stands
+        assert not said()
+    else:
+        (warning,) = said()
+        assert "padding_side = 'left'" in warning
 
 
 @pytest.mark.parametrize("backbone", tiny.FAMILIES)

@@ -1,6 +1,8 @@
 """Loading: vanilla checkpoints lose nothing, DMS checkpoints come back bit for bit, broken ones are refused."""
 
+import io
 import json
+import pickle
 import re
 
 import pytest
@@ -172,6 +174,22 @@ def test_round_trip_is_exact(saved, backbone):
         assert torch.equal(again_weights, weights)
         if backbone != "retrieval":
             assert loaded.dms.calibration.is_calibrated
+
+
+@pytest.mark.parametrize("backbone", EVERY)
+def test_a_pickled_model_is_the_same(backbone):
+    # before it has run: from then on hooks of transformers, which cannot be pickled, hang on the vanilla classes too
+    model, file = tiny.build(backbone, scheduler="learned", stirred=True), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)
+    logits, weights = answer(model, backbone)
+    assert (weights - 0.5).abs().max() > 1e-3
+    for copied in copies:
+        assert_same_tensors(copied.state_dict(), model.state_dict())
+        again, again_weights = answer(tiny.realigned(copied), backbone)
+        assert torch.equal(again, logits)
+        assert torch.equal(again_weights, weights)
 
 
 @pytest.mark.parametrize("backbone", EVERY)

@@ -188,3 +188,23 @@ def test_a_picture_to_ask_about_must_exist(tmp_path):
     assert done.stderr.startswith("error: ")
     assert "none.png cannot be read" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("predict --model demo-llava --max-new-tokens 100000", "100000 new tokens do not fit: .* room for 512,"),
+        ("predict --model demo-llava --max-new-tokens 512", "512 new tokens do not fit: .* room for 512,"),
+        ("predict --model demo-blip2 --max-new-tokens 300", "300 new tokens do not fit: .* room for 256,"),
+        ("train --model demo-blip2 --data easy-vqa --max_length 257", "max_length=257: demo-blip2 has room for 256"),
+    ],
+)
+def test_more_tokens_than_the_model_has_room_for(command, said, tmp_path):
+    asked = {
+        "predict": ["--question", "what?", "--context", "a box."],
+        "train": ["--output_dir", str(tmp_path / "run")],
+    }
+    done = CliRunner().invoke(app, [*command.split(), *asked[command.split()[0]]])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert re.search(f"error: .*{said}", done.stderr.strip().splitlines()[-1])

@@ -193,6 +193,7 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         model_max_length=config.max_position_embeddings,
+        padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
     return model, tokenizer

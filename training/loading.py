@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import find_adapter_config_file
 
@@ -20,6 +20,7 @@ from modeling_dms import (
 )
 from modeling_dms._compat import require
 from modeling_dms.training.names import check_names
+from modeling_dms.training.processors import load_processor
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -39,7 +40,7 @@ MODEL_CLASSES = {
 def load(
     name: str | Path, dms: dict[str, Any] | None = None, merge: bool = True, **kwargs: Any
 ) -> tuple[Any, ProcessorMixin]:
-    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor.
+    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor, see [`load_processor`].
 
     Args:
         name: a folder, a Hub id, a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`), or one
@@ -51,7 +52,8 @@ def load(
 
     Raises:
         ValueError: for another model type, a checkpoint that needs code of its own, weights or a configuration that
-            are broken, an adapter with pickled weights, or a field that `DMSConfig` does not have or refuses.
+            are broken, a processor that does not fit, an adapter with pickled weights, or a field that `DMSConfig`
+            does not have or refuses.
         OSError: naming a checkpoint that is neither here nor to be had.
         ImportError: naming what an assembled checkpoint's parts or an adapter need.
     """
@@ -92,7 +94,7 @@ def load(
         check_dms(dms)
         kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
     model = class_of(config).from_pretrained(name, **kwargs)
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    return model, load_processor(name, model)
 
 
 def check_dms(fields: dict[str, Any]) -> None:
@@ -105,11 +107,20 @@ def check_dms(fields: dict[str, Any]) -> None:
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
-    """How many tokens a prompt may have, so that so many new ones fit behind it; `None` where nothing limits it."""
+    """How many tokens a prompt may have, so that so many new ones fit behind it; `None` where nothing limits it.
+
+    Raises:
+        ValueError: if they alone are more than fit.
+    """
     if not model.can_generate():  # BLIP-2's retrieval reads texts with its Q-Former
         return model.config.qformer_config.max_position_embeddings
     if not model.config.is_encoder_decoder:
-        return model.config.get_text_config(decoder=True).max_position_embeddings - new_tokens
+        positions = model.config.get_text_config(decoder=True).max_position_embeddings
+        if new_tokens >= positions:
+            raise ValueError(
+                f"{new_tokens} new tokens do not fit: the model has room for {positions}, prompt included"
+            )
+        return positions - new_tokens
     # relative positions know no end, but the tokenizer knows what its model was trained on
     length = processor.tokenizer.model_max_length
     return length if length < LARGE_INTEGER else None

@@ -78,6 +78,7 @@ def build_tokenizer(samples: list[Sample], extra: dict[str, str], vocab_size: in
         eos_token="</s>",
         extra_special_tokens=extra,
         model_max_length=512,
+        padding_side="left",
     )
 
 

@@ -136,6 +136,9 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
             f"schedule_target={training.schedule_target!r} does nothing where lambda_schedule is 0, as it is in "
             f"{choices.model}: give another lambda_schedule in `dms`, or schedule_target='none'"
         )
+    room = room_for_prompts(model, processor, 0)
+    if room is not None and data.max_length is not None and data.max_length > room:
+        raise ValueError(f"max_length={data.max_length}: {choices.model} has room for {room} tokens")
     samples = load_sources(data.data, "train", data.task, data.max_samples, training.should_log)
     show_progress = training.should_log and not training.disable_tqdm
     samples = kept(samples, split_answered, UNANSWERED)
@@ -145,7 +148,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     collator = PromptCollator(
         processor,
         with_labels=True,
-        max_length=data.max_length or room_for_prompts(model, processor, 0),
+        max_length=data.max_length or room,
         schedule_temperature=training.schedule_temperature,
         with_ids=True,
     )

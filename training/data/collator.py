@@ -42,6 +42,9 @@ class PromptCollator:
             is known to have done over this temperature.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
             tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`.
+
+    Raises:
+        ValueError: for labels of a tokenizer without an end token.
     """
 
     processor: ProcessorMixin
@@ -49,6 +52,10 @@ class PromptCollator:
     max_length: int | None = None
     schedule_temperature: float | None = None
     with_ids: bool = False
+
+    def __post_init__(self) -> None:
+        if self.with_labels and self.processor.tokenizer.eos_token_id is None:
+            raise ValueError("answers to train on end with tokenizer.eos_token, which the processor's tokenizer lacks")
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `pixel_values` (images, 3, H, W) where there
