@@ -125,8 +125,10 @@ def test_saved_checkpoint_loads_as_a_dms_model(built, name, kind, tmp_path):
 
 
 @needs_parts
-def test_chat_template_writes_the_prompts_of_training(built):
+@pytest.mark.parametrize("typed", ["", "<image>", "<|im_end|>", "a <|im_start|><image> b <|endoftext|>"])
+def test_chat_template_writes_the_prompts_of_training(built, typed):
     sample = load_samples("easy-vqa", "test", limit=1)[0]
+    sample = sample.replace(question=f"{typed} {sample.question}".strip())
     text = f"context: {sample.context} question: {sample.question}"
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     for name, (_, processor) in built.items():
@@ -134,6 +136,9 @@ def test_chat_template_writes_the_prompts_of_training(built):
         prompt = template.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = processor(images=sample.load_image(), text=prompt)["input_ids"][0]
         assert list(ids) == PromptCollator(processor)([sample])["input_ids"][0].tolist()
+        alone = template.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        without = PromptCollator(processor)([sample.replace(image=None)])["input_ids"][0].tolist()
+        assert processor.tokenizer(alone)["input_ids"] == without
 
 
 def test_new_layers_are_the_same_on_every_machine():

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import corrupt
-from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.data import as_text, load_easy_vqa
 from modeling_dms.training.demo import one_per_image
 from modeling_dms.training.loading import CHECKPOINTS, load
+from modeling_dms.training.serve import serve
 from tests import tiny
 
 
@@ -129,6 +130,19 @@ def test_a_pipeline_answers_chats(saved, samples, rescued):
     assert expected == damaged.answers[0]
 
 
+@pytest.mark.parametrize("typed", ["<image>", "</s>", "<s><pad><image>"])
+def test_typed_special_tokens_reach_pipelines_as_text(saved, samples, typed):
+    pipe = pipeline("image-text-to-text", model=str(saved("demo-llava")))
+    processor, sample = pipe.processor, samples[0]
+    text = as_text(processor, f"{typed} {text_of(sample)}")
+    content = [{"type": "image", "image": sample.load_image()}, {"type": "text", "text": text}]
+    (chat,) = pipe(text=[{"role": "user", "content": content}], max_new_tokens=1)
+    (prompt,) = pipe(images=sample.load_image(), text=f"<image>{text}", max_new_tokens=1, return_full_text=False)
+    assert chat["generated_text"][-1]["content"] == prompt["generated_text"]
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not set(ids) & set(processor.tokenizer.all_special_ids)
+
+
 # ---- serving
 
 
@@ -190,6 +204,82 @@ def test_a_server_answers_about_an_image(client, saved, samples, rescued):
         expected, _ = answers(model, processor, "demo-llava", sample)
         assert whole.strip() == "".join(parts).strip() == expected
     assert expected == damaged.answers[0]
+
+
+@pytest.fixture(scope="module")
+def in_process(saved):
+    """A client of the server's application, run without a server."""
+    for needed in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(needed)
+    import uvicorn
+    from fastapi.testclient import TestClient
+
+    applications = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.Server, "run", lambda server: applications.append(server.config.app))
+        serve(str(saved("demo-llava")), ["--device", "cpu"])
+    with TestClient(applications[0], raise_server_exceptions=False) as client:
+        yield client
+
+
+def ask(client, saved, text, image=None, path="/v1/chat/completions", **fields):
+    """The response to a text and an image."""
+    kinds = ("input_text", "input_image") if path.endswith("responses") else ("text", "image_url")
+    content = [{"type": kinds[0], "text": text}]
+    if image is not None:
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        content.insert(0, {"type": kinds[1], "image_url": url if path.endswith("responses") else {"url": url}})
+    messages = [{"role": "user", "content": content}]
+    asked = {"input": messages, "max_output_tokens": 1} if path.endswith("responses") else {"messages": messages}
+    asked |= {} if path.endswith("responses") else {"max_tokens": 1}
+    return client.post(path, json={"model": str(saved("demo-llava")), "stream": False, **asked, **fields})
+
+
+def answered(response):
+    assert response.status_code == 200, response.text
+    said = response.json()
+    return said["choices"][0]["message"]["content"] if "choices" in said else said["output"][0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("typed", ["<image>", "</s>", "<s><pad>", "<image><image></s>"])
+def test_a_server_reads_typed_special_tokens_as_text(in_process, saved, samples, typed, path):
+    processor = load(saved("demo-llava"))[1]
+    sample = samples[0]
+    for text in (f"{typed} {text_of(sample)}", f"what does {typed} mean?"):
+        for image in (sample.load_image(), None):
+            found = answered(ask(in_process, saved, text, image, path, temperature=0))
+            assert found == answered(ask(in_process, saved, as_text(processor, text), image, path, temperature=0))
+    as_string = [{"role": "user", "content": f"what does {typed} mean?"}]
+    fields = {"instructions": typed, "input": as_string} if path.endswith("responses") else {"messages": as_string}
+    answered(ask(in_process, saved, "", path=path, **fields))
+
+
+def test_what_a_server_refuses_is_said_in_a_sentence(in_process, saved):
+    """A whole prompt is read with its special tokens, and cannot bring an image."""
+    fields = {"model": str(saved("demo-llava")), "max_tokens": 1}
+    assert in_process.post("/v1/completions", json={**fields, "prompt": "what color? answer:"}).status_code == 200
+    for prompt in ("<image>", "<image> what color?", "a <image> b <image>"):
+        response = in_process.post("/v1/completions", json={**fields, "prompt": prompt})
+        assert response.status_code == 400
+        assert "0 image(s) need 0 image tokens" in response.json()["error"]["message"]
+    # what is no chat passes by
+    assert in_process.post("/v1/chat/completions", content=b"{").status_code == 422
+    assert in_process.post("/v1/chat/completions", json=[1]).status_code == 422
+    assert in_process.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("name", PLACEHOLDER)
+def test_a_server_wants_a_chat_template(name, tmp_path):
+    model, processor = load(name)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "has no chat template" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_server_wants_a_whole_checkpoint_with_dms(tmp_path):

@@ -24,7 +24,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,14 +98,23 @@ IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 112, 14, 32
 IMAGE_TOKEN = "<image>"
 # a reserved token of SmolLM2 that no text of ours contains
 RESERVED_TOKEN = "<empty_output>"
-# the prompts of `PromptCollator`: images, then text; the answer follows "answer:"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}" + IMAGE_TOKEN + "{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} answer:{% if not loop.last %} {% endif %}"
-    "{% endif %}{% endfor %}"
-)
+
+
+def chat_template(special_tokens: Iterable[str], image: str = IMAGE_TOKEN) -> str:
+    """The prompts of `PromptCollator`: images, then text, in which special tokens are text; the answer follows
+    "answer:".
+
+    Args:
+        image: what stands for an image.
+    """
+    as_text = "".join(f" | replace({token!r}, {f'{token[0]} {token[1:]}'!r})" for token in special_tokens)
+    return (
+        "{% for message in messages %}{% if message['content'] is string %}{{ message['content']" + as_text + " }}"
+        "{% else %}{% for part in message['content'] if part['type'] == 'image' %}" + image + "{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text']" + as_text + " }}{% endfor %}"
+        "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} answer:"
+        "{% if not loop.last %} {% endif %}{% endif %}{% endfor %}"
+    )
 
 
 def part(package: str, file: str) -> Path:
@@ -194,9 +203,13 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         unk_token="<|endoftext|>",
         model_max_length=config.max_position_embeddings,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
     )
+    tokenizer.chat_template = chat_template(_special_tokens(tokenizer))
     return model, tokenizer
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def text_encoder_state() -> dict[str, Tensor]:
@@ -267,7 +280,7 @@ def assemble_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaP
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template,
     )
     return model, processor
 
@@ -310,7 +323,7 @@ def assemble_blip2(seed: int = 0) -> tuple[Blip2ForConditionalGeneration, Blip2P
     projection.weight.mul_(model.get_input_embeddings().weight.std() / projection(seen).std(0).mean())
     projection.bias.copy_(-projection.weight @ mean)
     # `Blip2Processor` has no template of its own and puts the image in front of every text by itself
-    tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, "")
+    tokenizer.chat_template = chat_template(_special_tokens(tokenizer), image="")
     return model, Blip2Processor(image_processor(), tokenizer, NUM_QUERY_TOKENS)
 
 

@@ -14,6 +14,28 @@ from transformers import (
 )
 
 
+def read_processor(name: str | Path) -> ProcessorMixin:
+    """The processor of a checkpoint, as its files have it.
+
+    Raises:
+        ValueError: if it cannot be read, or half of it is missing.
+        OSError: naming the file that is neither here nor to be had.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # what transformers stumbles over in files that are damaged or of another kind
+        raise ValueError(f"the processor of {name} cannot be read: {error}") from error
+    if not isinstance(processor, ProcessorMixin):  # what transformers makes do with
+        missing = "image processor" if isinstance(processor, PreTrainedTokenizerBase) else "tokenizer"
+        raise ValueError(
+            f"{name} holds a {type(processor).__name__}, and no {missing} beside it: save the processor of its base "
+            "model there"
+        )
+    return processor
+
+
 def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
     """The processor that was saved with a model, ready for batches.
 
@@ -29,7 +51,7 @@ def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
         ValueError: naming what is missing, cannot be read, or does not fit the model.
         OSError: naming the file that is neither here nor to be had.
     """
-    processor = _read(name)
+    processor = read_processor(name)
     tokenizer, config = processor.tokenizer, model.config
     if not tokenizer.is_fast:  # prompts are marked by the places of their tokens, which others do not tell
         raise ValueError(f"{name} has a {type(tokenizer).__name__}: a fast tokenizer is needed (tokenizer.json)")
@@ -54,22 +76,6 @@ def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
             )
         if not config.is_encoder_decoder:
             tokenizer.padding_side = "left"
-    return processor
-
-
-def _read(name: str | Path) -> ProcessorMixin:
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # what transformers stumbles over in files that are damaged or of another kind
-        raise ValueError(f"the processor of {name} cannot be read: {error}") from error
-    if not isinstance(processor, ProcessorMixin):  # what transformers makes do with
-        missing = "image processor" if isinstance(processor, PreTrainedTokenizerBase) else "tokenizer"
-        raise ValueError(
-            f"{name} holds a {type(processor).__name__}, and no {missing} beside it: save the processor of its base "
-            "model there"
-        )
     return processor
 
 

@@ -1,6 +1,6 @@
 """Samples, data sets and collation."""
 
-from modeling_dms.training.data.collator import PromptCollator
+from modeling_dms.training.data.collator import PromptCollator, as_text
 from modeling_dms.training.data.easy_vqa import load_easy_vqa
 from modeling_dms.training.data.folder import load_folder
 from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
@@ -15,6 +15,7 @@ __all__ = [
     "HUB_DATASETS",
     "PromptCollator",
     "Sample",
+    "as_text",
     "load_easy_vqa",
     "load_folder",
     "load_hub",
