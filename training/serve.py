@@ -1,32 +1,22 @@
 """`dms serve`: DMS checkpoints behind `transformers serve`, which speaks OpenAI's API."""
 
-<<<<<<< HEAD
-import socket
-from collections.abc import Sequence
-
-import typer
-from transformers.cli.serve import Serve
-from transformers.utils import find_adapter_config_file
-
-from modeling_dms.training.loading import MODEL_CLASSES, located, read_config
-=======
 import json
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 import typer
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.cli.serve import Serve
 from transformers.utils import find_adapter_config_file
 
 from modeling_dms.training.data import as_text
-from modeling_dms.training.loading import MODEL_CLASSES
+from modeling_dms.training.loading import MODEL_CLASSES, located, read_config
 from modeling_dms.training.processors import read_processor
 
 
 # fields of a request that a chat template writes into the prompt; `prompt` is a whole prompt, special tokens included
 WRITTEN = ("messages", "input", "instructions", "tools", "chat_template_kwargs")
->>>>>>> work-c
 
 
 def serve(name: str, arguments: Sequence[str] = ()) -> None:
@@ -38,26 +28,33 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         arguments: options of `transformers serve`, such as `["--port", "8000"]`.
 
     Raises:
-<<<<<<< HEAD
-        ValueError: for an adapter, or a checkpoint without DMS.
-        OSError: as `load`, or for a port that is taken.
-=======
         ValueError: for an adapter, a checkpoint without DMS, or a processor without a chat template.
-        ImportError: naming the extra that is not installed.
->>>>>>> work-c
+        OSError: as `load`, or for a port that is taken.
     """
+
+    class Prepared(Serve):
+        def start_server(self) -> None:
+            prepare(self.server.config.app, processor)
+            self.server.run()
+
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(Serve)
+    app.command()(Prepared)
     checkpoint = str(located(name))
-    # an option that `transformers serve` does not have is wrong usage, as one of our own
-    context = typer.main.get_command(app).make_context("dms serve", [checkpoint, *arguments])
+    # an option that `transformers serve` does not have is wrong usage, as one of our own; told not to block, `Serve`
+    # leaves it to `start_server` to run the application
+    context = typer.main.get_command(app).make_context("dms serve", [checkpoint, *arguments, "--non-blocking"])
     if find_adapter_config_file(checkpoint):
         raise ValueError(f"{name} is an adapter: make it a whole checkpoint by `dms merge` first")
     kind = read_config(checkpoint).model_type
     known = [model_type for model_type in MODEL_CLASSES if model_type.startswith("dms_")]
     if kind not in known:
         raise ValueError(f"{name} is a {kind!r} checkpoint, expected one of {', '.join(known)}: see `dms calibrate`")
-<<<<<<< HEAD
+    processor = read_processor(checkpoint)
+    if processor.chat_template is None:
+        raise ValueError(
+            f"the {type(processor).__name__} of {name} has no chat template, which makes prompts of chats: set "
+            "processor.chat_template and save it there (BLIP-2's keeps none)"
+        )
     with context:
         host, port = context.params["host"], context.params["port"]
         try:
@@ -66,23 +63,6 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         except (OSError, OverflowError) as error:  # which the server would tell among other lines
             raise OSError(f"cannot listen at {host}, port {port}: {error}") from error
         context.command.invoke(context)
-=======
-    processor = read_processor(name)
-    if processor.chat_template is None:
-        raise ValueError(
-            f"the {type(processor).__name__} of {name} has no chat template, which makes prompts of chats: set "
-            "processor.chat_template and save it there (BLIP-2's keeps none)"
-        )
-
-    class Prepared(Serve):
-        def start_server(self) -> None:
-            prepare(self.server.config.app, processor)
-            self.server.run()
-
-    app = typer.Typer()
-    app.command()(Prepared)
-    # told so, `Serve` leaves it to `start_server` to run the application
-    app([name, *arguments, "--non-blocking"], standalone_mode=False)
 
 
 def prepare(app: Any, processor: ProcessorMixin) -> None:
@@ -142,4 +122,3 @@ class TypedTokens:
             case dict():
                 return {key: self._as_text(item) for key, item in value.items()}
         return value
->>>>>>> work-c
