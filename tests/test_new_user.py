@@ -42,6 +42,7 @@ def without(column):
             r"got (4\d) and \1; these are of the training split, .* four of five images .* without a column 'split'",
         ),
         ("questions too long", r"none of the 60 samples can be used: they cannot be asked; sample .* max_length=512"),
+        ("no images", r"got 0 and 1; without images there is nothing to weigh$"),
         ("no contexts", r"got 60 and 0; without contexts, docs/calibrate.md weighs images against questions"),
         ("no model", r"error: nowhere: "),
     ],
@@ -67,6 +68,8 @@ def test_a_mistake_is_named_in_one_line(mistake, said, tmp_path):
             change(folder, without("split"))
         case "questions too long":
             change(folder, lambda row: {**row, "question": "what? " * 600})
+        case "no images":
+            change(folder, without("image"))
         case "no contexts":
             change(folder, without("context"))
     model = "nowhere" if mistake == "no model" else "demo-llava"

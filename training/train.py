@@ -1,7 +1,6 @@
 """`dms train`: loads, calibrates, trains, calibrates again, saves, and draws the curves."""
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,6 @@ from modeling_dms.training.resume import last_complete_checkpoint
 from modeling_dms.training.stages import prepare
 from modeling_dms.training.trainer import DMSTrainer
 
-
-logger = logging.getLogger(__name__)
 
 BATCH = 32  # of calibration
 # why samples are left out
@@ -59,8 +56,8 @@ def calibrate(
     with_image = sum(sample.image is not None for sample in distinct)
     with_context = sum(bool((sample.context or "").strip()) for sample in distinct)
     if min(with_image, with_context) < MIN_SAMPLES:
-        hint = ""
-        if images < MIN_SAMPLES:
+        hint = "" if images else "; without images there is nothing to weigh"
+        if 0 < images < MIN_SAMPLES:
             hint += (
                 "; these are of the training split, which holds four of five images of a table without a column "
                 "'split': with 'train' there in every row all are taken"
