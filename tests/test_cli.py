@@ -212,7 +212,7 @@ def test_the_extra_for_evaluating_is_enough(tmp_path):
         (("--kinds", "fog"), "unknown kind 'fog', did you mean image:fog"),
         (
             ("--kinds", "image:fog", "--corruptions", "seen,both"),
-            "none of the kinds image:fog is in seen, both",
+            "the kinds image:fog leave nothing of seen, both",
         ),
         (("--kinds", ","), "--kinds: expected names"),
         (("--corruptions", "sene"), "unknown corruption 'sene', did you mean seen"),

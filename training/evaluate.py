@@ -118,7 +118,7 @@ def conditions_of(config: EvaluationConfig) -> list[Condition]:
     """Clean, and every kind of the chosen groups at every severity; what leaves nothing at the highest alone.
 
     Raises:
-        ValueError: for an unknown corruption or kind, kinds that are in none of the groups, or a severity outside
+        ValueError: for an unknown corruption or kind, kinds that leave nothing of the groups, or a severity outside
             1..5.
     """
     check_names("kind", config.kinds or (), NAMES)
@@ -147,7 +147,7 @@ def conditions_of(config: EvaluationConfig) -> list[Condition]:
                     for severity in ((highest,) if whole else config.severities)
                 ]
     if config.kinds is not None and config.corruptions and len(found) == 1:
-        raise ValueError(f"none of the kinds {', '.join(config.kinds)} is in {', '.join(config.corruptions)}")
+        raise ValueError(f"the kinds {', '.join(config.kinds)} leave nothing of {', '.join(config.corruptions)}")
     return found
 
 

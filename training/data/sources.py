@@ -115,7 +115,7 @@ def named_sources(sources: str) -> list[tuple[str, str | None]]:
         ends = (end for end in range(len(parts), 1, -1) if os.path.exists(_named(",".join(parts[:end]))[0]))
         end = next(ends, 1)
         source, parts = ",".join(parts[:end]), parts[end:]
-        source = source if os.path.exists(source) else source.strip()
+        source = source if os.path.exists(_named(source)[0]) else source.strip()
         if source:
             found.append(_named(source))
     return found
