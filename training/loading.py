@@ -95,7 +95,7 @@ def load(
         except StrictDataclassError as error:
             raise ValueError(f"dms: {error}") from error
     model = class_of(config).from_pretrained(name, **kwargs)
-    return model, load_processor(name, model)
+    return model, load_processor(name, model.config, model.can_generate())
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:

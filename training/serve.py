@@ -11,7 +11,7 @@ from transformers.utils import find_adapter_config_file
 
 from modeling_dms.training.data import as_text
 from modeling_dms.training.loading import MODEL_CLASSES
-from modeling_dms.training.processors import read_processor
+from modeling_dms.training.processors import load_processor, read_processor
 
 
 # fields of a request that a chat template writes into the prompt; `prompt` is a whole prompt, special tokens included
@@ -27,16 +27,25 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         arguments: options of `transformers serve`, such as `["--port", "8000"]`.
 
     Raises:
-        ValueError: for an adapter, a checkpoint without DMS, or a processor without a chat template.
+        ValueError: for an adapter, a checkpoint without DMS, or a processor that does not fit, is not complete, or has
+            no chat template.
         ImportError: naming the extra that is not installed.
     """
     if find_adapter_config_file(name):
         raise ValueError(f"{name} is an adapter: make it a whole checkpoint by `dms merge` first")
-    kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     known = [model_type for model_type in MODEL_CLASSES if model_type.startswith("dms_")]
-    if kind not in known:
-        raise ValueError(f"{name} is a {kind!r} checkpoint, expected one of {', '.join(known)}: see `dms calibrate`")
-    processor = read_processor(name)
+    if config.model_type not in known:
+        expected = ", ".join(known)
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, expected one of {expected}: see `dms calibrate`"
+        )
+    written, processor = read_processor(name), load_processor(name, config)
+    if processor.to_dict() != written.to_dict():  # the server reads the files by itself
+        raise ValueError(
+            f"the processor of {name} leaves out what its model's configuration says: save there the one that "
+            "`modeling_dms.training.loading.load` gives"
+        )
     if processor.chat_template is None:
         raise ValueError(
             f"the {type(processor).__name__} of {name} has no chat template, which makes prompts of chats: set "
