@@ -3,7 +3,9 @@
 import base64
 import functools
 import io
+import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
@@ -280,6 +282,24 @@ def test_a_server_wants_a_chat_template(name, tmp_path):
     assert result.exit_code == 1
     assert "has no chat template" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("processor_config.json", {"patch_size": None}, "leaves out what its model's configuration says"),
+        ("processor_config.json", {"num_additional_image_tokens": None}, "leaves out what its model's configuration"),
+        ("config.json", {"image_token_index": 5}, "its tokenizer reads '<image>'"),
+        ("tokenizer_config.json", {"pad_token": None, "eos_token": None}, "lacks tokenizer.pad_token"),
+    ],
+)
+def test_a_server_wants_a_processor_that_fits(saved, tmp_path, file, fields, message):
+    folder = shutil.copytree(saved("demo-llava"), tmp_path / "model")
+    written = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**written, **fields}))
+    result = CliRunner().invoke(app, ["serve", str(folder)])
+    assert result.exit_code == 1
+    assert message in result.stderr.strip().splitlines()[-1]
 
 
 def test_a_server_wants_a_whole_checkpoint_with_dms(tmp_path):

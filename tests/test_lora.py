@@ -168,3 +168,33 @@ def test_calibration_of_an_adapted_model_is_saved_with_the_adapter(tmp_path):
         expected, out = model(**noisy).modality_weights, again(**noisy).modality_weights
     assert torch.equal(out, expected)
     assert (out[:, 0] < 0.5).any()
+
+
+@pytest.mark.parametrize("backbone", TARGETS)
+def test_all_linear_layers_are_those_of_dms_too_unless_it_is_excepted(backbone):
+    """As docs/fine-tune.md says; what `exclude_modules` excepts stays bit for bit as it was."""
+
+    def adapted(**kwargs):
+        model = get_peft_model(
+            tiny.build(backbone, scheduler="learned"), LoraConfig(r=2, target_modules="all-linear", **kwargs)
+        )
+        return model, [name for name in model.targeted_module_names if "dms" in name.split(".")]
+
+    linear = {"dms.scheduler.hidden", "dms.scheduler.output"}
+    linear |= {f"dms.views.{view}.{layer}" for view in range(2) for layer in ("shared", "residual")}
+    assert set(adapted()[1]) == linear
+    whole, found = adapted(modules_to_save=["dms"])
+    assert not found
+    trained = {
+        name.rpartition("modules_to_save.default.")[2] for name, p in whole.named_parameters() if p.requires_grad
+    }
+    assert {name for name, _ in tiny.shared(backbone, scheduler="learned").dms.named_parameters()} <= trained
+    model, found = adapted(exclude_modules=r".*\bdms\b.*")
+    assert not found
+    before = {name: value.clone() for name, value in model.base_model.model.dms.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**training_inputs(backbone)).loss.backward()
+    optimizer.step()
+    after = model.merge_and_unload().dms.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

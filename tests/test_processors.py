@@ -262,7 +262,7 @@ def test_patches_that_nothing_tells_the_size_of(checkpoint):
     model, _ = load(folder)
     model.config.vision_config = ResNetConfig()
     with pytest.raises(ValueError, match=r"demo-llava lacks processor.patch_size, and its model's configuration"):
-        load_processor(folder, model)
+        load_processor(folder, model.config)
 
 
 def test_training_needs_an_end_token(checkpoint, tmp_path):

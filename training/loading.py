@@ -94,7 +94,7 @@ def load(
         check_dms(dms)
         kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
     model = class_of(config).from_pretrained(name, **kwargs)
-    return model, load_processor(name, model)
+    return model, load_processor(name, model.config, model.can_generate())
 
 
 def check_dms(fields: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from transformers import (
     Blip2Processor,
     InternVLProcessor,
     LlavaProcessor,
-    PreTrainedModel,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -36,7 +36,7 @@ def read_processor(name: str | Path) -> ProcessorMixin:
     return processor
 
 
-def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
+def load_processor(name: str | Path, config: PreTrainedConfig, generates: bool = True) -> ProcessorMixin:
     """The processor that was saved with a model, ready for batches.
 
     Files of fine-tuned models and of older versions of transformers leave out a padding token, for which the end token
@@ -45,14 +45,15 @@ def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
 
     Args:
         name: a folder or Hub id.
-        model: the DMS model of that checkpoint.
+        config: of the checkpoint's model.
+        generates: whether the model generates, from prompts that hold image tokens.
 
     Raises:
         ValueError: naming what is missing, cannot be read, or does not fit the model.
         OSError: naming the file that is neither here nor to be had.
     """
     processor = read_processor(name)
-    tokenizer, config = processor.tokenizer, model.config
+    tokenizer = processor.tokenizer
     if not tokenizer.is_fast:  # prompts are marked by the places of their tokens, which others do not tell
         raise ValueError(f"{name} has a {type(tokenizer).__name__}: a fast tokenizer is needed (tokenizer.json)")
     # a padding token that was added without an embedding is none
@@ -66,7 +67,7 @@ def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
             if value is None:
                 raise ValueError(f"{name} lacks processor.{field}, and its model's configuration does not say it")
             setattr(processor, field, value)
-    if model.can_generate():
+    if generates:
         token = str(processor.image_token)
         ids = tokenizer.encode(token, add_special_tokens=False)
         if ids != [config.image_token_id]:
@@ -79,7 +80,7 @@ def load_processor(name: str | Path, model: PreTrainedModel) -> ProcessorMixin:
     return processor
 
 
-def _repeated(processor: ProcessorMixin, config: Any) -> dict[str, Any]:
+def _repeated(processor: ProcessorMixin, config: PreTrainedConfig) -> dict[str, Any]:
     """What a processor repeats of its model's configuration, so as to count image tokens; `None` where that does not
     say it."""
     if isinstance(processor, LlavaProcessor):

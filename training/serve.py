@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 from modeling_dms.training.data import as_text
 from modeling_dms.training.loading import MODEL_CLASSES, located, read_config
-from modeling_dms.training.processors import read_processor
+from modeling_dms.training.processors import load_processor, read_processor
 
 
 # fields of a request that a chat template writes into the prompt; `prompt` is a whole prompt, special tokens included
@@ -28,7 +28,8 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         arguments: options of `transformers serve`, such as `["--port", "8000"]`.
 
     Raises:
-        ValueError: for an adapter, a checkpoint without DMS, or a processor without a chat template.
+        ValueError: for an adapter, a checkpoint without DMS, or a processor that does not fit, is not complete, or has
+            no chat template.
         OSError: as `load`, or for a port that is taken.
     """
 
@@ -45,11 +46,19 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
     context = typer.main.get_command(app).make_context("dms serve", [checkpoint, *arguments, "--non-blocking"])
     if find_adapter_config_file(checkpoint):
         raise ValueError(f"{name} is an adapter: make it a whole checkpoint by `dms merge` first")
-    kind = read_config(checkpoint).model_type
+    config = read_config(checkpoint)
     known = [model_type for model_type in MODEL_CLASSES if model_type.startswith("dms_")]
-    if kind not in known:
-        raise ValueError(f"{name} is a {kind!r} checkpoint, expected one of {', '.join(known)}: see `dms calibrate`")
-    processor = read_processor(checkpoint)
+    if config.model_type not in known:
+        expected = ", ".join(known)
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, expected one of {expected}: see `dms calibrate`"
+        )
+    written, processor = read_processor(checkpoint), load_processor(checkpoint, config)
+    if processor.to_dict() != written.to_dict():  # the server reads the files by itself
+        raise ValueError(
+            f"the processor of {name} leaves out what its model's configuration says: save there the one that "
+            "`modeling_dms.training.loading.load` gives"
+        )
     if processor.chat_template is None:
         raise ValueError(
             f"the {type(processor).__name__} of {name} has no chat template, which makes prompts of chats: set "
