@@ -36,8 +36,11 @@ def confidence(logits: Tensor, normalize: bool = True) -> Tensor:
     Returns:
         (...), float32.
     """
-    value = 1 - predictive_entropy(logits, normalize)
-    return value.clamp(0, 1) if normalize else value
+    if not normalize:
+        return 1 - predictive_entropy(logits, normalize)
+    p = logits.float().softmax(-1)
+    # the sum of p is 1 but for the rounding of a large vocabulary, which cancels here
+    return (p.sum(-1) - torch.special.entr(p).sum(-1) / math.log(p.shape[-1])).clamp(0, 1)
 
 
 def energy(logits: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.loading import load
 from tests import tiny
 
 
@@ -261,7 +263,14 @@ def test_dms_train_on_two_processes_equals_one(tmp_path):
     assert states[0].keys() == states[1].keys()
     assert any("lora" in name for name in states[0])
     for name, value in states[0].items():
-        # statistics that are fitted to the trained model afterwards magnify its rounding
-        tolerance = 1e-2 if "calibration" in name else 1e-4
-        difference = (states[1][name] - value).abs() / (value.abs().clamp_min(1) if "calibration" in name else 1)
-        assert difference.max() < tolerance, name
+        if "calibration" not in name:
+            assert (states[1][name] - value).abs().max() < 1e-4, name
+    # statistics that are fitted to the trained model afterwards magnify its rounding, and principal directions of
+    # nearly the same variance turn into each other: what they say of samples is compared
+    said = []
+    for run in (tmp_path / "1", tmp_path / "2"):
+        model, processor = load(run / "final")
+        batch = PromptCollator(processor)(load_easy_vqa("test")[::200][:24])
+        said.append(model.eval().get_modality_weights(**batch)[1])
+    for name, value in said[0].items():
+        torch.testing.assert_close(said[1][name], value, atol=1e-2, rtol=1e-2, msg=name)
