@@ -53,6 +53,12 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         raise ValueError(
             f"{name} is a {config.model_type!r} checkpoint, expected one of {expected}: see `dms calibrate`"
         )
+    host, port = context.params["host"], context.params["port"]
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:  # which the server would tell among other lines
+        raise OSError(f"cannot listen at {host}, port {port}: {error}") from error
     written, processor = read_processor(checkpoint), load_processor(checkpoint, config)
     if processor.to_dict() != written.to_dict():  # the server reads the files by itself
         raise ValueError(
@@ -65,12 +71,6 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
             "processor.chat_template and save it there (BLIP-2's keeps none)"
         )
     with context:
-        host, port = context.params["host"], context.params["port"]
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            socket.create_server((host, port), family=family).close()
-        except (OSError, OverflowError) as error:  # which the server would tell among other lines
-            raise OSError(f"cannot listen at {host}, port {port}: {error}") from error
         context.command.invoke(context)
 
 
