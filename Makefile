@@ -67,8 +67,8 @@ LOWER_BIN = $(VENV)-lower/bin
 
 $(VENV)-lower/dev: setup.py constraints-lower.txt
 	test -x $(LOWER_BIN)/python || $(PYTHON) -m venv $(VENV)-lower
-	$(LOWER_BIN)/python -m pip install --quiet --constraint constraints-lower.txt --editable ".[eval]" \
-		hypothesis peft pytest pytest-xdist
+	$(LOWER_BIN)/python -m pip install --quiet --constraint constraints-lower.txt --editable ".[train]" \
+		hypothesis pytest pytest-xdist
 	@touch $@
 
 test-lower: $(VENV)-lower/dev
