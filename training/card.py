@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from modeling_dms import __version__
-from modeling_dms.staging import staged
+from modeling_dms.save.staging import staged
 from modeling_dms.training.assemble import INSTALL, RECIPES
 from modeling_dms.training.data.hub import HUB_DATASETS
 from modeling_dms.training.data.sources import named_sources

@@ -1,0 +1,83 @@
+"""What a prompt holds where, and the small data classes that carry it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_dms.outputs import DMSOutput
+
+
+VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
+
+
+@dataclass
+class Schedule:
+    """Weights of a batch and what they were made from. It goes along with the cache of the prompt.
+
+    Attributes:
+        modality_ids: (B, P).
+        modality_mask: (B, M).
+        weights: (B, M).
+        output: `None` where no signals were needed.
+        bias: (B, P) on the prompt's keys; `None` where they are left as they are.
+    """
+
+    modality_ids: Tensor
+    modality_mask: Tensor
+    weights: Tensor
+    output: DMSOutput | None = None
+    bias: Tensor | None = None
+
+
+@dataclass
+class Generation:
+    """A running call of `generate`.
+
+    Attributes:
+        model: whose; an assistant model within the call is another.
+        own: the caller's `modality_ids`, `modality_mask` and `modality_weights`, or `None` for each.
+        prompt: (B, P) or (B, P, D), what it begins with; `None` if the vanilla class makes that up.
+        schedule: of the prompt, once it has been read.
+    """
+
+    model: Any
+    own: dict[str, Tensor | None]
+    prompt: Tensor | None
+    schedule: Schedule | None = None
+
+    def expanded(self, rows: int) -> dict[str, Tensor | None]:
+        """`own` for so many rows, where each stands for several, as beams do."""
+        return {
+            name: None if value is None else value.repeat_interleave(max(1, rows // len(value)), 0)
+            for name, value in self.own.items()
+        }
+
+    def continues(self, input_ids: Tensor | None) -> bool:
+        """Whether these ids are the prompt that was read and what has been generated since, read without a cache."""
+        if self.schedule is None or self.prompt is None or input_ids is None or self.prompt.ndim != 2:
+            return False
+        prompt = self.prompt.repeat_interleave(max(1, len(input_ids) // len(self.prompt)), 0)
+        return torch.equal(input_ids[:, : prompt.shape[1]], prompt.to(input_ids.device))
+
+
+def compact(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the True entries of each row, moved to the left.
+
+    Args:
+        where: (B, L).
+
+    Returns:
+        Indices (B, N) and a mask (B, N) of the real ones, with N >= 1 the largest count; in a program of
+        `torch.export`, whose shapes cannot hang on data, N = L.
+    """
+    count = where.sum(1)
+    size = where.shape[1] if torch.compiler.is_exporting() else max(1, int(count.max()))
+    order = (~where).long().argsort(dim=1, stable=True)[:, :size]
+    return order, torch.arange(size, device=where.device) < count[:, None]
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, D), (B, N) -> (B, N, D)."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
