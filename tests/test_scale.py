@@ -270,6 +270,7 @@ def test_dms_train_on_two_processes_equals_one(tmp_path):
     said = []
     for run in (tmp_path / "1", tmp_path / "2"):
         model, processor = load(run / "final")
+        assert model.dms.calibration.is_calibrated
         batch = PromptCollator(processor)(load_easy_vqa("test")[::200][:24])
         said.append(model.eval().get_modality_weights(**batch)[1])
     for name, value in said[0].items():
