@@ -62,7 +62,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # where the supported versions of transformers, peft and accelerate differ, with the lowest ones
-LOWER = versions arguments configuration fusion identities generation export calibrate lora trainer
+LOWER = versions arguments configuration families identities generation export calibrate lora trainer
 LOWER_BIN = $(VENV)-lower/bin
 
 $(VENV)-lower/dev: setup.py constraints-lower.txt
@@ -73,7 +73,7 @@ $(VENV)-lower/dev: setup.py constraints-lower.txt
 
 test-lower: $(VENV)-lower/dev
 	$(LOWER_BIN)/python -m pip freeze | grep -E '^(torch|transformers|huggingface_hub|peft|accelerate)=='
-	$(LOWER_BIN)/python -m pytest -n 2 --dist loadfile $(LOWER:%=tests/test_%.py)
+	$(LOWER_BIN)/python -m pytest -n 2 --dist loadfile tests/steer $(LOWER:%=tests/test_%.py)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -96,6 +96,9 @@ setup(
     packages=[
         "modeling_dms",
         "modeling_dms.configuration",
+        "modeling_dms.observe",
+        "modeling_dms.save",
+        "modeling_dms.steer",
         "modeling_dms.training",
         "modeling_dms.training.corruptions",
         "modeling_dms.training.data",

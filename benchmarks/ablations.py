@@ -17,7 +17,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from study import MODELS, chosen, read
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,8 +24,8 @@ from tqdm.auto import tqdm
 from modeling_dms.calibration import SCALARS, ModalityCalibration
 from modeling_dms.calibration_fit import fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.fusion import key_bias
 from modeling_dms.scheduler import ModalityScheduler
+from modeling_dms.steer.bias import key_bias
 from modeling_dms.training.baselines import ALONE, fit_scheduler, record
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.corruptions.registry import seeded
@@ -153,7 +152,7 @@ def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswer
     found.append(Variant("calibration level 1 alone", dms=recalibrated(level=1)))
     for signal in ("confidence", "uncertainty", "typicality", "unfamiliarity", "consistency"):
         found.append(Variant(f"rule, without {signal}", dms=recalibrated(without=signal)))
-    for choices in ({"mc_samples": 5}, {"mc_samples": 30, "mc_depth": "encoder"}, {"uncertainty": "variance"}):
+    for choices in ({"mc_samples": 5}, {"mc_samples": 30}, {"uncertainty": "variance"}):
         named = ", ".join(f"{key} {value}" for key, value in choices.items())
         name, kept = f"{named}, calibrated on {FEW} samples", copy.deepcopy(model.dms)
         with Variant(name, choices, kept).applied(model):
@@ -218,25 +217,6 @@ def measure(model: Any, task: VisualQuestionAnswering, variants: list[Variant], 
             own["oracle"] = max(oracles, key=np.mean)
         scores[condition] = own
     return scores
-
-
-def rank_correlation(model: Any, collator: PromptCollator) -> str:
-    """How 20 dropout passes through the head rank samples, as 30 through the encoder do (Spearman)."""
-    samples = one_per_image(load_easy_vqa("test"), SAMPLES, SEED)
-    samples += Condition("image:noise", "seen", 3).apply(samples, SEED)[0]
-    samples += Condition("text:drop_words", "seen", 3).apply(samples[:SAMPLES], SEED)[0]
-    values = []
-    for choices in ({}, {"mc_samples": 30, "mc_depth": "encoder"}):
-        with Variant("", choices).applied(model):
-            rows = []
-            for start in range(0, len(samples), BATCH):
-                batch = collator(samples[start : start + BATCH])
-                batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-                rows.append(model.get_modality_weights(**batch)[1].uncertainty)
-            values.append(torch.cat(rows).numpy())
-    return ", ".join(
-        f"{name} {spearmanr(values[0][:, place], values[1][:, place])[0]:.2f}" for place, name in enumerate(MODALITIES)
-    )
 
 
 def rows_of(scores: dict[Condition, dict[str, np.ndarray]]) -> list[list[str]]:
@@ -317,9 +297,6 @@ def main() -> None:
         f"question each; {named(conditions)}. Accuracy, and the share of the oracle gap closed, with a 95% interval.",
         "",
         table(["variant", *GROUPS], rows),
-        "",
-        "Uncertainty of 20 dropout passes through the head against 30 through the encoder, rank correlation over",
-        f"clean and damaged samples: {rank_correlation(model, collator)}.",
         "",
     ]
     write("\n".join(lines), options.out)

@@ -50,8 +50,8 @@ from modeling_dms import (
 )
 from modeling_dms._compat import CACHE
 from modeling_dms.dms import ModalityFeatures, read_out
-from modeling_dms.fusion import key_bias
-from modeling_dms.text_only import text_only_states
+from modeling_dms.observe.layers import text_only_states
+from modeling_dms.steer.bias import key_bias
 
 
 CLASSES = {
@@ -585,7 +585,7 @@ torch {torch}, transformers {transformers}, Python {python}; in {minutes:.0f} mi
 {load:.2f} before{busy}.
 
 Settings: `static` is `scheduler="uniform"`, `rule` the default, `learned` the trained scheduler; the last two with
-{mc_samples} passes of Monte Carlo dropout (`mc_depth="head"`, the default) and weights that are not uniform, so that
+{mc_samples} passes of Monte Carlo dropout and weights that are not uniform, so that
 the attention bias is in. Every ratio is DMS / vanilla. ✓ within the target, ✗ not, ~ the interval holds the target.
 
 ## Time

@@ -31,7 +31,7 @@ from transformers import LlavaForConditionalGeneration
 
 import modeling_dms
 from modeling_dms.dms import ModalityFeatures, read_out
-from modeling_dms.text_only import layers_of, text_only_states
+from modeling_dms.observe.layers import layers_of, text_only_states
 
 
 BATCH, GPUS, RANK = 4, 8, 16

@@ -15,7 +15,7 @@ from ablations import BATCH, SAMPLES, SEED, Variant, loaded, named, parser_of, s
 from study import MODELS, chosen
 from tqdm.auto import tqdm
 
-from modeling_dms.prompt import TEXT, VISION
+from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.data import Sample, load_easy_vqa
 from modeling_dms.training.documents import table
 from modeling_dms.training.evaluate import one_per_image

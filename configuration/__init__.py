@@ -1,11 +1,4 @@
 """Configuration classes."""
 
-from modeling_dms.configuration.configuration_dms import (
-    DMSBlip2Config,
-    DMSConfig,
-    DMSInternVLConfig,
-    DMSLlavaConfig,
-)
-
-
-__all__ = ["DMSBlip2Config", "DMSConfig", "DMSInternVLConfig", "DMSLlavaConfig"]
+from modeling_dms.configuration.configuration_dms import *  # noqa: F403
+from modeling_dms.configuration.configuration_dms import __all__ as __all__

@@ -9,7 +9,22 @@ from modeling_dms._compat import require  # noqa: F401
 
 # isort: split
 from huggingface_hub.dataclasses import strict
-from transformers import Blip2Config, InternVLConfig, LlavaConfig, PreTrainedConfig
+from transformers import (
+    Blip2Config,
+    Gemma3Config,
+    Idefics3Config,
+    InstructBlipConfig,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Mistral3Config,
+    PaliGemmaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
@@ -111,8 +126,6 @@ class DMSConfig(_Checked, PreTrainedConfig):
         mc_tokens (`int`, defaults to 256): how many of the likeliest tokens the dropout passes are compared on, at
             least 2; from the size of the vocabulary on, all of them. The output layer is the largest thing they read.
         mc_dropout (`float`, defaults to 0.1): dropout probability, 0 to 0.9.
-        mc_depth (`str`, defaults to `"head"`): `"head"` drops pooled features (nearly free), `"encoder"` the inputs of
-            the projector / Q-Former and of the text-only layers (the reference).
         mc_seed (`int`, defaults to 0): seed of the dropout masks. The same masks serve every sample and call.
         consistency (`str`, defaults to `"sharpen"`): `"sharpen"` takes weaker evidence of damage where the modalities
             disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
@@ -155,7 +168,6 @@ class DMSConfig(_Checked, PreTrainedConfig):
     mc_samples: int = 20
     mc_tokens: int = 256
     mc_dropout: float | int = 0.1
-    mc_depth: Literal["head", "encoder"] = "head"
     mc_seed: int = 0
     consistency: Literal["sharpen", "additive"] = "sharpen"
     vision_layers: list[int] | None = None
@@ -178,7 +190,9 @@ class DMSConfig(_Checked, PreTrainedConfig):
     modeling_dms_version: str = __version__
 
     def __post_init__(self, **kwargs: Any):
-        # what every transformers configuration may carry is not ours to judge
+        # what every transformers configuration may carry is not ours to judge; what a checkpoint of an earlier version
+        # says of a choice that is gone, and chose as things are now, is no news
+        kwargs = {name: value for name, value in kwargs.items() if _RETIRED.get(name, kwargs) != value}
         unknown = sorted(set(kwargs) - _INHERITED)
         if unknown:
             logger.warning(
@@ -229,6 +243,8 @@ class DMSConfig(_Checked, PreTrainedConfig):
         return layers
 
 
+# fields of earlier versions, with the value that is as things are now
+_RETIRED = {"mc_depth": "head"}
 _INHERITED = {
     "transformers_version",
     "model_type",
@@ -273,11 +289,21 @@ class DMSLlavaConfig(_OfVanilla, LlavaConfig):
 
 
 @strict
-class DMSBlip2Config(_OfVanilla, Blip2Config):
-    r"""A `Blip2Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+class DMSLlavaNextConfig(_OfVanilla, LlavaNextConfig):
+    r"""A `LlavaNextConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
 
-    model_type: ClassVar[str] = "dms_blip_2"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Blip2Config.sub_configs_defaults)
+    model_type: ClassVar[str] = "dms_llava_next"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(LlavaNextConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSLlavaOnevisionConfig(_OfVanilla, LlavaOnevisionConfig):
+    r"""A `LlavaOnevisionConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_llava_onevision"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(LlavaOnevisionConfig.sub_configs_defaults)
 
     dms_config: dict | PreTrainedConfig | None = None
 
@@ -292,4 +318,109 @@ class DMSInternVLConfig(_OfVanilla, InternVLConfig):
     dms_config: dict | PreTrainedConfig | None = None
 
 
-__all__ = ["DMSBlip2Config", "DMSConfig", "DMSInternVLConfig", "DMSLlavaConfig"]
+@strict
+class DMSBlip2Config(_OfVanilla, Blip2Config):
+    r"""A `Blip2Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_blip_2"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Blip2Config.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSInstructBlipConfig(_OfVanilla, InstructBlipConfig):
+    r"""An `InstructBlipConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_instructblip"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(InstructBlipConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSQwen2_5_VLConfig(_OfVanilla, Qwen2_5_VLConfig):  # noqa: N801
+    r"""A `Qwen2_5_VLConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_qwen2_5_vl"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Qwen2_5_VLConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSQwen3VLConfig(_OfVanilla, Qwen3VLConfig):
+    r"""A `Qwen3VLConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_qwen3_vl"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Qwen3VLConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSGemma3Config(_OfVanilla, Gemma3Config):
+    r"""A `Gemma3Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_gemma3"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Gemma3Config.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSSmolVLMConfig(_OfVanilla, SmolVLMConfig):
+    r"""A `SmolVLMConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_smolvlm"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(SmolVLMConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSIdefics3Config(_OfVanilla, Idefics3Config):
+    r"""An `Idefics3Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_idefics3"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Idefics3Config.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSPaliGemmaConfig(_OfVanilla, PaliGemmaConfig):
+    r"""A `PaliGemmaConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_paligemma"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(PaliGemmaConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
+class DMSMistral3Config(_OfVanilla, Mistral3Config):
+    r"""A `Mistral3Config` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_mistral3"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Mistral3Config.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+__all__ = [
+    "DMSBlip2Config",
+    "DMSConfig",
+    "DMSGemma3Config",
+    "DMSIdefics3Config",
+    "DMSInstructBlipConfig",
+    "DMSInternVLConfig",
+    "DMSLlavaConfig",
+    "DMSLlavaNextConfig",
+    "DMSLlavaOnevisionConfig",
+    "DMSMistral3Config",
+    "DMSPaliGemmaConfig",
+    "DMSQwen2_5_VLConfig",
+    "DMSQwen3VLConfig",
+    "DMSSmolVLMConfig",
+]

@@ -1,7 +1,6 @@
 """Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL."""
 
 from pathlib import Path as _Path
-from typing import cast as _cast
 
 from modeling_dms import _compat  # noqa: F401  (names a version that is too old before its first missing name does)
 
@@ -11,45 +10,71 @@ from modeling_dms import _compat  # noqa: F401  (names a version that is too old
 if (_Path(__file__).parent.parent / "configuration" / "configuration_dms.py").is_file():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+from modeling_dms.auto import (
+    DMSBlip2ForConditionalGeneration,
+    DMSBlip2ForImageTextRetrieval,
+    DMSGemma3ForConditionalGeneration,
+    DMSIdefics3ForConditionalGeneration,
+    DMSInstructBlipForConditionalGeneration,
+    DMSInternVLForConditionalGeneration,
+    DMSLlavaForConditionalGeneration,
+    DMSLlavaNextForConditionalGeneration,
+    DMSLlavaOnevisionForConditionalGeneration,
+    DMSMistral3ForConditionalGeneration,
+    DMSModelForImageTextToText,
+    DMSPaliGemmaForConditionalGeneration,
+    DMSQwen2_5_VLForConditionalGeneration,
+    DMSQwen3VLForConditionalGeneration,
+    DMSSmolVLMForConditionalGeneration,
 )
-
 from modeling_dms.configuration.configuration_dms import (
     DMSBlip2Config,
     DMSConfig,
+    DMSGemma3Config,
+    DMSIdefics3Config,
+    DMSInstructBlipConfig,
     DMSInternVLConfig,
     DMSLlavaConfig,
+    DMSLlavaNextConfig,
+    DMSLlavaOnevisionConfig,
+    DMSMistral3Config,
+    DMSPaliGemmaConfig,
+    DMSQwen2_5_VLConfig,
+    DMSQwen3VLConfig,
+    DMSSmolVLMConfig,
     __version__,
 )
-from modeling_dms.modeling_dms_blip_2 import DMSBlip2ForConditionalGeneration, DMSBlip2ForImageTextRetrieval
-from modeling_dms.modeling_dms_internvl import DMSInternVLForConditionalGeneration
-from modeling_dms.modeling_dms_llava import DMSLlavaForConditionalGeneration
 
-
-for _class in (
-    DMSLlavaForConditionalGeneration,
-    DMSInternVLForConditionalGeneration,
-    DMSBlip2ForConditionalGeneration,
-):
-    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        _auto.register(_class.config_class, _class, exist_ok=True)
-    # pipelines and `transformers serve` know classes by these names alone
-    for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-        _cast(dict, _names)[_class.config_class.model_type] = _class.__name__
-AutoModel.register(DMSBlip2Config, DMSBlip2ForImageTextRetrieval, exist_ok=True)
 
 __all__ = [
     "DMSBlip2Config",
     "DMSBlip2ForConditionalGeneration",
     "DMSBlip2ForImageTextRetrieval",
     "DMSConfig",
+    "DMSGemma3Config",
+    "DMSGemma3ForConditionalGeneration",
+    "DMSIdefics3Config",
+    "DMSIdefics3ForConditionalGeneration",
+    "DMSInstructBlipConfig",
+    "DMSInstructBlipForConditionalGeneration",
     "DMSInternVLConfig",
     "DMSInternVLForConditionalGeneration",
     "DMSLlavaConfig",
     "DMSLlavaForConditionalGeneration",
+    "DMSLlavaNextConfig",
+    "DMSLlavaNextForConditionalGeneration",
+    "DMSLlavaOnevisionConfig",
+    "DMSLlavaOnevisionForConditionalGeneration",
+    "DMSMistral3Config",
+    "DMSMistral3ForConditionalGeneration",
+    "DMSModelForImageTextToText",
+    "DMSPaliGemmaConfig",
+    "DMSPaliGemmaForConditionalGeneration",
+    "DMSQwen2_5_VLConfig",
+    "DMSQwen2_5_VLForConditionalGeneration",
+    "DMSQwen3VLConfig",
+    "DMSQwen3VLForConditionalGeneration",
+    "DMSSmolVLMConfig",
+    "DMSSmolVLMForConditionalGeneration",
     "__version__",
 ]

@@ -1,6 +1,7 @@
 """`model.calibrate`: streams clean samples, corrupts copies of them, and hands the features to the fit."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from tqdm.auto import tqdm
 
 from modeling_dms.calibration_fit import CalibrationReport, ModalityRecord, fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.prompt import TEXT
+from modeling_dms.observe.pixels import changed_pictures
+from modeling_dms.observe.prompt import TEXT
 from modeling_dms.self_corruption import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
 
 
@@ -79,8 +81,7 @@ class CalibrationMixin:
         )
 
     def _calibration_batch(self, batch: dict[str, Any], generator: torch.Generator):
-        names = ("input_ids", "attention_mask", "pixel_values", "modality_ids", "modality_mask")
-        inputs = {name: batch[name].to(self.device) for name in names if batch.get(name) is not None}
+        inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         pixel_values = inputs.pop("pixel_values", None)
         ids = inputs.get("modality_ids")
         if ids is None:
@@ -91,14 +92,13 @@ class CalibrationMixin:
             self._check_images(pixel_values)
 
         def vision(pixels: Tensor | None) -> ModalityRecord:
-            images = None if pixels is None else self._encode_images(pixels)
-            if images is not None:
-                self._check_count(placeholders, images.tokens)
-            return self.dms.record(0, self._vision_features(images, placeholders, ids), self._readout)
+            images = None if pixels is None else self._observed_images({**inputs, "pixel_values": pixels})
+            owner = None if images is None else images.rows(placeholders)
+            return self.dms.record(0, self._vision_features(images, placeholders, ids, owner), self._readout)
 
         def text(input_ids: Tensor, is_text: Tensor) -> ModalityRecord:
             modality_ids = torch.where(is_text, TEXT, 0)
-            features = self._text_features(self.get_input_embeddings()(input_ids), modality_ids)
+            features = self._text_features(input_ids, None, modality_ids)
             return self.dms.record(1, features, self._readout)
 
         is_text = ids == TEXT
@@ -106,12 +106,14 @@ class CalibrationMixin:
         families: list[dict[str, ModalityRecord]] = [{}, {}]
         if pixel_values is not None:
             for name in IMAGE_FAMILIES:
-                families[0][name] = vision(corrupt_images(pixel_values, name, generator))
+                damage = partial(corrupt_images, family=name, generator=generator)
+                grid, tower = inputs.get("image_grid_thw"), self.config.vision_config
+                families[0][name] = vision(changed_pictures(pixel_values, damage, grid, tower))
         for name in TEXT_FAMILIES:
             families[1][name] = text(*corrupt_texts(inputs["input_ids"], is_text, name, generator))
         present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if pixel_values is None:
             present[:, 0] = False
-        if "modality_mask" in inputs:
-            present = present & inputs["modality_mask"].bool()
+        if inputs.get("modality_mask") is not None:
+            present = present.cpu() & inputs["modality_mask"].cpu().bool()
         return records, families, present.cpu()

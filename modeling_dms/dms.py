@@ -1,6 +1,6 @@
 """The `dms` submodule: features of the modalities in; weights, signals and losses out. Knows no backbone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,16 +60,11 @@ class ModalityFeatures:
         tokens: (B, N, D), in the language model's space.
         mask: (B, N), True for real tokens.
         statistics: (B, L, F), mean and standard deviation over tokens of the chosen layers.
-        encode: dropout masks (T, encoder_size) on the encoder's inputs -> tokens (T, B, N, D), for
-            `mc_depth="encoder"`.
-        encoder_size: size of the encoder's inputs.
     """
 
     tokens: Tensor
     mask: Tensor
     statistics: Tensor
-    encode: Callable[[Tensor], Tensor] | None = None
-    encoder_size: int = 0
 
 
 class UnimodalView(nn.Module):
@@ -85,15 +80,31 @@ class UnimodalView(nn.Module):
         self.shared = nn.Linear(token_size, shared_size, bias=False)
         self.residual = ZeroLinear(shared_size, token_size, bias=False)
 
-    def pool(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(..., N, D), (..., N) -> (..., D), normalised; zeros for a sample without tokens."""
+    def forward(self, tokens: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All that reads the view's parameters, which offloading brings in for this call.
+
+        Args:
+            tokens, mask: (B, N, D), (B, N).
+            dropped: (T, D), the masks of the Monte Carlo dropout passes.
+
+        Returns:
+            h_m (B, d_s), what the output layer reads (B, D), and what it reads in each dropout pass (T, B, D), which
+            carries no gradient.
+        """
+        pooled = self._pooled(tokens, mask)
+        representation, read = self._read(pooled)
+        with torch.no_grad():
+            passes = self._read(pooled * dropped[:, None].to(pooled.dtype))[1]
+        return representation, read, passes
+
+    def _pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, D), (B, N) -> (B, D), normalised; zeros for a sample without tokens."""
         tokens = tokens.to(self.query.dtype)
         scores = (tokens @ self.query) / tokens.shape[-1] ** 0.5
         attention = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
         return F.layer_norm((attention[..., None] * tokens).sum(-2), tokens.shape[-1:])
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., D) -> h_m (..., d_s) and what the output layer reads (..., D)."""
+    def _read(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         representation = self.shared(pooled)
         return representation, pooled + self.residual(representation)
 
@@ -122,14 +133,12 @@ class DynamicModalityScheduling(nn.Module):
             h_m (B, m, d_s), logits (B, m, K) and the scalar signals (B, m, 3) confidence, uncertainty and energy,
             which carry no gradient.
         """
-        representations, reads, dropped = [], [], []
+        config, views = self.config, []
         for index, feature in zip(indices, features, strict=True):
-            pooled = self.views[index].pool(feature.tokens, feature.mask)
-            representation, read = self.views[index](pooled)
-            representations.append(representation)
-            reads.append(read)
-            with torch.no_grad():
-                dropped.append(self._dropped(self.views[index], feature, pooled))
+            size = feature.tokens.shape[-1]
+            masks = dropout_masks(config.mc_samples, size, config.mc_dropout, config.mc_seed, feature.tokens.device)
+            views.append(self.views[index](feature.tokens, feature.mask, masks))
+        representations, reads, dropped = zip(*views, strict=True)
         logits = readout(torch.stack(reads, 1))  # (B, m, K)
         with torch.no_grad():
             tokens = logits.topk(min(self.config.mc_tokens, logits.shape[-1])).indices
@@ -141,18 +150,6 @@ class DynamicModalityScheduling(nn.Module):
                 uncertainty = mutual_information(sampled, normalize)
             scalars = torch.stack([confidence(logits, normalize), uncertainty, energy(logits)], -1)
         return torch.stack(representations, 1), logits, scalars
-
-    def _dropped(self, view: nn.Module, features: ModalityFeatures, pooled: Tensor) -> Tensor:
-        """What the output layer reads in each Monte Carlo dropout pass: (T, B, D)."""
-        config = self.config
-        deep = config.mc_depth == "encoder" and features.encode is not None
-        size = features.encoder_size if deep else pooled.shape[-1]
-        masks = dropout_masks(config.mc_samples, size, config.mc_dropout, config.mc_seed, pooled.device)
-        if deep and features.encode is not None:
-            passes = view.pool(features.encode(masks), features.mask.expand(len(masks), -1, -1))
-        else:
-            passes = pooled * masks[:, None].to(pooled.dtype)
-        return view(passes)[1]
 
     def record(self, index: int, features: ModalityFeatures, readout: Readout) -> ModalityRecord:
         """What calibration needs of modality `index`, on the CPU."""

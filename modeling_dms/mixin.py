@@ -1,35 +1,27 @@
-"""What every DMS backbone shares: from inputs to modality weights, and loading and saving."""
+"""What every DMS class adds to its vanilla class: observe, weigh, steer; loading and saving."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.utils import logging
 
-from modeling_dms.attention import SDPA_KEY_BIAS
 from modeling_dms.calibration import Statistics
 from modeling_dms.calibration_mixin import CalibrationMixin
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
-from modeling_dms.export import auto_map, export_code
-from modeling_dms.fusion import embedding_scale, first_attended, key_bias
-from modeling_dms.outputs import ModalitySignals
-from modeling_dms.prompt import TEXT, VISION, EncodedImages, Schedule, compact, take
+from modeling_dms.observe.images import Images
+from modeling_dms.observe.layers import layers_of, text_only_states, watch_layers
+from modeling_dms.observe.prompt import TEXT, VISION, Schedule, compact, take
+from modeling_dms.outputs import dms_output
+from modeling_dms.save.checkpoints import CheckpointMixin
 from modeling_dms.scheduler import ZeroLinear, uniform_weights
-from modeling_dms.staging import staged
-from modeling_dms.text_only import layers_of, text_only_states, watch_layers
+from modeling_dms.steer.bias import first_attended, key_bias
 from modeling_dms.typicality import token_statistics
 
 
@@ -42,52 +34,73 @@ def _whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-class DMSMixin(CalibrationMixin):
-    """Adds the `dms` submodule to a `PreTrainedModel`. A backbone says how it encodes images and where its text stack
-    is."""
+class DMSMixin(CalibrationMixin, CheckpointMixin):
+    """Adds the `dms` submodule to a class of transformers: what is observed of a prompt, and the weights it gives."""
 
     dms: DynamicModalityScheduling
     config: Any
-    # `dtype=torch.bfloat16` at loading must not round the calibration either
-    _keep_in_fp32_modules_strict: ClassVar = ["dms.calibration"]
-    # the Auto class that loads an exported checkpoint
-    _auto_map_name = "AutoModelForImageTextToText"
+    # what its makers call the backbone, and the modules between its vision tower and its language model
+    family: ClassVar[str]
+    bridge: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # classes outside of transformers inherit no conversion of checkpoint keys: without it a vanilla LLaVA loads
-        # with a random lm_head
-        mapping = None
-        if issubclass(cls, PreTrainedModel):
-            # quantisers leave alone what stays in single precision, whatever their own list of exceptions
-            cls._keep_in_fp32_modules = [*(cls._keep_in_fp32_modules or ()), "dms"]
-            mapping = get_checkpoint_conversion_mapping(cls.config_class.vanilla_model_type())
-        if mapping:
-            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+    # --- construction
 
-    # --- what a backbone provides
+    def __init__(self, config: Any):
+        super().__init__(config)
+        dms: DMSConfig = config.dms_config
+        tower, stack = cast(PreTrainedModel, self._vision_tower()), cast(PreTrainedModel, self._text_stack())
+        self._vision_layers = dms.layers_of("vision", len(layers_of(tower)))
+        self._text_layers = dms.layers_of("text", len(layers_of(stack)))
+        self._token_size = token_size = self.get_input_embeddings().weight.shape[1]
+        self.dms = DynamicModalityScheduling(
+            dms,
+            [
+                ModalitySize(token_size, len(self._vision_layers), 2 * tower.config.hidden_size),
+                ModalitySize(token_size, len(self._text_layers), 2 * stack.config.hidden_size),
+            ],
+        )
+        watch_layers(tower, self._vision_layers)
+        watch_layers(stack, self._text_layers)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Statistics):
+            module.reset()
+        elif isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, UnimodalView):
+            init.zeros_(module.query)
+        else:
+            super()._init_weights(module)
+
+    # --- where to observe; what differs between the backbones
+
+    def _vision_tower(self) -> nn.Module:
+        return self.get_encoder(modality="image")
+
+    def _language_model(self) -> nn.Module:
+        """What holds the language model, with all configurations that its masks are built for."""
+        return self.get_decoder()
 
     def _text_stack(self) -> nn.Module:
         """The language model's decoder, or the encoder of an encoder-decoder."""
-        raise NotImplementedError
+        return self._language_model()
 
     def _run_text(self, embeddings: Tensor, mask: Tensor) -> Any:
         """Runs the text stack on text embeddings (B, N, D) alone."""
         return self._text_stack()(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
 
-    def _encode_images(self, pixel_values: Tensor, **kwargs: Any) -> EncodedImages:
-        """Encodes images (I, 3, H, W), keeping the hidden states that typicality looks at."""
+    def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
+        """The images of a call; `None` without any."""
         raise NotImplementedError
 
-    def _encoded(self, outputs: Any) -> EncodedImages:
-        """What `get_image_features` returned, as the other methods take it."""
-        raise NotImplementedError
-
-    def _vision_states(self, hidden: Sequence[Tensor | None] | None) -> list[Tensor] | None:
-        """Those of the vision tower's hidden states that typicality looks at; `None` if they were not kept."""
-        kept = [hidden[layer] for layer in self._vision_layers] if hidden is not None else []
-        states = [state for state in kept if state is not None]
-        return states if len(states) == len(self._vision_layers) else None
+    @property
+    def _is_causal(self) -> bool:
+        """Whether the language model reads its prompt from the left to the right."""
+        return not self.config.get_text_config().is_encoder_decoder
 
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The backbone's output layer, frozen and in its own precision, see [`Readout`]."""
@@ -104,45 +117,7 @@ class DMSMixin(CalibrationMixin):
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
 
-    # --- construction
-
-    def _add_dms(self, vision_depth: int, vision_size: int, text_size: int) -> None:
-        config: DMSConfig = self.config.dms_config
-        stack = self._text_stack()
-        self._vision_layers = config.layers_of("vision", vision_depth)
-        self._text_layers = config.layers_of("text", len(layers_of(stack)))
-        self._token_size = token_size = self.get_input_embeddings().weight.shape[1]
-        self.dms = DynamicModalityScheduling(
-            config,
-            [
-                ModalitySize(token_size, len(self._vision_layers), 2 * vision_size),
-                ModalitySize(token_size, len(self._text_layers), 2 * text_size),
-            ],
-        )
-        language = self.config.get_text_config(decoder=True)
-        if config.scheduler == "learned" and language._attn_implementation == "sdpa":
-            language._attn_implementation = SDPA_KEY_BIAS  # the same, but fast where the bias needs a gradient
-        if self._text_layers[-1] > 0:
-            watch_layers(stack, self._text_layers[-1])
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Statistics):
-            module.reset()
-        elif isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, UnimodalView):
-            init.zeros_(module.query)
-        else:
-            super()._init_weights(module)
-
-    # --- from inputs to weights
-
-    @property
-    def _is_static(self) -> bool:
-        return self.config.dms_config.scheduler == "uniform"
+    # --- observe
 
     def infer_modality_ids(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -160,230 +135,160 @@ class DMSMixin(CalibrationMixin):
         if attention_mask is not None:
             text &= attention_mask.bool()
         # labels of an encoder-decoder are no positions of the prompt, even if there are as many
-        prompted = not self.config.get_text_config().is_encoder_decoder
-        if labels is not None and prompted and labels.shape == input_ids.shape:
+        if labels is not None and self._is_causal and labels.shape == input_ids.shape:
             text &= labels == -100
         special = torch.tensor(self._special_ids(), device=input_ids.device, dtype=input_ids.dtype)
         text &= ~torch.isin(input_ids, special)
         return torch.where(self._placeholders(input_ids), VISION, torch.where(text, TEXT, 0))
 
     def _special_ids(self) -> list[int]:
+        """Padding, beginning and end, and what marks images and videos in a prompt."""
         ids = self.config.get_text_config(decoder=True)
         special = [ids.pad_token_id, ids.bos_token_id, ids.eos_token_id]
-        return [i for entry in special if entry is not None for i in (entry if isinstance(entry, list) else [entry])]
+        fields = vars(self.config).items()
+        special += [value for name, value in fields if name.endswith(("_token_id", "_token_index"))]
+        listed = [entry if isinstance(entry, list) else [entry] for entry in special if entry is not None]
+        return sorted({i for entries in listed for i in entries})
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
         if self.config.image_token_id is None:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.config.image_token_id
 
-    @torch.no_grad()
-    def get_modality_weights(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        modality_ids: Tensor | None = None,
-        modality_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ModalitySignals | None]:
-        """Weights (B, M) and signals of prompts, without running the language model on them.
+    def _placeholders_of(self, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+        """Where image tokens stand: (B, P). Without ids, where the vanilla classes find them."""
+        if input_ids is not None:
+            return self._placeholders(input_ids)
+        token = torch.full((), self.config.image_token_id, device=embeddings.device)
+        return (embeddings == self.get_input_embeddings()(token)).all(-1)
 
-        Takes what `forward` takes; `modality_weights=` makes it use the result. There are no signals where the
-        scheduler is uniform.
-        """
-        images = None
-        if pixel_values is not None:
-            images = self._encode_images(pixel_values)
-        elif mm_encoder_outputs is not None:
-            images = self._encoded(mm_encoder_outputs["image"])
-        schedule = self._schedule(input_ids, None, attention_mask, images, modality_ids, modality_mask)
-        return schedule.weights, None if schedule.output is None else schedule.output.signals
+    # --- weigh
+
+    @property
+    def _is_static(self) -> bool:
+        return self.config.dms_config.scheduler == "uniform"
 
     def _schedule(
         self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        images: EncodedImages | None = None,
-        modality_ids: Tensor | None = None,
-        modality_mask: Tensor | None = None,
-        modality_weights: Tensor | None = None,
+        inputs: dict[str, Any],
+        images: Images | None,
+        own: dict[str, Tensor | None],
         labels: Tensor | None = None,
-    ) -> Schedule:
-        """Modality weights of a prompt.
+    ) -> Schedule | None:
+        """Modality weights of a prompt; `None` where nothing tells its modalities apart.
+
+        Args:
+            inputs: of `forward`.
+            own: the caller's `modality_ids`, `modality_mask` and `modality_weights`, or `None` for each.
+            labels: of the losses.
 
         Raises:
-            ValueError: for inputs that do not fit together, or a sample without any modality.
+            ValueError: for inputs that do not fit together.
         """
+        input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        mask, modality_ids, given = inputs.get("attention_mask"), own["modality_ids"], own["modality_weights"]
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if input_ids is None and embeddings is None:
+            return None
+        if input_ids is None and modality_ids is None and not self._is_static:
+            return None  # nothing tells which positions are text
+        if input_ids is None and modality_ids is not None:
+            placeholders = modality_ids == VISION
+        else:
+            placeholders = self._placeholders_of(input_ids, embeddings)
+        # whose images are whose; nothing goes on with images that do not belong to the prompts
+        owner = None if images is None else images.rows(placeholders)
         if modality_ids is None:
-            if input_ids is None and self._is_static:
-                # as the vanilla class finds them; which of the others are text makes no difference here
-                token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-                input_ids = torch.where(
-                    (inputs_embeds == self.get_input_embeddings()(token)).all(-1), token, token + 1
-                )
-            if input_ids is None:
-                raise ValueError(
-                    "with `inputs_embeds` alone, `modality_ids` are needed: nothing else tells modalities apart"
-                )
-            mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            modality_ids = self.infer_modality_ids(input_ids, mask, labels)
-        embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if modality_ids.shape != embeddings.shape[:2]:
+            ids = torch.where(placeholders, self.config.image_token_id, -1) if input_ids is None else input_ids
+            modality_ids = self.infer_modality_ids(ids, mask, labels)
+        if modality_ids.shape != placeholders.shape:
             raise ValueError(
-                f"modality_ids must have the shape of the prompt {tuple(embeddings.shape[:2])}, "
+                f"modality_ids must have the shape of the prompt {tuple(placeholders.shape)}, "
                 f"got {tuple(modality_ids.shape)}"
             )
         if not torch.compiler.is_compiling() and bool(((modality_ids < 0) | (modality_ids > len(MODALITIES))).any()):
             raise ValueError(f"modality_ids must lie in [0, {len(MODALITIES)}], got {modality_ids.unique().tolist()}")
-        placeholders = self._placeholders(input_ids) if input_ids is not None else modality_ids == VISION
-        if images is None and input_ids is not None and inputs_embeds is None:
-            self._check_count(placeholders, embeddings.new_zeros(0, 1, 1))
-        if images is not None:
-            self._check_count(placeholders, images.tokens)
-            tokens = images.tokens.to(embeddings.device, embeddings.dtype)
-            embeddings = embeddings.masked_scatter(placeholders[..., None], tokens)
+        unseen = images is None and embeddings is None
+        weighed = given is None and not self._is_static
+        if weighed and images is not None and images.statistics is None:
+            return None  # encoded by another model
+        if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
+            return None  # image tokens without an image
 
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
-        if images is None and inputs_embeds is None:
-            present = present & (torch.arange(len(MODALITIES), device=present.device) != MODALITIES.index("vision"))
+        if unseen:
+            present[:, MODALITIES.index("vision")] &= given is not None
+        modality_mask = own["modality_mask"]
         if modality_mask is not None and modality_mask.shape != present.shape:
             raise ValueError(
                 f"modality_mask must be (batch, modality) {tuple(present.shape)}, got {tuple(modality_mask.shape)}"
             )
         modality_mask = present if modality_mask is None else modality_mask.bool().to(present.device) & present
         weights = uniform_weights(modality_mask)
-        if modality_weights is not None:
-            weights = self._check_weights(modality_weights, modality_mask)
+        if given is not None:
+            weights = self._check_weights(given, modality_mask)
         output = None
         # the static baseline has neither signals nor losses; a caller's weights need signals for the losses alone
-        if not self._is_static and (labels is not None or modality_weights is None):
+        if not self._is_static and (labels is not None or given is None):
             features = [
-                self._vision_features(images, placeholders, modality_ids),
-                self._text_features(embeddings, modality_ids),
+                self._vision_features(images, placeholders, modality_ids, owner),
+                self._text_features(input_ids, embeddings, modality_ids),
             ]
-            output = self.dms(features, modality_mask, self._readout, None if modality_weights is None else weights)
+            output = self.dms(features, modality_mask, self._readout, None if given is None else weights)
             weights = output.weights
-        return Schedule(modality_ids, modality_mask, weights, embeddings, output)
+        schedule = Schedule(modality_ids, modality_mask, weights, output)
+        schedule.bias = self._key_bias(weights, modality_ids, mask)
+        return schedule
 
-    def _key_bias(
-        self,
-        weights: Tensor,
-        modality_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        causal: bool = True,
-    ) -> Tensor | None:
-        """The attention bias (B, L), or `None` where fusion is not by attention or nothing is to be changed.
+    def _key_bias(self, weights: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
+        """The attention bias (B, P), or `None` where fusion is not by attention or nothing is to be changed.
 
         Uniform weights take the backbone's own path, so that they change nothing, not even rounding.
 
         Args:
-            attention_mask: tells where a row begins.
+            attention_mask: (B, P), tells where a row begins.
         """
         if self.config.dms_config.fusion != "attention":
             return None
-        bias = key_bias(weights, modality_ids, first_attended(attention_mask, modality_ids) if causal else None)
+        bias = key_bias(
+            weights, modality_ids, first_attended(attention_mask, modality_ids) if self._is_causal else None
+        )
         if torch.compiler.is_compiling() or bias.requires_grad or bool(bias.any()):
             return bias
         return None
 
-    def _scaled(self, schedule: Schedule) -> Tensor:
-        """The prompt's embeddings (B, L, D), scaled by the weights if fusion is by embedding."""
-        if self.config.dms_config.fusion != "embedding":
-            return schedule.embeddings
-        scale = embedding_scale(schedule.weights, schedule.modality_ids)
-        return schedule.embeddings * scale[..., None].to(schedule.embeddings.dtype)
-
-    def _with_dms(
-        self,
-        output_class: type,
-        outputs: Any,
-        schedule: Schedule | None,
-        labels: Tensor | None,
-        schedule_target: Tensor | None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses.
-
-        Args:
-            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: all
-                losses are sums over that number.
-        """
-        values = dict(outputs)
-        if schedule is not None:
-            values |= {"modality_weights": schedule.weights, "modality_ids": schedule.modality_ids}
-            if schedule.output is not None:
-                values["modality_signals"] = schedule.output.signals
-            if labels is not None and schedule.output is not None:
-                losses = self.dms.losses(
-                    schedule.output, schedule.modality_mask, labels, schedule_target, num_items_in_batch
-                )
-                values["dms_losses"] = {"task": outputs.loss, **losses}
-                values["loss"] = outputs.loss + self.dms.total(losses)
-        return output_class(**values)
-
     def _vision_features(
-        self, images: EncodedImages | None, placeholders: Tensor, modality_ids: Tensor
+        self, images: Images | None, placeholders: Tensor, modality_ids: Tensor, owner: Tensor | None
     ) -> ModalityFeatures:
+        """Image features of each row; `owner` (I,) tells the row of each image, whose images count together."""
         layers = self.dms.calibration.modalities[0].mean.shape
         # not `len`, which is one number for all that a program of `torch.export` is given
         batch, device = placeholders.shape[0], placeholders.device
-        if images is None:
+        if images is None or images.statistics is None or owner is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-            return ModalityFeatures(
-                torch.zeros(batch, 1, self._token_size, device=device),
-                mask,
-                torch.zeros(batch, *layers, device=device),
-            )
-        if images.states is None:
-            raise ValueError(
-                "`mm_encoder_outputs` without hidden states cannot be weighed: "
-                "pass `pixel_values`, or `modality_weights`"
-            )
+            tokens = torch.zeros(batch, 1, self._token_size, device=device)
+            return ModalityFeatures(tokens, mask, torch.zeros(batch, *layers, device=device))
         index, mask = compact(placeholders & (modality_ids == VISION))
         number = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders)
         flat = number.gather(1, index).clamp_min(0)  # (B, N), which image token stands at each place
+        statistics = torch.zeros(batch, *images.statistics.shape[1:], device=device)
+        statistics = statistics.index_add_(0, owner, images.statistics.to(device))
+        counts = torch.zeros(batch, device=device).index_add_(0, owner, torch.ones_like(owner, dtype=torch.float32))
+        statistics = statistics / counts.clamp_min(1)[:, None, None]
+        return ModalityFeatures(images.tokens.to(device)[flat], mask, statistics)
 
-        def rows(tokens: Tensor) -> Tensor:
-            return tokens.flatten(-3, -2)[..., flat, :]
-
-        with torch.no_grad():
-            per_image = torch.stack(
-                [
-                    token_statistics(s, torch.ones(s.shape[:2], dtype=torch.bool, device=s.device))
-                    for s in images.states
-                ],
-                1,
-            ).to(device)
-            # the images of one sample count together
-            of_row = torch.div(placeholders.sum(1), images.tokens.shape[1], rounding_mode="floor")
-            owner = torch.arange(batch, device=device).repeat_interleave(of_row, output_size=per_image.shape[0])
-            statistics = torch.zeros(batch, *per_image.shape[1:], device=device).index_add_(0, owner, per_image)
-            statistics = statistics / of_row.clamp_min(1)[:, None, None]
-        return ModalityFeatures(
-            rows(images.tokens), mask, statistics, lambda masks: rows(images.encode(masks)), images.encoder_size
-        )
-
-    def _text_features(self, embeddings: Tensor, modality_ids: Tensor) -> ModalityFeatures:
+    def _text_features(
+        self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor
+    ) -> ModalityFeatures:
         index, mask = compact(modality_ids == TEXT)
-        tokens = take(embeddings, index)
+        if input_ids is not None:
+            # an image token need not be in the vocabulary
+            embeddings = self.get_input_embeddings()(input_ids.masked_fill(self._placeholders(input_ids), 0))
+        tokens = take(cast(Tensor, embeddings), index)
         attended = mask.clone()
         attended[:, 0] = True  # a sample without text must not attend to nothing
-
-        def states(tokens: Tensor, attended: Tensor) -> list[Tensor]:
-            return text_only_states(lambda: self._run_text(tokens, attended), tokens, self._text_layers)
-
-        statistics = torch.stack([token_statistics(state, mask) for state in states(tokens, attended)], 1)
-
-        def encode(masks: Tensor) -> Tensor:
-            passes = (tokens[None] * masks[:, None, None].to(tokens.dtype)).flatten(0, 1)
-            deepest = states(passes, attended.repeat(len(masks), 1))[-1]
-            if deepest.shape[-1] != tokens.shape[-1]:  # embeddings narrower than the layers (OPT-350m)
-                return passes.unflatten(0, (len(masks), -1))
-            return deepest.unflatten(0, (len(masks), -1))
-
-        return ModalityFeatures(tokens, mask, statistics, encode, tokens.shape[-1])
+        states = text_only_states(lambda: self._run_text(tokens, attended), tokens, self._text_layers)
+        return ModalityFeatures(tokens, mask, torch.stack([token_statistics(state, mask) for state in states], 1))
 
     # --- checks
 
@@ -396,22 +301,10 @@ class DMSMixin(CalibrationMixin):
                 f"pixel_values of image(s) {(~finite).nonzero()[:, 0].tolist()} of the batch hold NaN or Inf"
             )
 
-    def _check_count(self, placeholders: Tensor, tokens: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        found, needed = int(placeholders.sum()), tokens.shape[0] * tokens.shape[1]
-        if found != needed or bool((placeholders.sum(1) % tokens.shape[1]).any()):
-            raise ValueError(
-                f"{tokens.shape[0]} image(s) need {needed} image tokens, {tokens.shape[1]} each, but the prompts hold "
-                f"{placeholders.sum(1).tolist()} in turn: the number of images differs, truncation cut some, "
-                "or the processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
-            )
-
     def _check_padding(self, attention_mask: Tensor | None) -> None:
         """Warns, once, of prompts (B, L) to be gone on from that end in padding."""
-        if self.config.is_encoder_decoder or attention_mask is None or attention_mask.ndim != 2:
-            return
-        if not attention_mask[:, -1].all():
+        known = attention_mask is not None and attention_mask.ndim == 2
+        if self._is_causal and known and not attention_mask[:, -1].all():
             logger.warning_once(
                 "some prompts are padded on the right, where a decoder-only model goes on from the padding and "
                 "answers wrongly: set `processor.tokenizer.padding_side = 'left'`"
@@ -439,58 +332,31 @@ class DMSMixin(CalibrationMixin):
         options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
-    # --- loading and saving
+    # --- output
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, from safetensors only. `dms_config=DMSConfig(...)` replaces the
-        checkpoint's.
+    def _with_dms(
+        self,
+        outputs: Any,
+        schedule: Schedule | None,
+        labels: Tensor | None,
+        schedule_target: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses.
 
-        Raises:
-            ValueError: if the checkpoint is broken, has weights of other shapes, or lacks weights of the backbone or
-                a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new.
+        Args:
+            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: all
+                losses are sums over that number.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
-        kwargs.setdefault("use_safetensors", True)
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
-        if info["mismatched_keys"] and not may_differ:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
-                f"shape, the model's): {sorted(info['mismatched_keys'])[:8]}"
-            )
-        missing = set(info["missing_keys"])
-        own = {f"dms.{name}" for name in model.dms.state_dict()}
-        # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
-        anew = {name for name in own if name.startswith("dms.scheduler.")}
-        new = own if own <= missing else anew
-        if missing - new:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"
-            )
-        return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the
-        result where this package is not installed. A save that fails leaves what the folder held before.
-
-        Raises:
-            OSError: if the files cannot be written.
-        """
-        self.config.auto_map = auto_map(type(self), type(self.config), self._auto_map_name)
-        # today's names: the original ones are found again by the class's registered conversion alone, and the vanilla
-        # class, which sees another model type, would load with a random lm_head
-        kwargs.setdefault("save_original_format", False)
-        if kwargs.get("distributed_checkpoint"):  # all processes write into one folder
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(save_directory).name)
-        with staged(save_directory) as folder:
-            super().save_pretrained(folder, *args, **kwargs)
-            if kwargs.get("is_main_process", True):
-                export_code(type(self), type(self.config), folder)
+        values = dict(outputs)
+        if schedule is not None:
+            values |= {"modality_weights": schedule.weights, "modality_ids": schedule.modality_ids}
+            if schedule.output is not None:
+                values["modality_signals"] = schedule.output.signals
+            if labels is not None and schedule.output is not None:
+                losses = self.dms.losses(
+                    schedule.output, schedule.modality_mask, labels, schedule_target, num_items_in_batch
+                )
+                values["dms_losses"] = {"task": outputs.loss, **losses}
+                values["loss"] = outputs.loss + self.dms.total(losses)
+        return dms_output(type(outputs))(**values)

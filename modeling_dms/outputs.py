@@ -1,19 +1,9 @@
 """Outputs of the DMS models: the backbone's own, with weights, signals and losses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.generation import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateBeamEncoderDecoderOutput,
-    GenerateDecoderOnlyOutput,
-    GenerateEncoderDecoderOutput,
-)
-from transformers.models.blip_2.modeling_blip_2 import (
-    Blip2ForConditionalGenerationModelOutput,
-    Blip2ImageTextMatchingModelOutput,
-)
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 
@@ -63,88 +53,44 @@ class DMSOutput:
     logits: torch.Tensor
 
 
-@dataclass
-class DMSLlavaOutput(LlavaCausalLMOutputWithPast):
-    r"""`LlavaCausalLMOutputWithPast`, whose fields all backbones of LLaVA's shape return, with:
+class _Fields(ModelOutput):
+    """What a DMS class adds to the output of its vanilla class, see [`dms_output`]."""
+
+    modality_weights: torch.Tensor | None = None
+    modality_signals: ModalitySignals | None = None
+    modality_ids: torch.Tensor | None = None
+    dms_losses: dict[str, torch.Tensor] | None = None
+
+
+_made: dict[type[ModelOutput], type[ModelOutput]] = {}
+
+
+def dms_output(vanilla: type[ModelOutput]) -> type[ModelOutput]:
+    """The output class of a DMS class: that of its vanilla class, with:
 
     modality_weights: (B, M).
     modality_signals: [`ModalitySignals`], `None` where nothing needed them (uniform scheduler, caller's weights).
-    modality_ids: (B, L), as given or inferred; decoding by hand passes it on.
+    modality_ids: (B, L), as given or inferred.
     dms_losses: the unweighted losses by name, with `task` for the backbone's own; `None` without labels.
+
+    Of `generate` the first two.
     """
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-    modality_ids: torch.Tensor | None = None
-    dms_losses: dict[str, torch.Tensor] | None = None
-
-
-@dataclass
-class DMSBlip2Output(Blip2ForConditionalGenerationModelOutput):
-    r"""`Blip2ForConditionalGenerationModelOutput` with the fields of [`DMSLlavaOutput`]."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-    modality_ids: torch.Tensor | None = None
-    dms_losses: dict[str, torch.Tensor] | None = None
+    if vanilla in _made:
+        return _made[vanilla]
+    names = ("modality_weights", "modality_signals")
+    if not vanilla.__name__.startswith("Generate"):
+        names += ("modality_ids", "dms_losses")
+    fields = dict.fromkeys(names)
+    annotations = {name: _Fields.__annotations__[name] for name in names}
+    body = {"__annotations__": annotations, "__module__": __name__, "__doc__": vanilla.__doc__, **fields}
+    made = _made[vanilla] = dataclass(type(f"DMS{vanilla.__name__}", (vanilla,), body))
+    globals()[made.__name__] = made  # where pickle looks for it
+    return made
 
 
-@dataclass
-class DMSBlip2RetrievalOutput(Blip2ImageTextMatchingModelOutput):
-    r"""`Blip2ImageTextMatchingModelOutput` with the fields of [`DMSLlavaOutput`]."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-    modality_ids: torch.Tensor | None = None
-    dms_losses: dict[str, torch.Tensor] | None = None
-
-
-@dataclass
-class DMSGenerateDecoderOnlyOutput(GenerateDecoderOnlyOutput):
-    r"""`GenerateDecoderOnlyOutput` with `modality_weights` (B, M) and `modality_signals`."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-
-
-@dataclass
-class DMSGenerateBeamDecoderOnlyOutput(GenerateBeamDecoderOnlyOutput):
-    r"""`GenerateBeamDecoderOnlyOutput` with `modality_weights` (B, M) and `modality_signals`."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-
-
-@dataclass
-class DMSGenerateEncoderDecoderOutput(GenerateEncoderDecoderOutput):
-    r"""`GenerateEncoderDecoderOutput` with `modality_weights` (B, M) and `modality_signals`."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-
-
-@dataclass
-class DMSGenerateBeamEncoderDecoderOutput(GenerateBeamEncoderDecoderOutput):
-    r"""`GenerateBeamEncoderDecoderOutput` with `modality_weights` (B, M) and `modality_signals`."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-
-
-_GENERATE_OUTPUTS = {
-    output.__mro__[1]: output
-    for output in (
-        DMSGenerateDecoderOnlyOutput,
-        DMSGenerateBeamDecoderOnlyOutput,
-        DMSGenerateEncoderDecoderOutput,
-        DMSGenerateBeamEncoderDecoderOutput,
-    )
-}
-
-
-def with_weights(generated, weights: torch.Tensor | None, signals: ModalitySignals | None):
-    """What `generate` returned, with the weights and signals added if it is a structured output."""
-    output_class = _GENERATE_OUTPUTS.get(type(generated))
-    if output_class is None:
+def with_weights(generated: Any, schedule: Any) -> Any:
+    """What `generate` returned, with the weights and signals of its prompts added if it is a structured output."""
+    if not isinstance(generated, ModelOutput) or schedule is None:
         return generated
-    return output_class(**generated, modality_weights=weights, modality_signals=signals)
+    signals = None if schedule.output is None else schedule.output.signals
+    return dms_output(type(generated))(**generated, modality_weights=schedule.weights, modality_signals=signals)

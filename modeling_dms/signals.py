@@ -62,11 +62,14 @@ def dropout_masks(samples: int, size: int, p: float, seed: int, device: torch.de
     matters, and the same seed gives the same masks on every device. All samples share them: the batch size cannot
     matter either.
     """
+    return (_kept_units(samples, size, p, seed).float() / (1 - p)).to(device)
+
+
+@torch.compiler.assume_constant_result
+def _kept_units(samples: int, size: int, p: float, seed: int) -> Tensor:
     # drawn before a program of `torch.export` runs: it would go on with the generator, and draw others each time
     with _disable_current_modes() if torch.compiler.is_exporting() else nullcontext():
-        generator = torch.Generator().manual_seed(seed)
-        keep = torch.rand(samples, size, generator=generator) >= p
-    return (keep.float() / (1 - p)).to(device)
+        return torch.rand(samples, size, generator=torch.Generator().manual_seed(seed)) >= p
 
 
 def mutual_information(logits: Tensor, normalize: bool = True) -> Tensor:

@@ -73,11 +73,21 @@ def test_image_count_differs_from_the_placeholders(backbone, scheduler):
 
 
 @pytest.mark.parametrize("backbone", tiny.FAMILIES)
-def test_placeholders_without_any_image(backbone):
-    """Forgotten `pixel_values` would leave the embedding of the placeholder itself in the prompt."""
+def test_placeholders_without_any_image(backbone, monkeypatch):
+    """Forgotten `pixel_values` leave the embedding of the placeholder itself in the prompt: the vanilla classes answer
+    that, BLIP-2 apart."""
+    warned = []
+    monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
     inputs = tiny.prompts(backbone, "pairs")
     del inputs["pixel_values"]
-    refused(tiny.shared(backbone, scheduler="learned"), inputs, "image")
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    if backbone.startswith("blip2"):
+        refused(model, inputs, "no images.*pixel_values")
+        return
+    with torch.no_grad():
+        out, expected = model(**inputs), tiny.vanilla(backbone)(**inputs)
+    assert torch.equal(out.logits, expected.logits)
+    assert len(warned) == 1
 
 
 def test_several_images_a_row_must_come_in_whole_numbers():
@@ -135,18 +145,24 @@ def test_pixels_and_encoded_images_together():
 
 
 @pytest.mark.parametrize("backbone", tiny.FAMILIES)
-def test_encoded_images_without_hidden_states(backbone):
-    """Their typicality cannot be known; with weights of the caller nobody asks for it."""
-    model, inputs = tiny.shared(backbone, scheduler="learned"), tiny.prompts(backbone, "pairs")
-    pixels, weights = inputs.pop("pixel_values"), tiny.uneven(3)
+def test_images_that_another_model_has_encoded(backbone, monkeypatch):
+    """Nothing is known of them, so they are answered as the vanilla class answers; with the caller's weights all is
+    known."""
+    warned = []
+    monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
+    model, inputs = tiny.shared(backbone, scheduler="learned", stirred=True), tiny.prompts(backbone, "pairs")
+    pixels, weights, even = inputs.pop("pixel_values"), tiny.uneven(3), torch.full((3, 2), 0.5)
     with torch.no_grad():
         encoded = model.get_image_features(pixels, return_dict=True)
-        encoded.hidden_states = None
-        with pytest.raises(ValueError, match=r"hidden states.*modality_weights"):
-            model(**inputs, mm_encoder_outputs={"image": encoded})
+        encoded.statistics = None
+        out = model(**inputs, mm_encoder_outputs={"image": encoded})
+        assert torch.equal(out.logits, model(**inputs, pixel_values=pixels, modality_weights=even).logits)
+        assert out.modality_weights is None
+        assert len(warned) == 1
         out = model(**inputs, mm_encoder_outputs={"image": encoded}, modality_weights=weights)
         expected = model(**inputs, pixel_values=pixels, modality_weights=weights)
     assert torch.equal(out.logits, expected.logits)
+    assert len(warned) == 1
 
 
 # ---- missing modalities
@@ -248,29 +264,39 @@ def test_schedule_target_of_another_shape(backbone):
 
 
 @pytest.mark.parametrize("backbone", tiny.FAMILIES)
-def test_embeddings_without_modality_ids(backbone):
-    model, inputs = tiny.shared(backbone), tiny.prompts(backbone)
-    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with pytest.raises(ValueError, match="modality_ids"):
-        model(**inputs, inputs_embeds=embeddings)
+def test_embeddings_without_modality_ids(backbone, monkeypatch):
+    """Nothing tells what they stand for: they are answered as the vanilla class answers."""
+    warned = []
+    monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
+    inputs, even = tiny.prompts(backbone, "pairs"), torch.full((3, 2), 0.5)
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    with torch.no_grad():
+        expected = model(**inputs, modality_weights=even)
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        out = model(**inputs, inputs_embeds=embeddings)
+    assert torch.equal(out.logits, expected.logits)
+    assert len(warned) == 1
 
 
 # ---- decoding by hand
 
 
 @pytest.mark.parametrize("backbone", tiny.DECODER_ONLY)
-def test_cached_decoding_without_weights(backbone):
-    inputs = tiny.prompts(backbone, "pairs")
-    step = {"input_ids": torch.full((3, 1), 10)}
-    for given in ({}, {"attention_mask": torch.ones(3, inputs["input_ids"].shape[1] + 1, dtype=torch.long)}):
-        model = tiny.shared(backbone, scheduler="learned", stirred=True)
-        with torch.no_grad():
-            out = model(**inputs, use_cache=True)
-            cache = out.get(CACHE) or out.language_model_outputs[CACHE]
-            with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
-                model(**step, **given, **{CACHE: cache})
-            with pytest.raises(ValueError, match=r"modality_weights.*modality_ids"):
-                model(**step, **given, **{CACHE: cache}, modality_weights=out.modality_weights)
+def test_cached_decoding_goes_on_with_the_weights_of_its_prompt(backbone):
+    inputs = tiny.prompts(backbone, "pairs", "left")
+    step = torch.full((3, 1), 10)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], 1)
+    model = tiny.shared(backbone, scheduler="learned", stirred=True)
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        cache = out.get(CACHE) or out.language_model_outputs[CACHE]
+        on = model(input_ids=step, attention_mask=mask, **{CACHE: cache})
+        whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], step], 1), "attention_mask": mask}
+        ids = torch.nn.functional.pad(out.modality_ids, (0, 1))
+        expected = model(**whole, modality_ids=ids, modality_weights=out.modality_weights)
+    torch.testing.assert_close(on.logits[:, -1], expected.logits[:, -1], rtol=0, atol=1e-4)
+    assert torch.equal(on.modality_weights, out.modality_weights)
+    assert (out.modality_weights - 0.5).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("backbone", tiny.LLAVA_SHAPED)

@@ -249,7 +249,7 @@ def test_what_is_wrong_is_told_in_one_line(checkpoint, tmp_path):
         assert (checkpoint / "README.md").read_text() == broken
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "clip"}))
-    assert "is a 'clip' checkpoint" in fails(checkpoint)
+    assert "a 'clip' checkpoint is not supported" in fails(checkpoint)
 
 
 def reweighted(folder):

@@ -23,7 +23,6 @@ LITERALS = {
     "scheduler": ("uniform", "rule", "learned", "entropy", "energy"),
     "fusion": ("attention", "embedding"),
     "uncertainty": ("mutual_information", "variance"),
-    "mc_depth": ("head", "encoder"),
     "consistency": ("sharpen", "additive"),
     "conflict_prior": ("vision", "text", None),
 }
@@ -62,7 +61,6 @@ OTHER = {
     "mc_samples": 3,
     "mc_tokens": 7,
     "mc_dropout": 0.25,
-    "mc_depth": "encoder",
     "mc_seed": 5,
     "consistency": "additive",
     "vision_layers": [0, 3],
@@ -133,7 +131,6 @@ def test_the_defaults_that_the_method_rests_on():
     assert config.fusion == "attention"
     assert config.uncertainty == "mutual_information"
     assert config.normalize_entropy
-    assert config.mc_depth == "head"
     assert config.consistency == "sharpen"
     assert config.conflict_prior is None
     assert 0 < config.weight_floor < 0.2
@@ -280,6 +277,13 @@ def test_an_unknown_field_is_dropped_with_a_warning_that_names_both_versions(way
     assert "from_the_future" not in config.to_dict()
     assert config.kappa == 2.0
     assert config.modeling_dms_version == __version__
+
+
+def test_a_choice_that_is_gone_is_news_only_where_it_was_made(logged):
+    DMSConfig.from_dict({"mc_depth": "head", "modeling_dms_version": "0.1.0"})
+    assert not logged.records
+    DMSConfig.from_dict({"mc_depth": "encoder", "modeling_dms_version": "0.1.0"})
+    assert "mc_depth" in logged.text
 
 
 def test_fields_of_every_transformers_configuration_are_not_unknown(logged):

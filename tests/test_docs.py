@@ -307,7 +307,9 @@ def test_public_names_are_on_the_api_pages(module):
     ]
 
 
-@pytest.mark.parametrize("name", ["signals", "typicality", "calibration", "scheduler", "fusion", "losses", "dms"])
+@pytest.mark.parametrize(
+    "name", ["signals", "typicality", "calibration", "scheduler", "steer.bias", "steer.masks", "losses", "dms"]
+)
 def test_the_method_is_on_the_api_pages(name):
     assert f"modeling_dms.{name}" in documented()
 

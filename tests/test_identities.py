@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
-from modeling_dms import modeling_dms_blip_2 as blip_2
+from modeling_dms import modeling_dms_blip_2
 from modeling_dms._compat import CACHE
-from modeling_dms.fusion import key_bias
+from modeling_dms.steer.bias import key_bias
 from tests import tiny
 
 
@@ -415,23 +415,6 @@ def test_a_cache_of_chunks_equals_one_prefill():
 # ---- Monte Carlo dropout of the encoder
 
 
-@pytest.mark.parametrize("backbone", tiny.FAMILIES)
-def test_monte_carlo_dropout_starts_at_what_the_projector_reads(backbone):
-    """Where nothing is dropped, a pass gives the library's own image tokens."""
-    model, pixels = tiny.shared(backbone), tiny.prompts(backbone)["pixel_values"]
-    asked = [{}]
-    if backbone in tiny.LLAVA_SHAPED:
-        asked += [{"vision_feature_layer": layer, "vision_feature_select_strategy": "default"} for layer in (-1, 1)]
-    for given in asked:
-        images = model._encode_images(pixels, **given)
-        expected = torch.stack(list(tiny.vanilla(backbone).get_image_features(pixels, **given).pooler_output))
-        passes = images.encode(torch.ones(2, images.encoder_size))
-        assert torch.equal(images.tokens, expected)
-        assert_close(passes, expected.expand(2, -1, -1, -1))
-        kept = (torch.arange(images.encoder_size) % 2).float()[None]
-        assert (images.encode(kept) - expected).abs().max() > 1e-3
-
-
 # ---- fusion by embedding
 
 
@@ -508,9 +491,9 @@ def test_retrieval_matching_by_weights(placeholders):
 
 def test_retrieval_matching_spares_no_sink(monkeypatch):
     """The Q-Former is not causal: the first query is weighed like the others."""
-    biases, fold = [], blip_2.fold_key_bias
+    biases, fold = [], modeling_dms_blip_2.fold_key_bias
     monkeypatch.setattr(
-        blip_2, "fold_key_bias", lambda keep, bias, dtype: biases.append(bias) or fold(keep, bias, dtype)
+        modeling_dms_blip_2, "fold_key_bias", lambda keep, bias, dtype: biases.append(bias) or fold(keep, bias, dtype)
     )
     model, weights = retrieval_models(True)[0], tiny.uneven(3)
     out = model(**retrieval_batch(), use_image_text_matching_head=True, modality_weights=weights)

@@ -82,7 +82,9 @@ def test_what_differs_between_versions_knows_nothing_of_the_package():
     assert not touches(imports(ROOT / "modeling_dms/_compat.py"), "modeling_dms", "training", "configuration")
 
 
-@pytest.mark.parametrize("name", ["signals", "scheduler", "fusion", "losses", "typicality", "calibration", "dms"])
+@pytest.mark.parametrize(
+    "name", ["signals", "scheduler", "steer/bias", "steer/masks", "losses", "typicality", "calibration", "dms"]
+)
 def test_the_method_knows_no_backbone(name):
     names = imports(ROOT / "modeling_dms" / f"{name}.py")
     backbones = [f"modeling_dms.{name}" for name in ("mixin", "modeling_dms_llava", "modeling_dms_blip_2")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from modeling_dms.attention import SDPA_KEY_BIAS
+from modeling_dms.steer import masks
 from tests import tiny
 
 
@@ -179,10 +179,9 @@ def observed(model):
     return flags, {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("depth", ["head", "encoder"])
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_forward_touches_neither_modes_nor_random_state(backbone, depth):
-    model = tiny.build(backbone, scheduler="learned", stirred=True, mc_depth=depth)
+def test_forward_touches_neither_modes_nor_random_state(backbone):
+    model = tiny.build(backbone, scheduler="learned", stirred=True)
     model.dms.views[0].train()  # an odd mix must survive as well
     inputs = training_inputs(backbone, "mixed")
     before, buffers = observed(model), {name: b.clone() for name, b in model.named_buffers()}
@@ -199,12 +198,11 @@ def test_forward_touches_neither_modes_nor_random_state(backbone, depth):
 
 
 @pytest.mark.parametrize("uncertainty", ["mutual_information", "variance"])
-@pytest.mark.parametrize("depth", ["head", "encoder"])
 @pytest.mark.parametrize("backbone", [*tiny.BACKBONES, "retrieval"])
-def test_monte_carlo_dropout(backbone, depth, uncertainty):
+def test_monte_carlo_dropout(backbone, uncertainty):
     """It finds some uncertainty, the same every time, in train mode too; another seed finds another."""
     inputs = tiny.prompts(backbone, "pairs", "left")
-    options = {"scheduler": "learned", "mc_depth": depth, "uncertainty": uncertainty}
+    options = {"scheduler": "learned", "uncertainty": uncertainty}
     model = tiny.build(backbone, stirred=True, **options)
     other = tiny.build(backbone, stirred=True, mc_seed=1, **options)
     with torch.no_grad():
@@ -218,23 +216,6 @@ def test_monte_carlo_dropout(backbone, depth, uncertainty):
     assert torch.equal(second.modality_signals.uncertainty, uncertainty)
     assert torch.equal(second.modality_weights, first.modality_weights)
     assert not torch.equal(changed.modality_signals.uncertainty, uncertainty)
-
-
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_deep_monte_carlo_dropout_of_a_batch_equals_its_rows(backbone):
-    inputs = tiny.prompts(backbone, "mixed", "left")
-    model = tiny.build(backbone, scheduler="learned", stirred=True, mc_depth="encoder")
-    shallow = tiny.build(backbone, scheduler="learned", stirred=True, mc_depth="head")
-    with torch.no_grad():
-        out = model(**inputs)
-        signals = out.modality_signals
-        present = torch.stack([(out.modality_ids == m).any(1) for m in (1, 2)], 1)
-        assert ((signals.uncertainty > 0) == present).all()
-        assert (signals.uncertainty - shallow(**inputs).modality_signals.uncertainty)[present].abs().max() > 1e-5
-        for index in range(len(present)):
-            alone = model(**tiny.row(inputs, index))
-            torch.testing.assert_close(signals.uncertainty[index], alone.modality_signals.uncertainty[0])
-            torch.testing.assert_close(out.modality_weights[index], alone.modality_weights[0])
 
 
 # ---- the Trainer
@@ -293,21 +274,26 @@ def test_plain_trainer(backbone, tmp_path):
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("backbone", tiny.DECODER_ONLY)
-def test_a_bias_as_head_dimension_is_a_bias_in_the_mask(backbone, padding):
+def test_a_bias_as_head_dimension_is_a_bias_in_the_mask(backbone, padding, monkeypatch):
     """With a missing image too, whose keys are masked."""
     inputs = tiny.prompts(backbone, "pairs", padding)
     inputs["modality_mask"] = torch.tensor([[True, True]] * (len(inputs["input_ids"]) - 1) + [[False, True]])
     inputs["labels"] = inputs["input_ids"].clone()
     inputs["labels"][:, :-3] = -100
     losses, gradients = [], []
-    for attention in ("sdpa", SDPA_KEY_BIAS):
-        model = tiny.build(backbone, scheduler="learned", stirred=True)
-        assert model.config.get_text_config(decoder=True)._attn_implementation == SDPA_KEY_BIAS
-        model.set_attn_implementation(attention)
+    widened, sdpa = [], masks.sdpa_attention_forward
+    monkeypatch.setattr(
+        masks,
+        "sdpa_attention_forward",
+        lambda *args, **kwargs: widened.append(args[1].shape[-1]) or sdpa(*args, **kwargs),
+    )
+    for attention in ("eager", "sdpa"):
+        model = tiny.build(backbone, attention, scheduler="learned", stirred=True)
         loss = model.train()(**inputs).loss
         loss.backward()
         losses.append(loss)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert 9 in widened  # heads of 8 numbers and the bias
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
     assert gradients[0]["dms.scheduler.output.weight"].abs().max() > 1e-3
     torch.testing.assert_close(gradients[1], gradients[0], atol=3e-5, rtol=1e-4)

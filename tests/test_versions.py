@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from modeling_dms._compat import CACHE, FLOORS, require
+from modeling_dms.observe.layers import kept_states
 from modeling_dms.training.cli import app
 from modeling_dms.training.loading import load
 from modeling_dms.training.stages import prepare
@@ -184,7 +185,8 @@ def test_the_cache_has_the_name_of_this_transformers(backbone):
             assert cache.get_seq_length() == inputs["input_ids"].shape[1]
             carried = {"modality_weights": prefill.modality_weights, "modality_ids": prefill.modality_ids}
             step = torch.full((len(inputs["input_ids"]), 1), 10)
-            logits.append(model(input_ids=step, **carried, **{name: cache}).logits)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], 1)
+            logits.append(model(input_ids=step, attention_mask=mask, **carried, **{name: cache}).logits)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 1
     assert torch.equal(*logits)
     assert CACHE == "past_key_values" or "past_key_values" not in inspect.signature(model.forward).parameters
@@ -192,8 +194,9 @@ def test_the_cache_has_the_name_of_this_transformers(backbone):
 
 def test_all_hidden_states_that_are_needed_are_kept():
     model, pixels = tiny.shared("internvl-qwen3"), tiny.prompts("internvl-qwen3")["pixel_values"]
-    kept = model._encode_images(pixels).states
-    every = model.model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    tower = model.model.vision_tower
+    kept, _ = kept_states(lambda: tower(pixel_values=pixels), model._vision_layers)
+    every = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     assert len(kept) == len(model._vision_layers) > 1
     for layer, states in zip(model._vision_layers, kept, strict=True):
         assert torch.equal(states, every[layer])

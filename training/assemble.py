@@ -51,7 +51,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from modeling_dms.staging import check_writable
+from modeling_dms.save.staging import check_writable
 from modeling_dms.training.data import load_openmoji
 from modeling_dms.training.names import check_names
 

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from modeling_dms import __version__
-from modeling_dms.staging import staged
+from modeling_dms.auto import class_of
+from modeling_dms.save.staging import staged
 from modeling_dms.training.assemble import INSTALL, RECIPES
 from modeling_dms.training.data.hub import HUB_DATASETS
 from modeling_dms.training.data.sources import named_sources
 from modeling_dms.training.documents import between_markers, points, share, table
 from modeling_dms.training.grid import ORACLE
-from modeling_dms.training.loading import CHECKPOINTS, MODEL_CLASSES
+from modeling_dms.training.loading import CHECKPOINTS
 from modeling_dms.training.record import read_record
 from modeling_dms.training.report import DMS, STATIC, read_results
 from modeling_dms.training.request import checkpoint_digest
@@ -55,7 +56,6 @@ TASKS = {
     "retrieval": "image-text-retrieval",
     "matching": "image-text-retrieval",
 }
-KINDS = {"llava": "A LLaVA", "internvl": "An InternVL", "blip-2": "A BLIP-2"}
 METRICS = {"VQA accuracy": "accuracy", "CIDEr-D": "cider", "R@1": "recall"}
 # lines that peft and transformers add to the Hub's blank template
 _BLANK_TOO = ("### Framework versions", "- PEFT ", "This is the model card of a \N{HUGGING FACE} transformers model")
@@ -200,6 +200,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
             used.setdefault(source, []).append(purpose)
     found = [result for evaluation in evaluations for result in eval_results(evaluation)]
     models = [part.model for part in recipe.parts if part.model] if recipe else [base] if _is_hub_id(base) else []
+    family = class_of(checkpoint.config).family
     data = ModelCardData(
         license="apache-2.0" if _is_made_here(base) else None,
         base_model=models or None,
@@ -215,7 +216,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
         template_path=str(TEMPLATE),
         name=name,
         version=__version__,
-        kind=KINDS[checkpoint.model_type.removeprefix("dms_").replace("_", "-")],
+        kind=f"{'An' if family[0] in 'AEIOU' else 'A'} {family}",
         properties=table(("", ""), checkpoint.properties()),
         base=base,
         assembled=recipe is not None,
@@ -266,8 +267,10 @@ class Checkpoint:
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no checkpoint: it holds no config.json")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type not in MODEL_CLASSES:
-            raise ValueError(f"{folder} is a {config.model_type!r} checkpoint, expected {', '.join(MODEL_CLASSES)}")
+        try:
+            class_of(config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         adapter = folder / "adapter_config.json"
         described = json.loads(adapter.read_text(encoding="utf-8")) if adapter.exists() else None
         return cls(config, described, _is_calibrated(folder))

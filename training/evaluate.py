@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_dms import __version__
 from modeling_dms._compat import require
-from modeling_dms.staging import check_writable
+from modeling_dms.save.staging import check_writable
 from modeling_dms.training.baselines import METHODS, UNTRAINED, make_methods
 from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import seeded

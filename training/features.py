@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-_Features = tuple[Tensor, Tensor, list[Tensor | None] | None]
+_Features = tuple[Tensor, Tensor, Tensor]
 
 
 class FeatureCache:
@@ -39,29 +39,28 @@ class FeatureCache:
         rows: dict[int, _Features] = {index: known[key] for index, key in enumerate(keys) if key in known}
         if new:
             outputs = _without_dropout(model, pixel_values[new])
-            self._kind = type(outputs)
+            self._kind, self._stacked = type(outputs), isinstance(outputs.pooler_output, Tensor)
             for position, index in enumerate(new):
-                states = outputs.hidden_states
                 row = (
                     outputs.last_hidden_state[position],
                     outputs.pooler_output[position],
-                    None if states is None else [None if s is None else s[position] for s in states],
+                    outputs.statistics[position],
                 )
                 rows[index] = row
                 if keys[index] is not None:
                     self._keep(keys[index], row)
-        last, pooled, states = zip(*(rows[index] for index in range(len(keys))), strict=True)
-        hidden = None
-        if states[0] is not None:
-            hidden = tuple(None if layer[0] is None else torch.stack(layer) for layer in zip(*states, strict=True))
-        return self._kind(last_hidden_state=torch.stack(last), pooler_output=torch.stack(pooled), hidden_states=hidden)
+        last, pooled, statistics = zip(*(rows[index] for index in range(len(keys))), strict=True)
+        # in some families a sequence of (N, D), whose N may differ
+        pooled = torch.stack(pooled) if self._stacked else pooled
+        encoded = self._kind(last_hidden_state=torch.stack(last), pooler_output=pooled)
+        encoded.statistics = torch.stack(statistics)
+        return encoded
 
     def _keep(self, key: Hashable, row: _Features) -> None:
         if key in self._kept:  # twice in this batch
             return
         # clones: a slice would keep the whole batch alive
-        states = None if row[2] is None else [state if state is None else state.clone() for state in row[2]]
-        row = (row[0].clone(), row[1].clone(), states)
+        row = (row[0].clone(), row[1].clone(), row[2].clone())
         self._kept[key] = row
         self.used += _bytes(row)
         while self.used > self.size and self._kept:
@@ -74,11 +73,11 @@ def _without_dropout(model: Any, pixel_values: Tensor) -> Any:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return model._encode_images(pixel_values).outputs
+        return model.get_image_features(pixel_values=pixel_values, return_dict=True)
     finally:
         for module in training:
             module.training = True
 
 
 def _bytes(row: _Features) -> int:
-    return sum(tensor.nbytes for tensor in (row[0], row[1], *(row[2] or [])) if tensor is not None)
+    return sum(tensor.nbytes for tensor in row)

@@ -11,14 +11,9 @@ from transformers import AutoConfig, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import find_adapter_config_file
 
-from modeling_dms import (
-    DMSBlip2ForConditionalGeneration,
-    DMSBlip2ForImageTextRetrieval,
-    DMSConfig,
-    DMSInternVLForConditionalGeneration,
-    DMSLlavaForConditionalGeneration,
-)
+from modeling_dms import DMSConfig
 from modeling_dms._compat import require
+from modeling_dms.auto import class_of
 from modeling_dms.training.names import check_names
 from modeling_dms.training.processors import load_processor
 
@@ -27,20 +22,12 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # one of them makes a folder a checkpoint
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MODEL_CLASSES = {
-    "llava": DMSLlavaForConditionalGeneration,
-    "dms_llava": DMSLlavaForConditionalGeneration,
-    "internvl": DMSInternVLForConditionalGeneration,
-    "dms_internvl": DMSInternVLForConditionalGeneration,
-    "blip-2": DMSBlip2ForConditionalGeneration,
-    "dms_blip_2": DMSBlip2ForConditionalGeneration,
-}
 
 
 def load(
     name: str | Path, dms: dict[str, Any] | None = None, merge: bool = True, **kwargs: Any
 ) -> tuple[Any, ProcessorMixin]:
-    """A BLIP-2, LLaVA, InternVL or DMS checkpoint as a DMS model, and its processor, see [`load_processor`].
+    """Any supported checkpoint, vanilla or DMS, as a DMS model, and its processor, see [`load_processor`].
 
     Args:
         name: a folder, a Hub id, a checkpoint that ships with this package (`"demo-llava"`, `"demo-blip2"`), or one
@@ -88,12 +75,14 @@ def load(
             return adapted.merge_and_unload().requires_grad_(True), processor
         return adapted, processor
     config = read_config(name)
-    if config.model_type not in MODEL_CLASSES:
-        raise ValueError(f"{name} is a {config.model_type!r} checkpoint, expected one of {', '.join(MODEL_CLASSES)}")
+    try:
+        model_class = class_of(config)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
     if dms:
         check_dms(dms)
         kwargs["dms_config"] = DMSConfig(**{**_dms_config(config), **dms})
-    model = class_of(config).from_pretrained(name, **kwargs)
+    model = model_class.from_pretrained(name, **kwargs)
     return model, load_processor(name, model.config, model.can_generate())
 
 
@@ -168,12 +157,6 @@ def base_of(adapter: Path) -> str:
     if not isinstance(base, str):
         raise ValueError(f"{adapter} names no base_model_name_or_path, got {base!r}")
     return base
-
-
-def class_of(config: Any) -> Any:
-    """The DMS class for a checkpoint of `MODEL_CLASSES`."""
-    retrieves = any(kind.endswith("ForImageTextRetrieval") for kind in config.architectures or ())
-    return DMSBlip2ForImageTextRetrieval if retrieves else MODEL_CLASSES[config.model_type]
 
 
 def located(name: str | Path) -> str | Path:

@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from modeling_dms._compat import CACHE
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.prompt import VISION
+from modeling_dms.observe.prompt import VISION
 from modeling_dms.scheduler import ModalityScheduler
 
 

@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_dms.prompt import VISION
+from modeling_dms.observe.prompt import VISION
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 

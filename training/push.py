@@ -7,9 +7,9 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-from modeling_dms.export import auto_map, export_code
+from modeling_dms.auto import class_of
+from modeling_dms.save.export import auto_map, export_code
 from modeling_dms.training.card import CARD, LISTS, Checkpoint, generate, is_generated, merged, own_text
-from modeling_dms.training.loading import class_of
 
 
 # what Trainer leaves beside a model, which is for resuming, and unsafe to load

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from modeling_dms.staging import check_writable
+from modeling_dms.save.staging import check_writable
 from modeling_dms.training.assemble import RECIPES, digest
 from modeling_dms.training.card import replacing
 from modeling_dms.training.loading import base_of, load

@@ -10,8 +10,9 @@ from transformers import ProcessorMixin
 from transformers.cli.serve import Serve
 from transformers.utils import find_adapter_config_file
 
+from modeling_dms.auto import CLASSES
 from modeling_dms.training.data import as_text
-from modeling_dms.training.loading import MODEL_CLASSES, located, read_config
+from modeling_dms.training.loading import located, read_config
 from modeling_dms.training.processors import load_processor, read_processor
 
 
@@ -47,7 +48,7 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
     if find_adapter_config_file(checkpoint):
         raise ValueError(f"{name} is an adapter: make it a whole checkpoint by `dms merge` first")
     config = read_config(checkpoint)
-    known = [model_type for model_type in MODEL_CLASSES if model_type.startswith("dms_")]
+    known = [cls.config_class.model_type for cls in CLASSES.values()]
     if config.model_type not in known:
         expected = ", ".join(known)
         raise ValueError(

@@ -1,9 +1,8 @@
 """Which parameters a run trains."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
-
-from transformers import PreTrainedModel
 
 from modeling_dms._compat import require
 
@@ -11,36 +10,22 @@ from modeling_dms._compat import require
 Stage = Literal["align", "bridge", "backbone", "scheduler", "joint"]
 LoraTargets = Literal["attention", "all"]
 
-# parts between the vision tower and the language model, by model type
-BRIDGES = {
-    "dms_llava": ("multi_modal_projector",),
-    "dms_internvl": ("multi_modal_projector",),
-    "dms_blip_2": ("query_tokens", "qformer", "language_projection"),
-}
-# projections of the language model, by what LoRA changes; a bare list of suffixes would match the vision tower's too
-LORA_TARGETS: dict[str, dict[str, str]] = {
-    "attention": {
-        "dms_llava": r".*language_model.*\.(q_proj|v_proj)",
-        "dms_internvl": r".*language_model.*\.(q_proj|v_proj)",
-        "dms_blip_2": r".*language_model.*\.(q_proj|v_proj|q|v)",
-    },
-    # Llama's, OPT's and T5's
-    "all": {
-        "dms_llava": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        "dms_internvl": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        "dms_blip_2": r".*language_model.*\.((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|q|k|v|o|wi|wi_0|wi_1|wo)",
-    },
+# projections of the language model, by what LoRA changes: those of its attention's queries and values, or all. A bare
+# list of suffixes would match the vision tower's too. Llama's and OPT's names, and T5's
+_LANGUAGE = r".*(language_model|text_model).*\."
+LORA_TARGETS: dict[str, str] = {
+    "attention": _LANGUAGE + r"(q_proj|v_proj|q|v)",
+    "all": _LANGUAGE + r"((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|q|k|v|o|wi|wi_0|wi_1|wo)",
 }
 
 
-def encodes_images(name: str) -> bool:
-    """Whether a parameter lies on the way from pixels to image tokens."""
-    parts = ("vision_tower", "vision_model", *(part for bridge in BRIDGES.values() for part in bridge))
-    return any(part in name.split(".") for part in parts)
+def encodes_images(name: str, bridge: Sequence[str]) -> bool:
+    """Whether a parameter lies on the way from pixels to image tokens, of a model with this `bridge`."""
+    return bool({"vision_tower", "vision_model", "visual", *bridge}.intersection(name.split(".")))
 
 
 def prepare(
-    model: PreTrainedModel,
+    model: Any,
     stage: Stage,
     lora_rank: int = 16,
     train_bridge: bool = False,
@@ -73,7 +58,7 @@ def prepare(
     """
     if stage not in get_args(Stage):
         raise ValueError(f"stage must be one of {', '.join(get_args(Stage))}, got {stage!r}")
-    bridge = BRIDGES[model.config.model_type]
+    bridge = model.bridge
     if stage in ("align", "bridge"):
         for name, parameter in model.named_parameters():
             # without `query_tokens`: an adapter that is trained later has all that this stage changed, see below
@@ -89,7 +74,7 @@ def prepare(
         model.requires_grad_(False)
         model.dms.scheduler.requires_grad_(True)
         return model
-    kept = BRIDGES[model.config.model_type] if save_bridge else bridge
+    kept = model.bridge if save_bridge else bridge
     whole = [*(["dms"] if stage == "joint" else []), *bridge]
     if lora_rank:
         require("peft")
@@ -99,7 +84,7 @@ def prepare(
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
-            target_modules=LORA_TARGETS[lora_targets][model.config.model_type],
+            target_modules=LORA_TARGETS[lora_targets],
             modules_to_save=[name for name in ("dms", *kept) if name != "query_tokens"],
             bias="none",
         )
@@ -119,14 +104,22 @@ def prepare(
 def _adapted(model: Any, wanted: Any) -> Any:
     """A `PeftModel` whose adapter is trained further, if it is what a new one would be."""
     own = model.peft_config["default"]
-    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
+    for name in ("r", "lora_alpha", "modules_to_save"):
         there, asked = getattr(own, name), getattr(wanted, name)
         if there != asked:
             raise ValueError(f"the adapter to train further has {name}={there!r}, this run asks for {asked!r}")
+    # different patterns may name the same layers
+    names = [name for name, _ in model.get_base_model().named_modules()]
+    there, asked = ({n for n in names if re.fullmatch(c.target_modules, n)} for c in (own, wanted))
+    if there != asked:
+        raise ValueError(
+            f"the adapter to train further has target_modules={own.target_modules!r}, this run asks for "
+            f"{wanted.target_modules!r}"
+        )
     model.set_adapter("default")  # loaded to be used, it is frozen
     return model
 
 
 def is_language(name: str) -> bool:
     """Whether a parameter belongs to the language model."""
-    return bool(re.search(r"(^|\.)(language_model|lm_head)\.", name))
+    return bool(re.search(r"(^|\.)(language_model|text_model|lm_head)\.", name))

@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import TrainerCallback, set_seed
 
 from modeling_dms.calibration_fit import MIN_SAMPLES
-from modeling_dms.staging import check_writable
+from modeling_dms.save.staging import check_writable
 from modeling_dms.training.align import AlignmentTrainer
 from modeling_dms.training.arguments import Arguments
 from modeling_dms.training.card import replacing, write_card

@@ -83,7 +83,8 @@ class DMSTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        frozen = not any(p.requires_grad for name, p in self.model.named_parameters() if encodes_images(name))
+        bridge = getattr(self.model, "bridge", ())
+        frozen = not any(p.requires_grad for name, p in self.model.named_parameters() if encodes_images(name, bridge))
         size = int(self.args.feature_cache_gb * 2**30)
         self._features = FeatureCache(size) if size and frozen else None
 

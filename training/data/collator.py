@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Blip2Processor, InternVLProcessor, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from modeling_dms.prompt import TEXT, VISION
+from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.data.samples import Sample, image_key
 
 

@@ -6,17 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
-from modeling_dms.fusion import (
-    biased_attention,
-    check_attention,
-    embedding_scale,
-    first_attended,
-    fold_key_bias,
-    key_bias,
-    relative_weights,
-)
+from modeling_dms.steer.bias import embedding_scale, first_attended, key_bias, relative_weights
+from modeling_dms.steer.masks import fold_key_bias
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -329,110 +321,3 @@ def test_weights_of_any_precision_and_order(dtype, seed, batch, modality, length
         assert (made[gone] == nothing).all()
         assert made[~gone].isfinite().all()
         assert torch.equal(function(weights[order], ids[order]), made[order])
-
-
-# ---- attention implementations
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
-def test_kernels_without_a_bias_are_refused(name):
-    with pytest.raises(ValueError, match=rf"{name}.*sdpa.*eager.*flex_attention"):
-        check_attention(name)
-
-
-@pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention", None])
-def test_kernels_with_a_bias_are_accepted(name):
-    check_attention(name)
-
-
-def language(implementation="sdpa", **fields):
-    """Configuration of a tiny language model."""
-    config_class = MistralConfig if fields else LlamaConfig
-    config = config_class(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **fields)
-    config._attn_implementation = implementation
-    return config
-
-
-BIAS = torch.tensor([[0.5, -0.5, 0.25, 1.0, -1.0, 2.0]])
-
-
-@pytest.mark.parametrize("given_mask", ["none", "2d", "4d", "dict"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_prompt_attends_with_the_bias_whatever_mask_it_comes_with(implementation, given_mask):
-    padded = 0 if given_mask == "none" else 2
-    keep = causal(1, 6, (padded,))
-    mask = {
-        "none": None,
-        "2d": torch.tensor([[0, 0, 1, 1, 1, 1]]),
-        "4d": additive(keep),
-        "dict": {"full_attention": additive(keep), "sliding_attention": keep},
-    }[given_mask]
-    steered = biased_attention(language(implementation), BIAS, torch.empty(1, 6, 0), mask, None, None)
-
-    assert set(steered) == {"attention_mask"}
-    masks = steered["attention_mask"]
-    if given_mask == "dict":
-        assert set(masks) == set(mask)
-    for folded in masks.values() if given_mask == "dict" else [masks]:
-        assert folded.dtype == torch.float32
-        real = slice(padded, None)
-        expected = BIAS[:, None, None].masked_fill(~keep, torch.finfo(torch.float32).min)
-        assert torch.equal(folded[:, :, real], expected[:, :, real])
-
-
-def filled(cache, length):
-    cache.update(torch.zeros(1, 2, length, 4), torch.zeros(1, 2, length, 4), 0)
-    return cache
-
-
-@pytest.mark.parametrize("given_mask", ["none", "2d"])
-def test_decoding_reuses_the_bias_and_the_new_key_is_neutral(given_mask):
-    config = language()
-    mask = None if given_mask == "none" else torch.ones(1, 7, dtype=torch.long)
-    cache = filled(DynamicCache(config=config), 6)
-    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), mask, cache, None)
-
-    assert torch.equal(steered["attention_mask"][0, 0, 0], torch.cat([BIAS[0], torch.zeros(1)]))
-
-
-def test_decoding_with_a_static_cache_masks_its_empty_places():
-    config = language()
-    cache = filled(StaticCache(config=config, max_cache_len=10), 6)
-    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), torch.ones(1, 7, dtype=torch.long), cache, None)
-
-    row = steered["attention_mask"][0, 0, 0]
-    assert torch.equal(row[:7], torch.cat([BIAS[0], torch.zeros(1)]))
-    assert (row[7:] < -1e30).all()
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-def test_a_sliding_cache_that_dropped_keys_keeps_the_bias_in_place(implementation):
-    config = language(implementation, sliding_window=4)
-    cache = filled(DynamicCache(config=config), 6)
-    mask = torch.ones(1, 7, dtype=torch.long) if implementation == "sdpa" else None
-    steered = biased_attention(config, BIAS, torch.empty(1, 1, 0), mask, cache, None)
-
-    row = steered["attention_mask" if implementation == "sdpa" else "position_bias"][0, 0, 0]
-    assert torch.equal(row, torch.cat([BIAS[0, 3:], torch.zeros(1)]))
-
-
-def test_flex_attention_gets_a_finite_bias_beside_its_own_mask():
-    config, mask = language("flex_attention"), torch.ones(1, 7, dtype=torch.long)
-    bias = BIAS.clone()
-    bias[0, 1] = -torch.inf
-    cache = filled(DynamicCache(config=config), 6)
-    steered = biased_attention(config, bias, torch.empty(1, 1, 0, dtype=torch.float16), mask, cache, None)
-
-    position_bias = steered["position_bias"]
-    assert steered["attention_mask"] is mask
-    assert position_bias.shape == (1, 2, 1, 7)
-    assert position_bias.dtype == torch.float16
-    assert position_bias.isfinite().all()
-    assert position_bias[..., 1].float().exp().eq(0).all()
-    assert torch.equal(position_bias[0, 0, 0, [0, 2, 3, 4, 5]].float(), BIAS[0, [0, 2, 3, 4, 5]])
-    assert (position_bias[..., 6] == 0).all()
-
-
-def test_a_language_model_with_flash_attention_is_refused():
-    with pytest.raises(ValueError, match="flash_attention_2"):
-        biased_attention(language("flash_attention_2"), BIAS, torch.empty(1, 6, 0), None, None, None)

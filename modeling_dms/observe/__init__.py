@@ -1,0 +1,1 @@
+"""What an ordinary pass of the backbone shows of its inputs."""

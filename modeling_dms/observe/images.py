@@ -1,0 +1,119 @@
+"""The images of a batch as the backbone encodes them, and which row each belongs to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_dms.typicality import token_statistics
+
+
+@dataclass
+class Images:
+    """Encoded images, one after the other through the rows of a batch.
+
+    Attributes:
+        outputs: what the backbone's `get_image_features` returned.
+        tokens: (T, D), the image tokens that the language model reads, of all images.
+        lengths: (I,), how many of them each image has. A backbone that keeps the images of a row together counts them
+            as one.
+        statistics: (I, L, F), of the chosen layers of the vision tower; `None` if they were not watched.
+    """
+
+    outputs: Any
+    tokens: Tensor
+    lengths: Tensor
+    statistics: Tensor | None
+
+    @classmethod
+    def of(cls, outputs: Any) -> "Images":
+        """What `get_image_features` of a DMS class, or of a vanilla one, returned."""
+        pooled, statistics = outputs.pooler_output, getattr(outputs, "statistics", None)
+        if isinstance(pooled, Tensor):  # (I, N, D)
+            lengths = torch.full((pooled.shape[0],), pooled.shape[1], device=pooled.device)
+            return cls(outputs, pooled.flatten(0, 1), lengths, statistics)
+        tokens = torch.cat(list(pooled))
+        return cls(outputs, tokens, torch.tensor([len(p) for p in pooled], device=tokens.device), statistics)
+
+    def expand(self, count: int) -> "Images":
+        """One image for `count` texts: the same features for every pair."""
+        if len(self.lengths) == count:
+            return self
+        repeat = count // len(self.lengths)
+        statistics = None if self.statistics is None else self.statistics.repeat(repeat, 1, 1)
+        return Images(self.outputs, self.tokens.repeat(repeat, 1), self.lengths.repeat(repeat), statistics)
+
+    def rows(self, placeholders: Tensor) -> Tensor:
+        """The row of the batch that each image belongs to: (I,).
+
+        Args:
+            placeholders: (B, P), True where the prompt holds an image token.
+
+        Raises:
+            ValueError: if the tokens of images and prompts do not match.
+        """
+        in_rows = placeholders.sum(1)
+        row_ends, ends = in_rows.cumsum(0), self.lengths.to(in_rows.device).cumsum(0)
+        # images end where rows end, and nothing is left over
+        if not torch.compiler.is_compiling() and (
+            int(row_ends[-1]) != len(self.tokens) or not torch.isin(row_ends[in_rows > 0], ends).all()
+        ):
+            each = " or ".join(map(str, self.lengths.unique().tolist()))
+            raise ValueError(
+                f"{len(self.lengths)} image(s) need {len(self.tokens)} image tokens, {each} each, but the prompts "
+                f"hold {in_rows.tolist()} in turn: the number of images differs, truncation cut some, or the "
+                "processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
+            )
+        return torch.searchsorted(row_ends, ends).clamp_max(placeholders.shape[0] - 1)
+
+
+def check_image_size(pixel_values: Tensor, size: int) -> None:
+    """Raises ValueError for images (I, 3, H, W) of another size than a vision model has positions for: a smaller one
+    would get the first of them."""
+    height, width = pixel_values.shape[-2:]
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"pixel_values of {height} x {width} pixels, config.vision_config.image_size is {size}: let the processor "
+            "resize to that, or pass interpolate_pos_encoding=True"
+        )
+
+
+def image_statistics(states: Sequence[Tensor], pooled: Any, tiles: Sequence[int] | None = None) -> Tensor:
+    """Token statistics of each image: (I, L, F), float32. The tiles of one image count together.
+
+    A vision tower's states are (tiles, N, D), or (N, D) or (1, N, D), the tokens of all images one after the other. In
+    both an image's share is that of its image tokens, unless `tiles` tells it.
+
+    Args:
+        states: of the chosen layers.
+        pooled: the image tokens, (I, N', D') or (N', D') each.
+        tiles: how many tiles each image has.
+    """
+    with torch.no_grad():
+        layers = [_of_images(state, pooled, tiles) for state in states]
+    return torch.stack([layer.to(layers[0].device) for layer in layers], 1)
+
+
+def _of_images(state: Tensor, pooled: Any, tiles: Sequence[int] | None) -> Tensor:
+    """One layer's statistics: (I, F)."""
+    if isinstance(pooled, Tensor):
+        return _statistics(state)
+    lengths = [len(tokens) for tokens in pooled]
+    if tiles is None and (state.ndim == 2 or (state.shape[0] == 1 and len(lengths) > 1)):
+        tokens = state.reshape(-1, state.shape[-1])
+        share = tokens.shape[0] // max(1, sum(lengths))
+        return torch.cat([_statistics(part[None]) for part in tokens.split([share * length for length in lengths])])
+    each = _statistics(state)  # (tiles, F)
+    if tiles is None:
+        if each.shape[0] == len(lengths):
+            return each
+        tiles = [length * len(each) // max(1, sum(lengths)) for length in lengths]
+    # a row without images has no tile
+    counts = torch.tensor(tiles, device=each.device).clamp_min(1)
+    return torch.stack([part.sum(0) for part in each.split([*tiles])]) / counts[:, None]
+
+
+def _statistics(state: Tensor) -> Tensor:
+    return token_statistics(state, torch.ones(state.shape[:2], dtype=torch.bool, device=state.device))

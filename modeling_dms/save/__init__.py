@@ -1,0 +1,1 @@
+"""Checkpoints that load anywhere, saved so that nothing is lost."""

@@ -1,0 +1,94 @@
+"""Loading and saving of DMS classes."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from modeling_dms.save.export import auto_map, export_code
+from modeling_dms.save.staging import staged
+
+
+class CheckpointMixin:
+    """Checkpoints of a class with a `dms` submodule: vanilla ones load with only `dms.*` new, and what is saved loads
+    where this package is not installed."""
+
+    config: Any
+    # `dtype=torch.bfloat16` at loading must not round the calibration either
+    _keep_in_fp32_modules_strict: ClassVar = ["dms.calibration"]
+    # the Auto class that loads an exported checkpoint
+    _auto_map_name = "AutoModelForImageTextToText"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, PreTrainedModel):
+            return
+        # quantisers leave alone what stays in single precision, whatever their own list of exceptions
+        cls._keep_in_fp32_modules = [*(cls._keep_in_fp32_modules or ()), "dms"]
+        # classes outside of transformers inherit no conversion of checkpoint keys: without it a vanilla LLaVA loads
+        # with a random lm_head
+        vanilla = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        mapping = None
+        for known in (vanilla.__name__, cls.config_class.vanilla_model_type()):
+            mapping = mapping or get_checkpoint_conversion_mapping(known)
+        if mapping:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, from safetensors only. `dms_config=DMSConfig(...)` replaces the
+        checkpoint's.
+
+        Raises:
+            ValueError: if the checkpoint is broken, has weights of other shapes, or lacks weights of the backbone or
+                a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
+        if info["mismatched_keys"] and not may_differ:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
+                f"shape, the model's): {sorted(info['mismatched_keys'])[:8]}"
+            )
+        missing = set(info["missing_keys"])
+        own = {f"dms.{name}" for name in model.dms.state_dict()}
+        # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
+        anew = {name for name in own if name.startswith("dms.scheduler.")}
+        new = own if own <= missing else anew
+        if missing - new:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, and the code beside the weights: `trust_remote_code=True` loads the
+        result where this package is not installed. A save that fails leaves what the folder held before.
+
+        Raises:
+            OSError: if the files cannot be written.
+        """
+        self.config.auto_map = auto_map(type(self), type(self.config), self._auto_map_name)
+        # today's names: the original ones are found again by the class's registered conversion alone, and the vanilla
+        # class, which sees another model type, would load with a random lm_head
+        kwargs.setdefault("save_original_format", False)
+        if kwargs.get("distributed_checkpoint"):  # all processes write into one folder
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with staged(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                export_code(type(self), type(self.config), folder)

@@ -1,0 +1,1 @@
+"""From modality weights to the attention of the language model."""

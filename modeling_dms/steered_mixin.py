@@ -1,0 +1,258 @@
+"""The forward pass and the generation of a DMS class: observe, weigh, steer."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from modeling_dms._compat import CACHE, EXPANDS_IMAGES
+from modeling_dms.mixin import DMSMixin
+from modeling_dms.observe.images import Images, image_statistics
+from modeling_dms.observe.layers import kept_states
+from modeling_dms.observe.prompt import Generation, Schedule
+from modeling_dms.outputs import ModalitySignals, with_weights
+from modeling_dms.steer.bias import embedding_scale
+from modeling_dms.steer.masks import Steering, check_applied, scale_embeddings, steered
+from modeling_dms.steer.running import Running
+
+
+logger = logging.get_logger(__name__)
+
+# what the calls of a DMS class take beside those of its vanilla class
+OWN = ("modality_ids", "modality_mask", "modality_weights", "schedule_target")
+_generation: Running[Generation | None] = Running("generation", None)
+
+
+def _with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str]) -> Callable:
+    """`method` with the signature of the vanilla one and `own` behind it: `Trainer` and `generate` look there for what
+    a model takes."""
+
+    @functools.wraps(method)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(vanilla)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
+    parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
+
+
+class SteeredMixin(DMSMixin):
+    """DMS for a class of transformers that continues prompts.
+
+    A sample's way: its images are encoded, while hooks keep what the layers of the vision tower say of them; the
+    scheduler weighs image and text; the vanilla `forward` runs on what the caller passed, and `steered` adds log(M w)
+    to the attention scores of its keys. The weights go along with the cache.
+    """
+
+    # parameters of the vanilla class's `forward`, and those of them that `get_image_features` takes
+    _forward_parameters: ClassVar[tuple[str, ...]] = ()
+    _image_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls, PreTrainedModel):
+            return
+        vanilla = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        cls._forward_parameters = tuple(inspect.signature(vanilla.forward).parameters)[1:]
+        named = (*inspect.signature(vanilla.get_image_features).parameters, "image_sizes")
+        cls._image_parameters = tuple(name for name in cls._forward_parameters if name in named)
+        cls.forward = _with_own_parameters(cls.forward, vanilla.forward, OWN)
+        prepare = "prepare_inputs_for_generation"
+        setattr(cls, prepare, _with_own_parameters(getattr(cls, prepare), getattr(vanilla, prepare), ()))
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self._text_stack().register_forward_pre_hook(scale_embeddings, with_kwargs=True)
+        language = self._language_model()
+        inner = [module.config for module in language.modules() if isinstance(module, PreTrainedModel)]
+        self._text_configs = list({id(c): c for c in (config.get_text_config(decoder=True), *inner)}.values())
+
+    # --- what differs between the backbones
+
+    def _tiles(self, **kwargs: Any) -> list[int] | None:
+        """How many tiles each image is cut into, from the arguments of `get_image_features`; `None` where that is told
+        by its tokens."""
+        return None
+
+    def _without_images(self, input_ids: Tensor | None) -> dict[str, Any]:
+        """Arguments that the vanilla `forward` wants where there are no images."""
+        return {}
+
+    # --- observe
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As the vanilla class's; its output also holds `statistics`, what typicality reads of the vision tower."""
+        states, outputs = kept_states(
+            lambda: super(SteeredMixin, self).get_image_features(*args, **kwargs), self._vision_layers
+        )
+        if isinstance(outputs, ModelOutput):
+            given = {**dict(zip(self._image_parameters, args, strict=False)), **kwargs}
+            outputs.statistics = image_statistics(states, outputs.pooler_output, self._tiles(**given))
+        return outputs
+
+    def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
+        """The images of a call; `None` without any. Its pixels are replaced by `mm_encoder_outputs`."""
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        pixels = inputs.get("pixel_values")
+        if encoded is not None:
+            if pixels is not None:
+                raise ValueError("pass either `pixel_values` or `mm_encoder_outputs`, not both")
+            return Images.of(encoded)
+        if pixels is None:
+            return None
+        self._check_images(pixels)
+        given = {name: inputs[name] for name in self._image_parameters if inputs.get(name) is not None}
+        encoded = self.get_image_features(**given, return_dict=True)
+        inputs["mm_encoder_outputs"] = {"image": encoded}
+        inputs["pixel_values"] = None
+        if inputs.get("pixel_values_videos") is not None:  # the vanilla classes take none beside encoded images
+            names = inspect.signature(self.get_video_features).parameters
+            given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+            inputs["mm_encoder_outputs"]["video"] = self.get_video_features(**given, return_dict=True)
+            inputs["pixel_values_videos"] = None
+        return Images.of(encoded)
+
+    @torch.no_grad()
+    def get_modality_weights(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> tuple[Tensor, ModalitySignals | None]:
+        """Weights (B, M) and signals of prompts, without running the language model on them.
+
+        Takes what `forward` takes; `modality_weights=` makes it use the result. There are no signals where the
+        scheduler is uniform.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        own = {name: inputs.pop(name, None) for name in OWN}
+        schedule = self._schedule(inputs, self._observed_images(inputs), own)
+        if schedule is None:
+            raise ValueError("nothing of these inputs can be observed")
+        return schedule.weights, None if schedule.output is None else schedule.output.signals
+
+    # --- steer
+
+    def _steering(self, schedule: Schedule | None, begins: bool = False) -> Steering | None:
+        """How a schedule acts on a pass; `begins` tells one that reads the prompt's embeddings."""
+        if schedule is not None and begins and self.config.dms_config.fusion == "embedding":
+            return Steering(scale=embedding_scale(schedule.weights, schedule.modality_ids))
+        if schedule is None or schedule.bias is None:
+            return None
+        return Steering(self._text_configs, schedule.bias, causal=self._is_causal)
+
+    def _known(self, inputs: dict[str, Any], own: dict[str, Tensor | None]) -> tuple[bool, Schedule | None]:
+        """Whether a call reads, or goes on with, a prompt whose weights have been settled, and its schedule."""
+        cache, generation = inputs.get(CACHE, inputs.get("past_key_values")), _generation.get()
+        carried = getattr(cache, "schedule", None)
+        if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
+            return True, generation.schedule
+        if carried is None and (cache is None or torch.compiler.is_compiling() or cache.get_seq_length() == 0):
+            return False, None
+        weights, ids = own.get("modality_weights"), own.get("modality_ids")
+        if weights is not None and ids is not None:
+            mask = inputs.get("attention_mask")
+            prompt = mask[:, : ids.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            carried = Schedule(ids, weights > 0, weights, None, self._key_bias(weights, ids, prompt))
+        elif carried is None and weights is not None:
+            raise ValueError(
+                "`modality_weights` beside a cache need the `modality_ids` of the prompt that it holds, which the "
+                "prefill returned"
+            )
+        elif carried is None:
+            self._warn_unobserved("a cache whose prompt another model has read")
+        return True, carried
+
+    def _observe(
+        self, inputs: dict[str, Any], own: dict[str, Tensor | None], labels: Tensor | None = None
+    ) -> Schedule | None:
+        """The schedule of a new prompt, whose images are encoded on the way."""
+        images = self._observed_images(inputs)
+        schedule = self._schedule(inputs, images, own, labels)
+        if schedule is None:
+            self._warn_unobserved("embeddings without `modality_ids`, or image tokens without their pixels")
+        return schedule
+
+    def _warn_unobserved(self, what: str) -> None:
+        if not self._is_static:
+            logger.warning_once(f"nothing can be observed of {what}: the modality weights are uniform there")
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        r"""
+        As the vanilla class's, and:
+
+        Args:
+            modality_ids: (B, L), 1 vision, 2 text, 0 neutral; inferred where not given.
+            modality_mask: (B, M), False where a modality is missing although it has positions (a blank stand-in
+                image).
+            modality_weights: (B, M), rows sum to 1, instead of the scheduler's. Beside a cache that has not been made
+                here, with the `modality_ids` of its prompt.
+            schedule_target: (B, M), target weights of the schedule loss.
+
+        Raises:
+            ValueError: for inputs that do not fit together, pixels that are not finite, or weights that cannot be
+                applied: an attention implementation that takes no bias, a ready-made 4D mask.
+        """
+        inputs = {**dict(zip(self._forward_parameters, args, strict=False)), **kwargs}
+        for name in ("input_ids", "pixel_values"):  # some classes name them without a default
+            inputs.setdefault(name, None)
+        own = {name: inputs.pop(name, None) for name in OWN}
+        target, labels = own.pop("schedule_target"), inputs.get("labels")
+        cache = inputs.get(CACHE, inputs.get("past_key_values"))
+        known, schedule = self._known(inputs, own)
+        if not known:
+            schedule = self._observe(inputs, own, labels)
+        if inputs["pixel_values"] is None and inputs.get("mm_encoder_outputs") is None:
+            inputs |= self._without_images(inputs["input_ids"])
+        begins = cache is None or not known or (not torch.compiler.is_compiling() and cache.get_seq_length() == 0)
+        steering = self._steering(schedule, begins)
+        with steered(steering):
+            outputs = super().forward(**inputs, return_dict=True)
+        if not known:
+            check_applied(steering)
+        cache = outputs.get("language_model_outputs", outputs).get(CACHE)
+        if cache is not None and schedule is not None:
+            cache.schedule = schedule
+        num_items = inputs.get("num_items_in_batch")
+        return self._with_dms(outputs, schedule, None if known else labels, target, num_items)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the vanilla class's; masks that `generate` makes in advance for a static cache get the bias."""
+        _, schedule = self._known({**kwargs, "input_ids": args[0] if args else kwargs["input_ids"]}, {})
+        with steered(self._steering(schedule)):
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the vanilla class's; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
+
+        The weights are computed once, from the prompt, and hold for every generated token. With
+        `return_dict_in_generate=True` the output has `modality_weights` and `modality_signals`.
+        """
+        self._check_padding(kwargs.get("attention_mask"))
+        own = {name: kwargs.pop(name, None) for name in OWN[:3]}
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        known, schedule = self._known({**kwargs, "input_ids": prompt}, own)
+        if not known:
+            observed = {**kwargs, "input_ids": prompt}
+            schedule = self._observe(observed, own)
+            if EXPANDS_IMAGES and "mm_encoder_outputs" in observed:
+                kwargs["mm_encoder_outputs"] = observed["mm_encoder_outputs"]
+                for pixels in ("pixel_values", "pixel_values_videos"):
+                    kwargs.pop(pixels, None)
+        mask = kwargs.get("attention_mask")
+        if self._steering(schedule) is not None and mask is not None and mask.ndim > 2:
+            raise ValueError(
+                f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass one "
+                "of (batch, length)"
+            )
+        with _generation.set(Generation(self, prompt, schedule)):
+            generated = super().generate(inputs, *args, **kwargs)
+        return with_weights(generated, schedule)
