@@ -158,12 +158,14 @@ _IMAGES = {
 _PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
-def build(family: str, attention: str = "sdpa", **dms) -> PreTrainedModel:
-    """A DMS model of its own, in eval mode."""
+def build(family: str, attention: str = "sdpa", stirred: bool = False, **dms) -> PreTrainedModel:
+    """A DMS model of its own, in eval mode; `stirred` gives `dms` parameters that are not zero."""
     cls = CLASSES[family]
     config = cls.config_class(**FIELDS[family], dms_config={**tiny._DMS, **dms})
     model = cls._from_config(config, attn_implementation=attention)
     tiny.seed_parameters(model)
+    if stirred:
+        tiny.stir(model.dms)
     return model.eval()
 
 

@@ -1,15 +1,17 @@
 """What holds for every family: uniform weights are the backbone, weight 0 masks, a batch equals its rows, cached is
 uncached, and checkpoints load, calibrate, train, are saved and load again."""
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from modeling_dms import DMSConfig, DMSModelForImageTextToText
 from modeling_dms.auto import CLASSES
 from modeling_dms.observe.pixels import changed_pictures
-from tests import families, tiny
+from tests import families, processors, tiny
 
 
 ATTENTION = ("sdpa", "eager")
@@ -181,3 +183,65 @@ def test_rows_without_an_image(family):
     assert torch.equal(out.modality_weights, torch.tensor([[0.0, 1.0]] * 2))
     if family not in ("blip-2", "instructblip"):  # they cannot go without
         assert torch.equal(out.logits, families.vanilla(family)(**text).logits)
+
+
+def picture(width, height, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", [family for family in families.FIELDS if family != "mistral3"])
+@torch.no_grad()
+def test_its_own_processor_makes_its_inputs(family):
+    """Prompts with one and with two images, of different sizes."""
+    mark, several = processors.placeholder(family), family not in ("blip-2", "instructblip")
+    texts = [
+        f"<s> {mark} context: a red box . question: what color ? answer:",
+        f"<s> {mark} {mark if several else ''} question: what is on the left ? answer:",
+    ]
+    images = [[picture(8, 8, 1)], [picture(16, 8, 2), picture(20, 40, 3)][: 1 + several]]
+    if family not in ("gemma3", "paligemma", "smolvlm", "idefics3"):  # which take a list for each prompt
+        images = [image for of_row in images for image in of_row]
+    batch = processors.processor(family)(images=images, text=texts, return_tensors="pt", padding=True)
+    model = families.shared(family)
+    ids = model.infer_modality_ids(batch["input_ids"], batch["attention_mask"])
+    assert torch.stack([(ids == 1).any(1), (ids == 2).any(1)]).all()
+    answered = model.generate(**batch, **NEW)
+    assert torch.equal(answered, families.vanilla(family).generate(**batch, **NEW))
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    weighed = model.generate(**batch, **NEW, **asked, modality_weights=WEIGHTS)
+    plain = model.generate(**batch, **NEW, **asked)
+    assert torch.equal(weighed.modality_weights, WEIGHTS)
+    assert (weighed.logits[-1] - plain.logits[-1]).abs().max() > 1e-3
+
+
+# the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data
+COMPILED = ("llava", "internvl", "blip-2", "instructblip", "gemma3", "smolvlm", "idefics3", "paligemma")
+
+
+@pytest.mark.parametrize("family", COMPILED)
+@torch.no_grad()
+def test_the_whole_call_is_one_compiled_graph(family):
+    torch._dynamo.reset()
+    batch = families.inputs(family)
+    model = families.shared(family, scheduler="learned", stirred=True)
+    expected = model(**batch)  # once uncompiled: the library installs its hooks then
+    out = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    torch._dynamo.reset()
+    read = batch["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[read], expected.logits[read], rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.modality_weights, expected.modality_weights, rtol=0, atol=1e-5)
+    assert (expected.modality_weights - 0.5).abs().max() > 1e-3
+
+
+@everywhere
+@torch.no_grad()
+def test_beams_share_the_weights_of_their_prompt(family):
+    batch = families.inputs(family)
+    model = families.shared(family, scheduler="learned", stirred=True)
+    asked = {"num_beams": 2, "num_return_sequences": 2, "return_dict_in_generate": True}
+    out = model.generate(**batch, **NEW, **asked)
+    weights = model(**batch).modality_weights
+    torch.testing.assert_close(out.modality_weights, weights, rtol=0, atol=1e-5)
+    given = model.generate(**batch, **NEW, **asked, modality_weights=weights)
+    assert torch.equal(out.sequences, given.sequences)
+    assert len(out.sequences) == 4
