@@ -147,7 +147,6 @@ class DMSConfig(_Checked, PreTrainedConfig):
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to
             0.5.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
-        scheduler_embeddings (`bool`, defaults to `False`): the learned scheduler also sees the h_m.
         scheduler_signals (`list[str]`, *optional*): what the MLP of the learned scheduler sees of `"confidence"`,
             `"uncertainty"`, `"consistency"`, `"typicality"` and `"damage"`, which calibration makes of the others.
             Default: all.
@@ -179,7 +178,6 @@ class DMSConfig(_Checked, PreTrainedConfig):
     conflict_prior: Literal["vision", "text"] | None = None
     false_alarm_rate: float | int = 0.01
     scheduler_hidden_size: int = 64
-    scheduler_embeddings: bool = False
     scheduler_signals: list[str] | None = None
     temperature: float | int = 1.0
     lambda_mwc: float | int = 0.1
@@ -244,7 +242,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
 
 
 # fields of earlier versions, with the value that is as things are now
-_RETIRED = {"mc_depth": "head"}
+_RETIRED = {"mc_depth": "head", "scheduler_embeddings": False}
 _INHERITED = {
     "transformers_version",
     "model_type",

@@ -180,7 +180,7 @@ class DynamicModalityScheduling(nn.Module):
             entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
-            weights = self.scheduler(signals, modality_mask, calibrated, representations, entropy)
+            weights = self.scheduler(signals, modality_mask, calibrated, entropy)
         return DMSOutput(weights, signals, representations, logits)
 
     def _signals(

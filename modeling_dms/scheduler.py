@@ -89,8 +89,7 @@ class ModalityScheduler(nn.Module):
         self.config = config
         if config.scheduler == "learned":
             modalities = len(calibrated)
-            each = self.SIGNALS + (config.shared_size if config.scheduler_embeddings else 0)
-            size = sum(calibrated) + modalities * each
+            size = sum(calibrated) + modalities * self.SIGNALS
             self.hidden = nn.Linear(size, config.scheduler_hidden_size)
             self.output = ZeroLinear(config.scheduler_hidden_size, modalities)
 
@@ -99,7 +98,6 @@ class ModalityScheduler(nn.Module):
         signals: ModalitySignals,
         modality_mask: Tensor,
         calibrated: Sequence[Tensor],
-        representations: Tensor,
         entropy: Tensor,
     ) -> Tensor:
         """
@@ -107,7 +105,6 @@ class ModalityScheduler(nn.Module):
             signals: (B, M) each.
             modality_mask: (B, M), True where present.
             calibrated: (B, P_m) each, see `ModalityCalibration.scheduler_inputs`.
-            representations: h_m, (B, M, d_s).
             entropy: unimodal predictive entropy, (B, M).
 
         Returns:
@@ -124,21 +121,17 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
         scores, conflict = rule_scores(signals, modality_mask, self.config)
         if self.config.scheduler == "learned":
-            correction = self._correction(signals, modality_mask, calibrated, representations)
+            correction = self._correction(signals, modality_mask, calibrated)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
         floor = torch.full_like(scores[:, :1], self.config.weight_floor, dtype=torch.float32)
         floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
         return weights_from_scores(scores, modality_mask, floor)
 
-    def _correction(
-        self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor], representations: Tensor
-    ) -> Tensor:
+    def _correction(self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor]) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""
         names = ("consistency", "typicality", "damage", "conflict")
         rows = torch.stack([signals[name].clamp(-10, 10) for name in names], dim=-1)
         rows = rows * self._seen([*names[:3], "consistency"], rows.device)
-        if self.config.scheduler_embeddings:
-            rows = torch.cat([rows, representations], dim=-1)
         rows = rows * modality_mask[..., None]
         own = []
         for index, value in enumerate(calibrated):

@@ -48,7 +48,7 @@ NUMBERS = {
     "lambda_consistency": ([0, 10], [-0.1]),
     "lambda_schedule": ([0, 10], [-0.1]),
 }
-FLAGS = ["normalize_entropy", "scheduler_embeddings"]
+FLAGS = ["normalize_entropy"]
 LAYERS = ["vision_layers", "text_layers"]
 SIGNALS = ["scheduler_signals"]
 # every field with a value other than its default
@@ -72,7 +72,6 @@ OTHER = {
     "conflict_prior": "text",
     "false_alarm_rate": 0.2,
     "scheduler_hidden_size": 8,
-    "scheduler_embeddings": True,
     "scheduler_signals": ["typicality"],
     "temperature": 2.0,
     "lambda_mwc": 0.3,

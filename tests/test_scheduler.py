@@ -70,7 +70,6 @@ def schedule(config, signals, mask, seed=0, scheduler=None):
             signals,
             mask,
             normal(seed + 1, batch, modality, 3).unbind(1),
-            normal(seed + 2, batch, modality, config.shared_size),
             normal(seed + 3, batch, modality).abs(),
         )
 
@@ -241,7 +240,7 @@ def test_a_sample_without_any_modality_is_named():
 @bounded
 @given(seed=seeds, batch=batches, modality=modalities)
 def test_every_scheduler_gives_valid_weights(name, seed, batch, modality):
-    config = DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=True, conflict_prior="text")
+    config = DMSConfig(scheduler=name, shared_size=4, conflict_prior="text")
     mask = random_mask(seed, batch, modality)
     scheduler = scheduler_of(config, modality)
     weights = schedule(config, random_signals(seed, batch, modality), mask, seed, scheduler)
@@ -261,19 +260,19 @@ def test_every_scheduler_names_a_sample_without_any_modality(name):
 @bounded
 @given(seed=seeds, batch=st.integers(2, 5), modality=modalities)
 def test_every_scheduler_treats_samples_apart(name, seed, batch, modality):
-    config = DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=True, conflict_prior="vision")
+    config = DMSConfig(scheduler=name, shared_size=4, conflict_prior="vision")
     scheduler = scheduler_of(config, modality)
     signals, mask = random_signals(seed, batch, modality), random_mask(seed, batch, modality)
-    own, h = normal(seed, batch, modality, 3), normal(seed, batch, modality, 4)
+    own = normal(seed, batch, modality, 3)
     entropy = normal(seed, batch, modality).abs()
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        weights = scheduler(signals, mask, own.unbind(1), h, entropy)
-        permuted = scheduler(rows(signals, order), mask[order], own[order].unbind(1), h[order], entropy[order])
+        weights = scheduler(signals, mask, own.unbind(1), entropy)
+        permuted = scheduler(rows(signals, order), mask[order], own[order].unbind(1), entropy[order])
         torch.testing.assert_close(permuted, weights[order])
         for i in range(batch):
             row = slice(i, i + 1)
-            alone = scheduler(rows(signals, row), mask[row], own[row].unbind(1), h[row], entropy[row])
+            alone = scheduler(rows(signals, row), mask[row], own[row].unbind(1), entropy[row])
             torch.testing.assert_close(alone, weights[row])
 
 
@@ -302,7 +301,7 @@ def test_entropy_and_energy_follow_the_published_formulas(temperature, seed, bat
     for name, score in scores.items():
         config = DMSConfig(scheduler=name, temperature=temperature)
         empty = torch.zeros(batch, modality, 0)
-        weights = ModalityScheduler(config, [3] * modality)(signals, mask, empty.unbind(1), empty, entropy)
+        weights = ModalityScheduler(config, [3] * modality)(signals, mask, empty.unbind(1), entropy)
         exponential = (score.double() / temperature).exp() * mask
         expected = exponential / exponential.sum(1, keepdim=True)
         torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
@@ -312,11 +311,9 @@ def test_entropy_and_energy_follow_the_published_formulas(temperature, seed, bat
 
 
 @bounded
-@given(seed=seeds, batch=batches, modality=modalities, embeddings=st.booleans())
-def test_the_learned_scheduler_starts_exactly_as_the_rule(seed, batch, modality, embeddings):
-    configs = [
-        DMSConfig(scheduler=name, shared_size=4, scheduler_embeddings=embeddings) for name in ("learned", "rule")
-    ]
+@given(seed=seeds, batch=batches, modality=modalities)
+def test_the_learned_scheduler_starts_exactly_as_the_rule(seed, batch, modality):
+    configs = [DMSConfig(scheduler=name, shared_size=4) for name in ("learned", "rule")]
     mask, signals = random_mask(seed, batch, modality), random_signals(seed, batch, modality)
     learned, rule = (schedule(config, signals, mask, seed) for config in configs)
 
@@ -361,9 +358,9 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
         random_signals(0, 8, modality, damage=damage, suspicion=damage),
         torch.ones(8, modality, dtype=torch.bool),
     )
-    calibrated, h = normal(1, 8, modality, 3).unbind(1), normal(2, 8, modality, 4)
+    calibrated = normal(1, 8, modality, 3).unbind(1)
     for step in range(150):
-        weights = scheduler(signals, mask, calibrated, h, torch.zeros(8, modality))
+        weights = scheduler(signals, mask, calibrated, torch.zeros(8, modality))
         torch.testing.assert_close(weights.sum(1), torch.ones(8))
         loss = weights[damage > -1].mean()
         optimizer.zero_grad()
@@ -377,17 +374,15 @@ def test_the_learned_scheduler_learns_from_its_start(modality):
     assert weights.min() >= config.weight_floor - 1e-6
 
 
-@pytest.mark.parametrize("name", ["consistency", "typicality", "damage", "conflict", "calibrated", "embeddings"])
+@pytest.mark.parametrize("name", ["consistency", "typicality", "damage", "conflict", "calibrated"])
 def test_the_learned_scheduler_sees_every_input(name):
-    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
+    config = DMSConfig(scheduler="learned", shared_size=4)
     scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
     own = normal(1, 1, 2, 3)
-    signals, others = random_signals(0, 1, 2), [own.unbind(1), normal(2, 1, 2, 4), torch.zeros(1, 2)]
+    signals, others = random_signals(0, 1, 2), [own.unbind(1), torch.zeros(1, 2)]
     before = scheduler(signals, mask, *others)
     if name == "calibrated":
         changes = [(own, (0, m, i)) for m in range(2) for i in range(3)]
-    elif name == "embeddings":
-        changes = [(others[1], (0, m, i)) for m in range(2) for i in range(4)]
     else:
         changes = [(signals[name], (0, m)) for m in range(2)]
     for tensor, place in changes:
@@ -406,7 +401,7 @@ def test_the_learned_scheduler_sees_the_signals_it_may():
         for i, parameter in enumerate(scheduler.parameters()):
             parameter.data.copy_(0.2 * normal(i, *parameter.shape))
         own, signals = normal(1, 1, 2, 5), random_signals(0, 1, 2)
-        others = [own.unbind(1), normal(2, 1, 2, 4), torch.zeros(1, 2)]
+        others = [own.unbind(1), torch.zeros(1, 2)]
         before = scheduler(signals, mask, *others)
         seen = {field for field in SIGNALS if changes(signals[field][:, 0], scheduler, signals, mask, others, before)}
         assert seen == {"consistency": {"consistency", "conflict"}}.get(name, {name} & {"typicality", "damage"})
@@ -423,22 +418,11 @@ def changes(part, scheduler, signals, mask, others, before):
     return not torch.equal(after, before)
 
 
-def test_the_learned_scheduler_sees_embeddings_only_if_asked():
-    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=False)
-    scheduler, mask = trained(config, 2), torch.ones(1, 2, dtype=torch.bool)
-    signals, entropy = random_signals(0, 1, 2), torch.zeros(1, 2)
-    first, second = (
-        scheduler(signals, mask, normal(1, 1, 2, 3).unbind(1), normal(s, 1, 2, 4), entropy) for s in (2, 3)
-    )
-
-    assert torch.equal(first, second)
-
-
 def test_the_learned_scheduler_does_not_look_at_an_absent_modality():
-    config = DMSConfig(scheduler="learned", shared_size=4, scheduler_embeddings=True)
+    config = DMSConfig(scheduler="learned", shared_size=4)
     scheduler, mask = trained(config, 3), torch.tensor([[True, True, False]])
     own = normal(1, 1, 3, 3)
-    signals, others = random_signals(0, 1, 3), [own.unbind(1), normal(2, 1, 3, 4), torch.zeros(1, 3)]
+    signals, others = random_signals(0, 1, 3), [own.unbind(1), torch.zeros(1, 3)]
     before = scheduler(signals, mask, *others)
     for tensor in [*signals.values(), own, *others[1:]]:
         tensor[:, 2] = 1e3

@@ -334,7 +334,7 @@ def test_warm_up_holds_the_weights_uniform(tmp_path):
 
 
 def test_logs_equal_a_direct_computation(tmp_path):
-    model, processor = loaded(scheduler_embeddings=True)
+    model, processor = loaded()
     tiny.stir(model.dms.scheduler, std=0.1)
     model = prepare(model, "scheduler")
     data = samples(5)

@@ -82,10 +82,9 @@ def test_answers_are_neutral(backbone):
 # ---- gradients
 
 
-@pytest.mark.parametrize("embeddings", [False, True], ids=["signals", "embeddings"])
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
-def test_every_dms_parameter_gets_a_gradient(backbone, embeddings):
-    model = tiny.build(backbone, scheduler="learned", scheduler_embeddings=embeddings)
+def test_every_dms_parameter_gets_a_gradient(backbone):
+    model = tiny.build(backbone, scheduler="learned")
     model.train()
     model(**training_inputs(backbone)).loss.backward()
     for name, parameter in model.dms.named_parameters():

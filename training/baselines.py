@@ -58,8 +58,8 @@ def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_
         handle.remove()
     signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
     calibrated = [torch.cat(parts) for parts in zip(*(row[2] for row in rows), strict=True)]
-    mask, representations, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 3, 4))
-    return [ModalitySignals(**signals), mask, calibrated, representations, entropy]
+    mask, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 3))
+    return [ModalitySignals(**signals), mask, calibrated, entropy]
 
 
 def fit_scheduler(
@@ -79,7 +79,7 @@ def fit_scheduler(
         target: (n, M), target weights.
         choices: fields of DMSConfig.
     """
-    signals, mask, calibrated, representations, entropy = recorded
+    signals, mask, calibrated, entropy = recorded
     config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -91,7 +91,7 @@ def fit_scheduler(
         rows = torch.randint(len(target), (batch_size,), generator=generator)
         some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
         own = [value[rows] for value in calibrated]
-        weights = scheduler(some, mask[rows], own, representations[rows], entropy[rows])
+        weights = scheduler(some, mask[rows], own, entropy[rows])
         loss = schedule_loss(weights, target[rows], mask[rows]).mean()
         optimizer.zero_grad()
         loss.backward()
