@@ -21,23 +21,23 @@ from study import MODELS, chosen, read
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_dms.calibration import SCALARS, ModalityCalibration
-from modeling_dms.calibration_fit import fit_calibration
+from modeling_dms.calibrate.fit import fit_calibration
+from modeling_dms.calibrate.statistics import SCALARS, ModalityCalibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.scheduler import ModalityScheduler
 from modeling_dms.steer.bias import key_bias
-from modeling_dms.training.baselines import ALONE, fit_scheduler, record
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.corruptions.registry import seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.documents import table
-from modeling_dms.training.evaluate import one_per_image
-from modeling_dms.training.grid import ORACLE_WEIGHTS, Condition, with_images_encoded
-from modeling_dms.training.loading import load
-from modeling_dms.training.methods import Fixed, Method, Scheduled
-from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
-from modeling_dms.training.tasks import VisualQuestionAnswering
-from modeling_dms.training.train import calibrate
+from modeling_dms.training.evaluate.baselines import ALONE, fit_scheduler, record
+from modeling_dms.training.evaluate.documents import table
+from modeling_dms.training.evaluate.grid import ORACLE_WEIGHTS, Condition, with_images_encoded
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.metrics.robust import bootstrap_interval, oracle_gap_closed
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load
+from modeling_dms.weigh.scheduler import ModalityScheduler
 
 
 SAMPLES, BATCH, SEED = 48, 16, 0
@@ -102,13 +102,13 @@ def blind_to(signal: str | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(ModalityCalibration, "detector_inputs", blind))
         if signal == "unfamiliarity":
-            stack.enter_context(mock.patch("modeling_dms.calibration_fit.fit_memory_bank", return_value={}))
+            stack.enter_context(mock.patch("modeling_dms.calibrate.fit.fit_memory_bank", return_value={}))
         yield
 
 
 def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], most: int) -> Callable[..., nn.Module]:
     """A function that gives the `dms` calibrated otherwise; what calibration records is recorded once."""
-    with mock.patch("modeling_dms.calibration_mixin.fit_calibration") as fit:
+    with mock.patch("modeling_dms.calibrate.calibration_mixin.fit_calibration") as fit:
         calibrate(model, collator, train, most)
     _, clean, corrupted, present, _ = fit.call_args.args
 

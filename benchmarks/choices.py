@@ -12,8 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_dms import DMSConfig
-from modeling_dms.training.data import load_easy_vqa
-from modeling_dms.training.demo import (
+from modeling_dms.training.apps.demo import (
     CONDITIONS,
     ORACLES,
     STATIC,
@@ -22,8 +21,9 @@ from modeling_dms.training.demo import (
     load_demo_model,
     one_per_image,
 )
-from modeling_dms.training.evaluation import answer_tokens, predict
-from modeling_dms.training.metrics.robust import oracle_gap_closed
+from modeling_dms.training.apps.evaluation import answer_tokens, predict
+from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.evaluate.metrics.robust import oracle_gap_closed
 
 
 CHOICES = (

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, set_seed
 
-from modeling_dms.training.arguments import read_arguments
+from modeling_dms.training.apps.demo import STATIC, batches_of, one_per_image
+from modeling_dms.training.apps.evaluation import answer_tokens, predict
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
-from modeling_dms.training.demo import STATIC, batches_of, one_per_image
-from modeling_dms.training.evaluation import answer_tokens, predict
-from modeling_dms.training.loading import CHECKPOINTS, load
-from modeling_dms.training.train import run_training
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.models.loading import CHECKPOINTS, load
 
 
 TRAINING = """

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.demo import (
+from modeling_dms.evidence.typicality import auroc
+from modeling_dms.training.apps.demo import (
     CONDITIONS,
     STATIC,
     Condition,
@@ -25,10 +25,10 @@ from modeling_dms.training.demo import (
     corrupted,
     one_per_image,
 )
-from modeling_dms.training.evaluation import answer_tokens, predict
-from modeling_dms.training.loading import load
-from modeling_dms.training.metrics.robust import bootstrap_interval, oracle_gap_closed
-from modeling_dms.typicality import auroc
+from modeling_dms.training.apps.evaluation import answer_tokens, predict
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.evaluate.metrics.robust import bootstrap_interval, oracle_gap_closed
+from modeling_dms.training.models.loading import load
 
 
 # image, context: neither family seen in training; of 48 pairs those whose oracle was more than a point above static on

@@ -32,14 +32,14 @@ from ablations import (
 from study import MODELS
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.data import load_easy_vqa
-from modeling_dms.training.documents import table
-from modeling_dms.training.evaluate import one_per_image
-from modeling_dms.training.grid import Condition, with_images_encoded
-from modeling_dms.training.methods import Scheduled
-from modeling_dms.training.tasks import VisualQuestionAnswering
-from modeling_dms.training.train import run_training
+from modeling_dms.training.evaluate.documents import table
+from modeling_dms.training.evaluate.grid import Condition, with_images_encoded
+from modeling_dms.training.evaluate.methods import Scheduled
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
 
 
 # as the last stage of the presets, which trained the adapters, but in smaller batches and larger steps

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.data import Sample, load_easy_vqa
-from modeling_dms.training.documents import table
-from modeling_dms.training.evaluate import one_per_image
-from modeling_dms.training.grid import Condition, with_images_encoded
-from modeling_dms.training.methods import Fixed, Method
-from modeling_dms.training.tasks import VisualQuestionAnswering
+from modeling_dms.training.evaluate.documents import table
+from modeling_dms.training.evaluate.grid import Condition, with_images_encoded
+from modeling_dms.training.evaluate.methods import Fixed, Method
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
 
 
 WEIGHTS = (0.5, 0.1, 0.05, 0.01, 0.001, 0.0001)

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from modeling_dms.training.documents import points, table, write_between_markers
+from modeling_dms.training.evaluate.documents import points, table, write_between_markers
 
 
 matplotlib.use("Agg")

@@ -10,12 +10,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
-from modeling_dms.training.evaluate import one_per_image
-from modeling_dms.training.grid import Condition, run_condition
-from modeling_dms.training.loading import load
-from modeling_dms.training.methods import Method, Scheduled
-from modeling_dms.training.tasks import VisualQuestionAnswering
-from modeling_dms.training.train import calibrate
+from modeling_dms.training.evaluate.grid import Condition, run_condition
+from modeling_dms.training.evaluate.methods import Method, Scheduled
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load
 
 
 BATCHES = (1, 50)

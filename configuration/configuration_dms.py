@@ -152,7 +152,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
             Default: all.
         temperature (`float`, defaults to 1.0): softmax temperature of `"entropy"` and `"energy"`.
         lambda_mwc, lambda_unimodal, lambda_consistency, lambda_schedule (`float`): weights of the losses (see
-            `modeling_dms.losses`); 0 leaves a loss out.
+            `modeling_dms.weigh.losses`); 0 leaves a loss out.
         contrastive_temperature (`float`, defaults to 0.07): temperature of the contrastive loss.
         modeling_dms_version (`str`): version that wrote this configuration.
     """

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_dms.training.corruptions import CorruptionConfig, EpochCallback, ModalityDropout
 from modeling_dms.training.data import PromptCollator, load_samples
-from modeling_dms.training.loading import load
+from modeling_dms.training.models.loading import load
 
 
 model, processor = load("demo-llava", {"scheduler": "learned"})

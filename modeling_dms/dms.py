@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling_dms.calibration import Calibration
-from modeling_dms.calibration_fit import ModalityRecord
+from modeling_dms.calibrate.fit import ModalityRecord
+from modeling_dms.calibrate.statistics import Calibration
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.losses import contrastive_loss, modality_weight_consistency_loss, schedule_loss, unimodal_loss
-from modeling_dms.outputs import DMSOutput, ModalitySignals
-from modeling_dms.scheduler import ModalityScheduler, ZeroLinear
-from modeling_dms.signals import (
+from modeling_dms.evidence.unimodal import (
     confidence,
     consistency,
     dropout_masks,
@@ -23,6 +20,9 @@ from modeling_dms.signals import (
     predictive_entropy,
     predictive_variance,
 )
+from modeling_dms.outputs import DMSOutput, ModalitySignals
+from modeling_dms.weigh.losses import contrastive_loss, modality_weight_consistency_loss, schedule_loss, unimodal_loss
+from modeling_dms.weigh.scheduler import ModalityScheduler, ZeroLinear
 
 
 class Readout(Protocol):

@@ -11,18 +11,18 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from modeling_dms.calibration import Statistics
-from modeling_dms.calibration_mixin import CalibrationMixin
+from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
+from modeling_dms.calibrate.statistics import Statistics
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalityFeatures, ModalitySize, UnimodalView, read_out
+from modeling_dms.evidence.typicality import token_statistics
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, text_only_states, watch_layers
 from modeling_dms.observe.prompt import TEXT, VISION, Schedule, compact, take
 from modeling_dms.outputs import dms_output
 from modeling_dms.save.checkpoints import CheckpointMixin
-from modeling_dms.scheduler import ZeroLinear, uniform_weights
 from modeling_dms.steer.bias import first_attended, key_bias
-from modeling_dms.typicality import token_statistics
+from modeling_dms.weigh.scheduler import ZeroLinear, uniform_weights
 
 
 logger = logging.get_logger(__name__)

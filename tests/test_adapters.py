@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from modeling_dms.training import assemble
-from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
-from modeling_dms.training.loading import CHECKPOINTS, load
-from modeling_dms.training.release import release
-from modeling_dms.training.train import run_training
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.models import assemble
+from modeling_dms.training.models.loading import CHECKPOINTS, load
+from modeling_dms.training.publish.release import release
 from tests import tiny
 
 

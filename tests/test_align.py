@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from modeling_dms.training.align import AlignmentTrainer, alignment_loss
 from modeling_dms.training.data import PromptCollator, load_samples
-from modeling_dms.training.loading import load
-from modeling_dms.training.stages import prepare
-from modeling_dms.training.trainer import DMSTrainingArguments
+from modeling_dms.training.finetune.align import AlignmentTrainer, alignment_loss
+from modeling_dms.training.finetune.stages import prepare
+from modeling_dms.training.finetune.trainer import DMSTrainingArguments
+from modeling_dms.training.models.loading import load
 
 
 def test_image_tokens_stand_for_words_in_turn():

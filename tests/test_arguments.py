@@ -6,9 +6,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from modeling_dms.training.arguments import PRESETS, ModelArguments, read_arguments
 from modeling_dms.training.cli import app
-from modeling_dms.training.loading import load
+from modeling_dms.training.finetune.arguments import PRESETS, ModelArguments, read_arguments
+from modeling_dms.training.models.loading import load
 
 
 NEEDED = ["--model", "demo-llava", "--output_dir", "runs/x"]

@@ -10,9 +10,9 @@ from transformers import AutoProcessor, BertConfig, BertModel, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from modeling_dms import DMSBlip2ForConditionalGeneration, DMSConfig, DMSLlavaForConditionalGeneration
-from modeling_dms.training import assemble as module
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
+from modeling_dms.training.models import assemble as module
 
 
 LLAVA, BLIP2 = module.RECIPES

@@ -10,7 +10,7 @@ from transformers import Blip2Processor, CLIPImageProcessorPil
 
 from modeling_dms._compat import CACHE
 from modeling_dms.training.data import PromptCollator, Sample
-from modeling_dms.training.loading import load, room_for_prompts
+from modeling_dms.training.models.loading import load, room_for_prompts
 from tests import tiny
 
 

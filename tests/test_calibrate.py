@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from modeling_dms import DMSConfig, calibration_fit, typicality
-from modeling_dms.calibration import REMEMBERED, Calibration
-from modeling_dms.calibration_fit import ModalityRecord, fit_calibration
+from modeling_dms.calibrate.fit import ModalityRecord, fit_calibration
+from modeling_dms.calibrate.statistics import REMEMBERED, Calibration
 from tests import tiny
 
 

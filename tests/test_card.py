@@ -11,13 +11,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from modeling_dms.training.arguments import read_arguments
-from modeling_dms.training.assemble import RECIPES
-from modeling_dms.training.card import write_card
 from modeling_dms.training.cli import app
-from modeling_dms.training.record import read_record, write_record
-from modeling_dms.training.request import checkpoint_digest
-from modeling_dms.training.train import run_training
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.models.assemble import RECIPES
+from modeling_dms.training.models.request import checkpoint_digest
+from modeling_dms.training.publish.card import write_card
+from modeling_dms.training.publish.record import read_record, write_record
 from tests import tiny
 from tests.hub_server import metadata_errors
 

@@ -22,12 +22,13 @@ from packaging.utils import canonicalize_name
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from modeling_dms.training import answer, train
-from modeling_dms.training.arguments import _TYPES, COMMON, PRESETS
+from modeling_dms.training.apps import answer
 from modeling_dms.training.cli import app
-from modeling_dms.training.evaluate import EvaluationConfig, conditions_of
+from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of
 from modeling_dms.training.extras import COMMANDS, PACKAGES, install
-from modeling_dms.training.loading import CHECKPOINTS
+from modeling_dms.training.finetune import train
+from modeling_dms.training.finetune.arguments import _TYPES, COMMON, PRESETS
+from modeling_dms.training.models.loading import CHECKPOINTS
 from tests import tiny
 from tests.test_docs import check_command, continued
 from tests.test_packaging import dependencies

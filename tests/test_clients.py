@@ -22,12 +22,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from typer.testing import CliRunner
 
+from modeling_dms.training.apps.demo import one_per_image
+from modeling_dms.training.apps.serve import serve
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import as_text, load_easy_vqa
-from modeling_dms.training.demo import one_per_image
-from modeling_dms.training.loading import CHECKPOINTS, load
-from modeling_dms.training.serve import serve
+from modeling_dms.training.models.loading import CHECKPOINTS, load
 from tests import tiny
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainerState
 
-from modeling_dms import self_corruption
+from modeling_dms.calibrate import damage
 from modeling_dms.training.corruptions import (
     CALIBRATION_FAMILIES,
     FAMILIES,
@@ -239,7 +239,7 @@ def test_families_partition_the_names():
 
 
 def test_calibrations_families_are_families_here():
-    assert CALIBRATION_FAMILIES == {"image": self_corruption.IMAGE_FAMILIES, "text": self_corruption.TEXT_FAMILIES}
+    assert CALIBRATION_FAMILIES == {"image": damage.IMAGE_FAMILIES, "text": damage.TEXT_FAMILIES}
     for modality, families in CALIBRATION_FAMILIES.items():
         assert names_in(modality, families)
 

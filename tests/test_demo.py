@@ -9,12 +9,12 @@ from safetensors import safe_open
 from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from modeling_dms.training import demo
+from modeling_dms.training.apps import demo
+from modeling_dms.training.apps.evaluation import answer_tokens, predict
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CALIBRATION_FAMILIES, family_of
 from modeling_dms.training.data import Sample, load_easy_vqa
-from modeling_dms.training.evaluation import answer_tokens, predict
-from modeling_dms.training.pretrain_demo import TRAINING_CORRUPTIONS
+from modeling_dms.training.models.pretrain_demo import TRAINING_CORRUPTIONS
 
 
 VANILLA = {"llava": LlavaForConditionalGeneration, "blip2": Blip2ForConditionalGeneration}

@@ -20,11 +20,11 @@ import typer
 from typer.testing import CliRunner
 
 from modeling_dms import DMSConfig
-from modeling_dms.training.arguments import _TYPES, read_arguments
+from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_easy_vqa, load_folder
-from modeling_dms.training.demo import one_per_image
-from modeling_dms.training.loading import CHECKPOINTS, load
+from modeling_dms.training.finetune.arguments import _TYPES, read_arguments
+from modeling_dms.training.models.loading import CHECKPOINTS, load
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ BEFORE = {
 # in snippets, for what they name
 REPLACED = {
     "llava-hf/llava-1.5-7b-hf": str(CHECKPOINTS / "demo-llava"),
-    '"training/metrics/': f'"{ROOT}/training/metrics/',
+    '"training/evaluate/metrics/': f'"{ROOT}/training/metrics/',
     ".venv/bin/dms": "dms",
     ".venv/bin/python": "python",
     "max_steps=500": "max_steps=2",
@@ -308,7 +308,17 @@ def test_public_names_are_on_the_api_pages(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["signals", "typicality", "calibration", "scheduler", "steer.bias", "steer.masks", "losses", "dms"]
+    "name",
+    [
+        "evidence.unimodal",
+        "evidence.typicality",
+        "calibrate.statistics",
+        "weigh.scheduler",
+        "weigh.losses",
+        "steer.bias",
+        "steer.masks",
+        "dms",
+    ],
 )
 def test_the_method_is_on_the_api_pages(name):
     assert f"modeling_dms.{name}" in documented()

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from modeling_dms.scheduler import ModalityScheduler
-from modeling_dms.training import baselines, grid
-from modeling_dms.training.baselines import METHODS, fit_scheduler, make_methods, record, scorer
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.data.samples import split_readable
-from modeling_dms.training.evaluate import EvaluationConfig, conditions_of, evaluate, one_per_image
-from modeling_dms.training.grid import ORACLE, Cell, Condition, run_condition, run_grid
-from modeling_dms.training.loading import load
-from modeling_dms.training.methods import GRIDS, AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
-from modeling_dms.training.report import Results, render, summarize
-from modeling_dms.training.tasks import VisualQuestionAnswering
+from modeling_dms.training.evaluate import baselines, grid
+from modeling_dms.training.evaluate.baselines import METHODS, fit_scheduler, make_methods, record, scorer
+from modeling_dms.training.evaluate.grid import ORACLE, Cell, Condition, run_condition, run_grid
+from modeling_dms.training.evaluate.methods import GRIDS, AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.report import Results, render, summarize
+from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of, evaluate, one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.loading import load
+from modeling_dms.weigh.scheduler import ModalityScheduler
 from tests import tiny
 
 
@@ -558,7 +558,7 @@ def test_a_scheduler_fitted_on_recorded_signals_weighs_as_in_the_model(vqa):
     data = load_easy_vqa("train")[::40]
     model, processor = load("demo-llava")
     from modeling_dms.training.data import PromptCollator
-    from modeling_dms.training.train import calibrate
+    from modeling_dms.training.models.calibrate import calibrate
 
     calibrate(model.eval(), PromptCollator(processor), data, 60, show_progress=False)
     task = VisualQuestionAnswering(processor, ANSWERS)

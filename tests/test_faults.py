@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from modeling_dms import DMSLlavaForConditionalGeneration
-from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.cli import app
-from modeling_dms.training.loading import CHECKPOINTS, load
-from modeling_dms.training.release import merge
-from modeling_dms.training.resume import last_complete_checkpoint, write_manifest
-from modeling_dms.training.train import run_training
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.resume import last_complete_checkpoint, write_manifest
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.models.loading import CHECKPOINTS, load
+from modeling_dms.training.publish.release import merge
 from tests import tiny
 
 

@@ -24,7 +24,7 @@ from modeling_dms import (
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
-from modeling_dms.training.loading import load
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.losses import (
+from modeling_dms.weigh.losses import (
     contrastive_loss,
     leave_one_out_target,
     modality_weight_consistency_loss,

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 from transformers.models.opt import modeling_opt
 
-from modeling_dms.scheduler import ModalityScheduler
-from modeling_dms.training import methods
-from modeling_dms.training.methods import (
+from modeling_dms.training.evaluate import methods
+from modeling_dms.training.evaluate.methods import (
     GRIDS,
     AdaptVis,
     ContrastiveDecoding,
@@ -22,6 +21,7 @@ from modeling_dms.training.methods import (
     scheduled_by,
     search,
 )
+from modeling_dms.weigh.scheduler import ModalityScheduler
 from tests import tiny
 
 

@@ -14,8 +14,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.training import metrics
-from modeling_dms.training.metrics.captions import (
+from modeling_dms.training.evaluate import metrics
+from modeling_dms.training.evaluate.metrics.captions import (
     bleu,
     caption_scores,
     cider_d,
@@ -23,9 +23,9 @@ from modeling_dms.training.metrics.captions import (
     rouge_l,
     simple_tokenizer,
 )
-from modeling_dms.training.metrics.confidence import aurc, expected_calibration_error, risk_coverage
-from modeling_dms.training.metrics.retrieval import recall_at_k, retrieval_recall
-from modeling_dms.training.metrics.robust import (
+from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error, risk_coverage
+from modeling_dms.training.evaluate.metrics.retrieval import recall_at_k, retrieval_recall
+from modeling_dms.training.evaluate.metrics.robust import (
     bootstrap_interval,
     mcnemar,
     mean_corruption_error,
@@ -36,7 +36,7 @@ from modeling_dms.training.metrics.robust import (
     relative_drop,
     relative_robustness,
 )
-from modeling_dms.training.metrics.vqa import answer_type, normalize_answer, vqa_accuracy, vqa_scores
+from modeling_dms.training.evaluate.metrics.vqa import answer_type, normalize_answer, vqa_accuracy, vqa_scores
 
 
 FOLDER = Path(metrics.__file__).parent

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from modeling_dms.training.assemble import RECIPES
-from modeling_dms.training.card import write_card
+from modeling_dms.training.models.assemble import RECIPES
+from modeling_dms.training.publish.card import write_card
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -71,6 +71,56 @@ def test_the_model_does_not_know_the_training(path):
     )
 
 
+# each room may import those before it, and itself; those of the training all of the model's
+MODEL_ROOMS = ("_compat", "outputs", "save", "steer", "evidence", "observe", "weigh", "calibrate", "dms", "mixin")
+MODEL_ROOMS += ("steered_mixin", "qformer_mixin", "shells", "auto", "__init__")
+ROOMS = (
+    "names",
+    "extras",
+    "data",
+    "corruptions",
+    "models",
+    "evaluate",
+    "publish",
+    "finetune",
+    "apps",
+    "cli",
+    "__main__",
+)
+
+
+@pytest.mark.parametrize("path", sources("modeling_dms"))
+def test_a_room_of_the_model_imports_those_below_it(path):
+    room = Path(path).relative_to("modeling_dms").parts[0].removesuffix(".py")
+    above = MODEL_ROOMS[MODEL_ROOMS.index("shells" if room.startswith("modeling_dms_") else room) + 1 :]
+    found = imports(ROOT / path)
+    assert not touches(found, *(f"modeling_dms.{name}" for name in above))
+    if not room.startswith("modeling_dms_") and room not in ("auto", "__init__"):
+        assert not {name for name in found if name.startswith("modeling_dms.modeling_dms_")}
+
+
+@pytest.mark.parametrize("path", sources("training"))
+def test_a_room_of_the_training_imports_those_below_it(path):
+    room = Path(path).relative_to("training").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    above = ROOMS[ROOMS.index(room) + 1 :]
+    assert not touches(imports(ROOT / path), *(f"modeling_dms.training.{name}" for name in above))
+
+
+def test_the_trainer_is_imported_without_what_stands_beside_it():
+    done = "import sys, modeling_dms.training.finetune.trainer; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", done], cwd=ROOT, capture_output=True, text=True, check=True)
+    rooms = touches(loaded.stdout.split(), *(f"modeling_dms.training.{name}" for name in ROOMS))
+    assert not touches(
+        rooms, *(f"modeling_dms.training.{name}" for name in ("evaluate", "publish", "apps", "corruptions"))
+    )
+    assert touches(rooms, "modeling_dms.training.data") <= {
+        "modeling_dms.training.data",
+        "modeling_dms.training.data.samples",
+    }
+
+
 @pytest.mark.parametrize("path", sources("configuration"))
 def test_the_configuration_knows_neither(path):
     names = touches(imports(ROOT / path), "modeling_dms", "training", "configuration")
@@ -83,10 +133,10 @@ def test_what_differs_between_versions_knows_nothing_of_the_package():
 
 
 @pytest.mark.parametrize(
-    "name", ["signals", "scheduler", "steer/bias", "steer/masks", "losses", "typicality", "calibration", "dms"]
+    "path", [p for room in ("evidence", "calibrate", "weigh", "steer") for p in sources(f"modeling_dms/{room}")]
 )
-def test_the_method_knows_no_backbone(name):
-    names = imports(ROOT / "modeling_dms" / f"{name}.py")
+def test_the_method_knows_no_backbone(path):
+    names = imports(ROOT / path)
     backbones = [f"modeling_dms.{name}" for name in ("mixin", "modeling_dms_llava", "modeling_dms_blip_2")]
     assert not touches(names, "transformers.models", *backbones)
     assert not {name for name in names if "llava" in name.lower() or "blip" in name.lower()}
@@ -185,7 +235,7 @@ for name, way in ways.items():
             import modeling_dms
             facts["new"] = sorted({m.partition(".")[0] for m in sys.modules} - before - set(sys.stdlib_module_names))
             import modeling_dms.configuration, modeling_dms.training, modeling_dms.training.data
-            from modeling_dms.training.metrics import captions, confidence, retrieval, robust, vqa
+            from modeling_dms.training.evaluate.metrics import captions, confidence, retrieval, robust, vqa
             facts["files"] = [
                 m.__file__ for m in (modeling_dms, modeling_dms.configuration, modeling_dms.training)
             ]
@@ -256,7 +306,7 @@ def test_ways_to_import(ways, way, origin):
 
 @pytest.mark.parametrize("name", ["cider", "retrieval_recall", "robustness", "vqa_accuracy"])
 def test_metrics_of_an_installed_wheel_load_by_path(ways, name, tmp_path):
-    folder = ways[1]["wheel"] / "modeling_dms/training/metrics" / name
+    folder = ways[1]["wheel"] / "modeling_dms/training/evaluate/metrics" / name
     assert evaluate.load(str(folder), cache_dir=tmp_path).features
 
 

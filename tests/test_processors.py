@@ -8,14 +8,14 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, ResNetConfig
 from typer.testing import CliRunner
 
-from modeling_dms.training.arguments import read_arguments
+from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.demo import one_per_image
-from modeling_dms.training.loading import CHECKPOINTS, load
-from modeling_dms.training.processors import load_processor
-from modeling_dms.training.release import merge
-from modeling_dms.training.train import run_training
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.models.loading import CHECKPOINTS, load
+from modeling_dms.training.models.processors import load_processor
+from modeling_dms.training.publish.release import merge
 from tests import tiny
 
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
-from modeling_dms.training.loading import load
-from modeling_dms.training.release import merge
-from modeling_dms.training.request import checkpoint_digest, model_request
-from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
+from modeling_dms.training.finetune.trainer import DMSTrainer, DMSTrainingArguments
+from modeling_dms.training.models.loading import load
+from modeling_dms.training.models.request import checkpoint_digest, model_request
+from modeling_dms.training.publish.release import merge
 from tests import hub_server, tiny
 
 

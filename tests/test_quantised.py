@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
+from modeling_dms.training.apps.demo import calibrate_demo, one_per_image
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
-from modeling_dms.training.demo import calibrate_demo, one_per_image
-from modeling_dms.training.loading import load
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.cli import app
-from modeling_dms.training.loading import load
-from modeling_dms.training.request import write_request
-from modeling_dms.training.resume import MANIFEST, last_complete_checkpoint, whats_wrong, write_manifest
-from modeling_dms.training.train import run_training
-from modeling_dms.training.trainer import DMSTrainer
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.resume import MANIFEST, last_complete_checkpoint, whats_wrong, write_manifest
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.finetune.trainer import DMSTrainer
+from modeling_dms.training.models.loading import load
+from modeling_dms.training.models.request import write_request
 from tests import tiny
 
 
@@ -219,9 +219,9 @@ def test_an_incomplete_checkpoint_of_another_run_does_not_keep_one_from_starting
 _KILLED = """
 import os, signal, sys
 
-from modeling_dms.training.arguments import read_arguments
-from modeling_dms.training.train import run_training
-from modeling_dms.training.trainer import DMSTrainer
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.train import run_training
+from modeling_dms.training.finetune.trainer import DMSTrainer
 
 name, step = sys.argv[1], int(sys.argv[2])
 original = getattr(DMSTrainer, name)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
-from modeling_dms.training.loading import load
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_dms import DMSConfig
+from modeling_dms.evidence.unimodal import consistency
 from modeling_dms.outputs import ModalitySignals
-from modeling_dms.scheduler import (
+from modeling_dms.weigh.scheduler import (
     CONFLICT_FLOOR,
     ModalityScheduler,
     ZeroLinear,
     uniform_weights,
     weights_from_scores,
 )
-from modeling_dms.signals import consistency
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.self_corruption import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
+from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)

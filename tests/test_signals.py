@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.signals import (
+from modeling_dms.evidence.unimodal import (
     confidence,
     consistency,
     dropout_masks,

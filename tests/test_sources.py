@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_dms.training import evaluate
 from modeling_dms.training.data import (
     HUB_DATASETS,
     load_folder,
@@ -29,6 +28,7 @@ from modeling_dms.training.data import (
 from modeling_dms.training.data.openmoji import TONE
 from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, image_keys
 from modeling_dms.training.data.sources import named_sources
+from modeling_dms.training.evaluate import run as evaluate
 
 
 datasets = pytest.importorskip("datasets")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
-from modeling_dms.training.evaluate import one_per_image
-from modeling_dms.training.grid import Condition
-from modeling_dms.training.loading import load
-from modeling_dms.training.tasks import VisualQuestionAnswering
-from modeling_dms.training.train import calibrate
+from modeling_dms.training.evaluate.grid import Condition
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -11,10 +11,9 @@ from transformers import Blip2Processor, CLIPImageProcessorPil, PreTrainedTokeni
 
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.loading import load
-from modeling_dms.training.methods import AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
-from modeling_dms.training.metrics.captions import cider_d, simple_tokenizer
-from modeling_dms.training.tasks import (
+from modeling_dms.training.evaluate.methods import AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.metrics.captions import cider_d, simple_tokenizer
+from modeling_dms.training.evaluate.tasks import (
     Captioning,
     ImageTextMatching,
     ImageTextRetrieval,
@@ -22,7 +21,8 @@ from modeling_dms.training.tasks import (
     VisualQuestionAnswering,
     score_candidates,
 )
-from modeling_dms.training.tasks.retrieval import NOT_MATCHED
+from modeling_dms.training.evaluate.tasks.retrieval import NOT_MATCHED
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.training import train
-from modeling_dms.training.arguments import read_arguments
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
-from modeling_dms.training.curves import COLORS, draw_curves
 from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.data.samples import kept, split_readable
-from modeling_dms.training.features import FeatureCache
-from modeling_dms.training.loading import load
-from modeling_dms.training.stages import LORA_TARGETS, prepare
-from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments, only_targets
+from modeling_dms.training.finetune import train
+from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.curves import COLORS, draw_curves
+from modeling_dms.training.finetune.features import FeatureCache
+from modeling_dms.training.finetune.stages import LORA_TARGETS, prepare
+from modeling_dms.training.finetune.trainer import DMSTrainer, DMSTrainingArguments, only_targets
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

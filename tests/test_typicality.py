@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.typicality import (
+from modeling_dms.evidence.typicality import (
     MEMORY,
     NEIGHBOURS,
     auroc,

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from modeling_dms.training import release as releasing
 from modeling_dms.training.cli import app
-from modeling_dms.training.loading import load
-from modeling_dms.training.request import checkpoint_digest
-from modeling_dms.training.trainer import DMSTrainer, DMSTrainingArguments
+from modeling_dms.training.finetune.trainer import DMSTrainer, DMSTrainingArguments
+from modeling_dms.training.models.loading import load
+from modeling_dms.training.models.request import checkpoint_digest
+from modeling_dms.training.publish import release as releasing
 from tests import tiny
 
 
@@ -128,7 +128,7 @@ def test_runs_of_every_kind_in_one_folder(tmp_path):
 
 
 def test_a_released_adapter_replaces_a_whole_checkpoint(tmp_path, monkeypatch):
-    from modeling_dms.training import assemble
+    from modeling_dms.training.models import assemble
 
     adapter, folder = save_adapter(tmp_path / "adapter"), tmp_path / "model"
     load("demo-llava")[0].save_pretrained(folder)

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from modeling_dms._compat import CACHE, FLOORS, require
 from modeling_dms.observe.layers import kept_states
 from modeling_dms.training.cli import app
-from modeling_dms.training.loading import load
-from modeling_dms.training.stages import prepare
+from modeling_dms.training.finetune.stages import prepare
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from modeling_dms.training import web
-from modeling_dms.training.answer import Answer, answer, load_for_answers
+from modeling_dms.training.apps import web
+from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
+from modeling_dms.training.apps.demo import STATIC, one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import load_easy_vqa
-from modeling_dms.training.demo import STATIC, one_per_image
-from modeling_dms.training.loading import load
+from modeling_dms.training.models.loading import load
 from tests import tiny
 
 

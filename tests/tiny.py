@@ -36,7 +36,7 @@ from modeling_dms import (
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
 )
-from modeling_dms.training.loading import CHECKPOINTS
+from modeling_dms.training.models.loading import CHECKPOINTS
 
 
 PAD, BOS, EOS, IMAGE = 1, 2, 3, 98

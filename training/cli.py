@@ -70,7 +70,7 @@ class _Train(_Command):
             with formatter.section("Fields"):
                 formatter.write_text("Listed here where the packages below are installed.")
             return
-        from modeling_dms.training.arguments import TRAINING_ARGUMENTS, described_fields, described_presets
+        from modeling_dms.training.finetune.arguments import TRAINING_ARGUMENTS, described_fields, described_presets
 
         for title, rows in described_fields().items():
             with formatter.section(title):
@@ -158,7 +158,7 @@ def predict(
     Prints the answer, the weights of image and context, and the signals they came from. A shipped checkpoint is
     calibrated first, which takes some seconds.
     """
-    from modeling_dms.training.answer import predict_one
+    from modeling_dms.training.apps.answer import predict_one
 
     predict_one(question, image, context, model, max_new_tokens)
 
@@ -192,12 +192,12 @@ def demo(
     if not web:
         if model is not None or port is not None:
             raise typer.BadParameter("--model and --port are for --web")
-        from modeling_dms.training.demo import run_demo
+        from modeling_dms.training.apps.demo import run_demo
 
         backbones = ["llava", "blip2"] if backbone == "both" else [backbone]
         run_demo(out, backbones, samples, calibration_samples, write_docs)
         return
-    from modeling_dms.training.web import serve
+    from modeling_dms.training.apps.web import serve
 
     serve(model or "demo-llava", port, calibration_samples)
 
@@ -222,9 +222,9 @@ def calibrate(
 
     Prints how well each signal tells damage, and writes a checkpoint with the statistics in it.
     """
-    from modeling_dms.training.arguments import ModelArguments
-    from modeling_dms.training.loading import check_dms
-    from modeling_dms.training.train import run_calibration
+    from modeling_dms.training.finetune.arguments import ModelArguments
+    from modeling_dms.training.finetune.calibrate import run_calibration
+    from modeling_dms.training.models.loading import check_dms
 
     with _usage():
         choices = {**cast(dict, ModelArguments(model, dms=dms).dms), **({"scheduler": scheduler} if scheduler else {})}
@@ -276,9 +276,9 @@ def evaluate(
 
     All methods see the same samples and corruptions.
     """
-    from modeling_dms.training.baselines import METHODS
-    from modeling_dms.training.evaluate import EvaluationConfig
-    from modeling_dms.training.evaluate import evaluate as run
+    from modeling_dms.training.evaluate.baselines import METHODS
+    from modeling_dms.training.evaluate.run import EvaluationConfig
+    from modeling_dms.training.evaluate.run import evaluate as run
 
     chosen = _listed("--methods", methods)
     if chosen == ["all"]:
@@ -318,7 +318,7 @@ def report(
     readme: Annotated[Path | None, typer.Option(help="File that gets a short table between its grid markers.")] = None,
 ) -> None:
     """Writes one document from several evaluations."""
-    from modeling_dms.training.report import combine
+    from modeling_dms.training.evaluate.report import combine
 
     combine(folders, out, readme)
 
@@ -341,8 +341,8 @@ def train(
 
     Each field below can stand in the file or be given as an option, which wins.
     """
-    from modeling_dms.training.arguments import read_arguments
-    from modeling_dms.training.train import run_training
+    from modeling_dms.training.finetune.arguments import read_arguments
+    from modeling_dms.training.finetune.train import run_training
 
     with _usage():
         arguments = read_arguments(config, context.args)
@@ -362,7 +362,7 @@ def merge(
 
     The result loads with trust_remote_code=True, without this package.
     """
-    from modeling_dms.training.release import merge as write
+    from modeling_dms.training.publish.release import merge as write
 
     typer.echo(f"wrote {write(model, out)}")
 
@@ -386,7 +386,7 @@ def card(
 
     Text and metadata of yours in it are kept.
     """
-    from modeling_dms.training.card import write_card
+    from modeling_dms.training.publish.card import write_card
 
     path = write_card(folder, results or [], run or [], metadata={"license": license})
     typer.echo(f"wrote {path}")
@@ -408,7 +408,7 @@ def push(
 
     Weights, configuration, processor, code and card, in one commit.
     """
-    from modeling_dms.training.push import push as run
+    from modeling_dms.training.publish.push import push as run
 
     typer.echo(f"pushed: {run(folder, repo, private)}")
 
@@ -427,7 +427,7 @@ def serve(
 
     Takes any option of `transformers serve`, such as --port; `transformers serve --help` lists them.
     """
-    from modeling_dms.training.serve import serve as run
+    from modeling_dms.training.apps.serve import serve as run
 
     run(model, context.args)
 
@@ -445,7 +445,7 @@ def assemble(
 
     What no part has is yet to be trained.
     """
-    from modeling_dms.training.assemble import assemble as run
+    from modeling_dms.training.models.assemble import assemble as run
 
     typer.echo(f"wrote {run(name, out)}")
 
@@ -464,7 +464,7 @@ def release(
 
     Its base is rebuilt by `dms assemble`.
     """
-    from modeling_dms.training.release import release as write
+    from modeling_dms.training.publish.release import release as write
 
     typer.echo(f"wrote {write(run, base, out)}")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling_dms.typicality import token_statistics
+from modeling_dms.evidence.typicality import token_statistics
 
 
 @dataclass

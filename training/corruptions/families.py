@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modeling_dms import self_corruption
+from modeling_dms.calibrate import damage
 from modeling_dms.training.corruptions.registry import NAMES
 from modeling_dms.training.names import check_names
 
@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 # seen by every calibrated model: they never count as unseen
-CALIBRATION_FAMILIES = {"image": self_corruption.IMAGE_FAMILIES, "text": self_corruption.TEXT_FAMILIES}
+CALIBRATION_FAMILIES = {"image": damage.IMAGE_FAMILIES, "text": damage.TEXT_FAMILIES}
 _FAMILY_OF = {
     f"{modality}:{kind}": family
     for modality, families in FAMILIES.items()

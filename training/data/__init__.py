@@ -1,14 +1,38 @@
-"""Samples, data sets and collation."""
+"""Samples, data sets and collation. A data set is imported when it is asked for."""
 
-from modeling_dms.training.data.collator import PromptCollator, as_text
-from modeling_dms.training.data.easy_vqa import load_easy_vqa
-from modeling_dms.training.data.folder import load_folder
-from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
-from modeling_dms.training.data.noto import load_noto
-from modeling_dms.training.data.openmoji import load_openmoji
-from modeling_dms.training.data.samples import Sample, split_of
-from modeling_dms.training.data.sources import load_samples, load_sources
-from modeling_dms.training.data.stamps import load_stamps
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from modeling_dms.training.data.collator import PromptCollator, as_text
+    from modeling_dms.training.data.easy_vqa import load_easy_vqa
+    from modeling_dms.training.data.folder import load_folder
+    from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
+    from modeling_dms.training.data.noto import load_noto
+    from modeling_dms.training.data.openmoji import load_openmoji
+    from modeling_dms.training.data.samples import Sample, split_of
+    from modeling_dms.training.data.sources import load_samples, load_sources
+    from modeling_dms.training.data.stamps import load_stamps
+
+_MODULES = {
+    "collator": ("PromptCollator", "as_text"),
+    "easy_vqa": ("load_easy_vqa",),
+    "folder": ("load_folder",),
+    "hub": ("HUB_DATASETS", "load_hub"),
+    "noto": ("load_noto",),
+    "openmoji": ("load_openmoji",),
+    "samples": ("Sample", "split_of"),
+    "sources": ("load_samples", "load_sources"),
+    "stamps": ("load_stamps",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -40,6 +40,8 @@ UPRIGHT = {
 GREY_RANGES = (1, 255, 65535)
 # of what is left out so many are named, all are counted
 NAMED = 5
+# and why
+UNREADABLE, UNANSWERED, UNASKABLE = "their images cannot be read", "they have no answer", "they cannot be asked"
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 

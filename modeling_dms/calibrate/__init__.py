@@ -1,0 +1,1 @@
+"""What calibration learns from clean samples, and how."""

@@ -1,0 +1,1 @@
+"""From evidence to weights, and what they are trained by."""

@@ -1,0 +1,98 @@
+"""`dms predict`: what a checkpoint answers to one question about an image and a context, and what it heard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_dms.training.apps.demo import calibrate_demo
+from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.models.loading import CHECKPOINTS, load, room_for_prompts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one sample.
+
+    Attributes:
+        text: the generated answer.
+        weights: of image and context.
+        signals: by name, of image and context; empty where nothing needed them (uniform scheduler, caller's weights).
+    """
+
+    text: str
+    weights: list[float]
+    signals: dict[str, list[float]]
+
+
+def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 300) -> tuple[Any, PromptCollator]:
+    """A model and a collator whose prompts leave room for an answer. What this package ships is calibrated first, on
+    training samples of easy-VQA; any other checkpoint has its own calibration, or uniform weights.
+
+    Raises:
+        ValueError: for a checkpoint that cannot generate.
+    """
+    model, processor = load(name)
+    if not model.can_generate():
+        raise ValueError(f"{name} is a {type(model).__name__}, which generates no answers")
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
+    if not Path(name).exists() and name in {folder.name for folder in CHECKPOINTS.iterdir()}:
+        calibrate_demo(model, collator, calibration_samples)
+    elif not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
+        print("not calibrated: the weights stay uniform (see `model.calibrate`)")
+    return model, collator
+
+
+def check_answerable(sample: Sample) -> None:
+    """Raises ValueError for a sample without a question, or with nothing to answer from."""
+    if not sample.question.strip():
+        raise ValueError("the question is empty")
+    if sample.image is None and not (sample.context or "").strip():
+        raise ValueError("there is neither an image nor a context to answer from")
+
+
+def answer(
+    model: Any,
+    collator: PromptCollator,
+    sample: Sample,
+    max_new_tokens: int,
+    modality_weights: Sequence[float] | None = None,
+) -> Answer:
+    """The greedy answer. Safe to call from several threads.
+
+    Args:
+        modality_weights: of image and context, instead of the scheduler's.
+
+    Raises:
+        ValueError: if the question is empty, there is neither image nor context, the image cannot be read, or the
+            prompt is too long even without its context.
+    """
+    check_answerable(sample)
+    inputs = {name: value.to(model.device) for name, value in collator([sample]).items()}
+    if modality_weights is not None:
+        inputs["modality_weights"] = torch.tensor([modality_weights])
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+    prompt = inputs["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
+    text = collator.processor.tokenizer.decode(generated.sequences[0, prompt:], skip_special_tokens=True).strip()
+    signals = {name: values[0].tolist() for name, values in (generated.modality_signals or {}).items()}
+    return Answer(text, generated.modality_weights[0].tolist(), signals)
+
+
+def predict_one(question: str, image: Path | None, context: str | None, name: str, max_new_tokens: int) -> Answer:
+    """Answers one sample and prints answer, weights and signals.
+
+    Raises:
+        ValueError: as `answer`.
+    """
+    sample = Sample(str(image or "prompt"), image, context, question)
+    check_answerable(sample)
+    sample = sample.replace(image=sample.load_image())
+    given = answer(*load_for_answers(name, max_new_tokens), sample, max_new_tokens)
+    print(f"answer: {given.text}")
+    print(f"{'':<14}{'image':>9}{'context':>9}")
+    for row, values in {"weight": given.weights, **given.signals}.items():
+        print(f"{row:<14}" + "".join(f"{value:>9.3f}" for value in values))
+    return given

@@ -1,0 +1,305 @@
+"""`dms demo --web`: a page that damages an image and a context, and shows what static and dynamic weights answer."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
+from modeling_dms.training.apps.demo import STATIC, one_per_image
+from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+
+
+INTRODUCTION = (
+    "Image and context may both answer the question. Damage one of them, and see to which the model listens: *static* "
+    "weighs both alike, *DMS* by how far each can be trusted."
+)
+MODALITIES = ("image", "context")
+EXAMPLES = 5
+MAX_NEW_TOKENS = 20
+MAX_CHARACTERS = 10_000  # of a text
+# no supported checkpoint sees more, and corruptions of a photograph's full size take seconds
+MAX_SIDE = 768
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How a weight or signal is drawn.
+
+    Attributes:
+        low, high: values beyond are drawn at the edge; the bar starts at 0.
+        note: what it says, and which end is good.
+    """
+
+    low: float
+    high: float
+    note: str
+
+
+BARS = {
+    "weight": Bar(0, 1, "how much is heard; 0.5 each is the static model"),
+    "confidence": Bar(0, 1, "high is good: sure of an answer from this input alone"),
+    "uncertainty": Bar(0, 0.01, "low is good: how much that varies under dropout"),
+    "consistency": Bar(-1, 1, "high is good: image and context say the same"),
+    "typicality": Bar(0, 4, "0 is good: how far outside of clean inputs"),
+    "damage": Bar(-10, 10, "below 0 is good: above it the alarm is raised"),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows, in the order of its outputs: the inputs as the model got them, both answers, a sentence on
+    what DMS did, or on what is wrong with the input, and the bars."""
+
+    image: Image.Image | None = None
+    context: str = ""
+    static: str = ""
+    dms: str = ""
+    sentence: str = ""
+    bars: str = ""
+
+
+def kinds(modality: str) -> list[str]:
+    """The corruptions of `"image"` or `"text"` that need no second sample, and that this installation can make."""
+    names = [name for name in NAMES if name.startswith(f"{modality}:") and not name.endswith(":mismatch")]
+    if importlib.util.find_spec("imagecorruptions") is None:
+        names = [name for name in names if name.partition(":")[2] not in IMAGENET_C]
+    return names
+
+
+def show(
+    model: Any,
+    collator: PromptCollator,
+    image: str | None,
+    context: str | None,
+    question: str | None,
+    image_kind: str,
+    image_severity: float,
+    text_kind: str,
+    text_severity: float,
+) -> Shown:
+    """Damages the inputs and answers.
+
+    Args:
+        image: path of a file.
+        image_kind, text_kind: one of `kinds`.
+        image_severity, text_severity: 0 (as given) to 5.
+
+    Raises:
+        ValueError: if an input cannot be read, corrupted or answered.
+        ImportError: if the image's format needs a package that is not installed.
+    """
+    for name, text in (("context", context), ("question", question)):
+        if len(text or "") > MAX_CHARACTERS:
+            raise ValueError(f"the {name} is longer than {MAX_CHARACTERS} characters")
+    # one id for all: the same severity is the same draw again
+    sample = Sample("page", None if image is None else Path(image), context, question or "")
+    try:
+        loaded = sample.load_image()
+    except ValueError as error:
+        raise ValueError("the image cannot be read: is it an image, and complete?") from error
+    if loaded is not None:
+        loaded.thumbnail((MAX_SIDE, MAX_SIDE))
+    sample = sample.replace(image=loaded)
+    for kind, severity in ((image_kind, image_severity), (text_kind, text_severity)):
+        if severity:
+            sample = corrupt(sample, kind, int(severity))
+    static = answer(model, collator, sample, MAX_NEW_TOKENS, STATIC)
+    dms = answer(model, collator, sample, MAX_NEW_TOKENS)
+    return Shown(sample.load_image(), sample.context or "", static.text, dms.text, explain(dms), draw_bars(dms))
+
+
+def explain(dms: Answer) -> str:
+    """What DMS did, in one sentence."""
+    if 0 in dms.weights:
+        absent = dms.weights.index(0)
+        return f"There is no {MODALITIES[absent]}: the {MODALITIES[1 - absent]} alone is heard."
+    if not dms.signals:
+        return "The scheduler is uniform: this is the static model."
+    signals, worse = dms.signals, dms.weights.index(min(dms.weights))
+    this, other = MODALITIES[worse], MODALITIES[1 - worse]
+    if min(signals["damage"]) == -math.inf:
+        return "Not calibrated: DMS does not know what clean inputs look like."
+    # as the rule does: where the two disagree, weaker evidence counts
+    evidence = signals["suspicion" if signals["disagreement"][0] > 0 else "damage"]
+    heard = f"DMS hears the {other} with {max(dms.weights):.2f}."
+    if min(evidence) > 0:
+        return f"Both look damaged: {heard}"
+    if signals["damage"][worse] > 0:
+        return f"The {this} looks damaged: {heard}"
+    if evidence[worse] > 0:
+        return f"Image and context disagree, and the {this} looks less clean: {heard}"
+    if max(dms.weights) > 0.5:  # another scheduler than the rule, or a side to believe
+        return heard
+    if signals["conflict"][0] > 0:
+        return "Image and context look clean but disagree: DMS takes no side."
+    return "Nothing looks damaged: DMS answers as the static model does."
+
+
+def draw_bars(dms: Answer) -> str:
+    """Weights and signals as an HTML table of bars."""
+    values = {"weight": dms.weights, **dms.signals}
+    head = "".join(f"<th>{modality}</th>" for modality in MODALITIES)
+    rows = [f"<tr><th></th>{head}<th></th></tr>"]
+    for name, bar in BARS.items():
+        if name not in values:
+            continue
+        cells = "".join(
+            "<td>-</td>" if weight == 0 else f"<td>{_bar(bar, value, modality, name == 'damage' and value > 0)}</td>"
+            for modality, value, weight in zip(MODALITIES, values[name], dms.weights, strict=True)
+        )
+        rows.append(f'<tr data-name="{name}"><th>{name}</th>{cells}<td>{bar.note}</td></tr>')
+    return f'<table class="bars">{"".join(rows)}</table>'
+
+
+def _bar(bar: Bar, value: float, modality: str, alarm: bool) -> str:
+    zero, end = ((min(max(x, bar.low), bar.high) - bar.low) / (bar.high - bar.low) * 100 for x in (0, value))
+    color = "alarm" if alarm else modality
+    style = f"left:{min(zero, end):.1f}%;width:{abs(end - zero):.1f}%"
+    digits = 4 if bar.high < 0.1 else 2
+    return (
+        f'<span class="track"><i class="{color}" style="{style}"></i><b style="left:{zero:.1f}%"></b></span>'
+        f'<span class="value">{value:.{digits}f}</span>'
+    )
+
+
+CSS = """
+.answers textarea, #sentence textarea { font-size: 1.3em; font-weight: 600 }
+.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }
+table.bars, table.bars tbody { display: block; border: 0 }
+table.bars tr { display: flex; flex-wrap: wrap; align-items: center; border: 0; padding: 0 }
+table.bars th, table.bars td { display: flex; align-items: center; flex: 1 1 110px; border: 0; padding: 2px 6px;
+  font: inherit; line-height: 1.25 }
+table.bars tr > :first-child { flex: 0 0 6.5em }
+table.bars tr > :last-child { flex: 1 1 190px; opacity: 0.75 }
+table.bars .track { position: relative; flex: 1; height: 14px; background: rgba(128, 128, 128, 0.18) }
+table.bars .track i { position: absolute; top: 0; bottom: 0 }
+table.bars .track b { position: absolute; top: -2px; bottom: -2px; border-left: 1px solid currentColor }
+table.bars .value { flex: 0 0 4em; text-align: right; font-variant-numeric: tabular-nums }
+table.bars i.image { background: #3b6fb6 }
+table.bars i.context { background: #d98324 }
+table.bars i.alarm { background: #c0392b }
+"""
+
+
+def responder(model: Any, collator: PromptCollator) -> Callable[..., tuple]:
+    """`show` as the page calls it: the image is gradio's description of a file, and what is wrong is a sentence."""
+
+    def respond(image: dict[str, Any] | None, *inputs: Any) -> tuple:
+        try:
+            shown = show(model, collator, None if image is None else image["path"], *inputs)
+        except (ValueError, ImportError) as error:
+            shown = Shown(sentence=f"Cannot answer: {error}.")
+        return tuple(vars(shown).values())
+
+    return respond
+
+
+def gradio() -> Any:
+    """The package, its telemetry switched off.
+
+    Raises:
+        ImportError: naming the extra that brings it.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError('the page needs gradio: pip install "modeling-dms[web]"') from error
+    return gradio
+
+
+def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
+    """The page.
+
+    Args:
+        gr: the package gradio.
+        name: of the checkpoint.
+        respond: see `responder`.
+
+    Returns:
+        gradio's `Blocks`.
+    """
+    # questions that a guess rarely answers
+    samples = [s for s in one_per_image(load_easy_vqa("test"), 2 * EXAMPLES) if s.answers[0] in (*COLORS, *SHAPES)]
+    examples = [[str(sample.image), sample.context, sample.question] for sample in samples[:EXAMPLES]]
+    pictures: dict[str, Any] = {"height": 240, "buttons": [], "elem_classes": "pixels"}
+
+    def damage(modality: str, label: str, default: str) -> tuple[Any, Any]:
+        with gr.Column(min_width=200):
+            names = [(_readable(kind), kind) for kind in kinds(modality)]
+            kind = gr.Dropdown(names, value=default, label=f"damage to the {label}", elem_id=f"{modality}-kind")
+            severity = gr.Slider(0, 5, 0, step=1, label="severity (0: none)", elem_id=f"{modality}-severity")
+        return kind, severity
+
+    with gr.Blocks(title="Dynamic Modality Scheduling", delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# Dynamic Modality Scheduling: {name}\n{INTRODUCTION}")
+        with gr.Row():
+            with gr.Column(scale=2):
+                image = gr.Image(
+                    examples[0][0], label="image", sources=["upload", "clipboard"], elem_id="image", **pictures
+                )
+                context = gr.Textbox(examples[0][1], label="context", max_lines=6, elem_id="context")
+                question = gr.Textbox(examples[0][2], label="question", max_lines=6, elem_id="question")
+                with gr.Row():
+                    damages = [
+                        *damage("image", "image", "image:color_cast"),
+                        *damage("text", "context", "text:typos"),
+                    ]
+                button = gr.Button("answer", variant="primary", elem_id="answer")
+            with gr.Column(scale=3):
+                with gr.Row():
+                    shown = gr.Image(
+                        label="image as the model sees it",
+                        format="png",
+                        interactive=False,
+                        elem_id="shown-image",
+                        **pictures,
+                    )
+                    with gr.Column():
+                        read = gr.Textbox(label="context as the model reads it", max_lines=6, elem_id="shown-context")
+                        with gr.Row(elem_classes="answers"):
+                            static = gr.Textbox(label="static answers", min_width=80, elem_id="static")
+                            dms = gr.Textbox(label="DMS answers", min_width=80, elem_id="dms")
+                sentence = gr.Textbox(label="what DMS did", max_lines=4, elem_id="sentence")
+                bars = gr.HTML(elem_id="bars")
+        inputs, outputs = [image, context, question, *damages], [shown, read, static, dms, sentence, bars]
+        chosen = gr.Examples(examples, inputs[:3], label="held-out samples of easy-VQA")
+        # a file is read by `Sample.load_image`: gradio would clip 16-bit images, and fail on what is no image
+        event: dict[str, Any] = {"fn": respond, "inputs": inputs, "outputs": outputs, "preprocess": False}
+        event |= {"show_progress": "minimal", "show_progress_on": sentence}
+        changes = [image.upload, image.clear, context.submit, question.submit, button.click, page.load]
+        changes += [component.input for component in damages]
+        gr.on(changes, **event, trigger_mode="always_last", api_name="answer")
+        chosen.load_input_event.then(**event, api_visibility="private")
+    return page
+
+
+def _readable(kind: str) -> str:
+    return kind.partition(":")[2].replace("imagenet_c/", "ImageNet-C: ").replace("_", " ")
+
+
+def serve(name: str, port: int | None, calibration_samples: int) -> None:
+    """Loads a checkpoint and serves the page on this machine until it is interrupted.
+
+    Args:
+        port: `None` takes the first free one from 7860 on.
+
+    Raises:
+        ImportError: naming the extra that brings gradio.
+        OSError: if the port is taken.
+    """
+    gr = gradio()
+    respond = responder(*load_for_answers(name, MAX_NEW_TOKENS, calibration_samples))
+    page = build(gr, name, respond)
+    options = {"css": CSS, "footer_links": [], "max_file_size": "50mb", "share": False, "ssr_mode": False}
+    _, url, _ = page.launch(server_port=port, quiet=True, prevent_thread_lock=True, **options)
+    print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
+    page.block_thread()

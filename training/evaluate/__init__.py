@@ -1,0 +1,1 @@
+"""One harness: methods under conditions, on tasks, by metrics, in a report."""

@@ -1,0 +1,216 @@
+"""Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS
+from modeling_dms.outputs import ModalitySignals
+from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
+from modeling_dms.training.data import Sample
+from modeling_dms.training.evaluate.grid import Condition, run_condition, with_images_encoded
+from modeling_dms.training.evaluate.methods import (
+    GRIDS,
+    TEMPERATURES,
+    AdaptVis,
+    ContrastiveDecoding,
+    Fixed,
+    Method,
+    Scheduled,
+    search,
+)
+from modeling_dms.training.evaluate.tasks import Task
+from modeling_dms.training.names import check_names
+from modeling_dms.weigh.losses import schedule_loss
+from modeling_dms.weigh.scheduler import ModalityScheduler
+
+
+ALONE = tuple(name for name in SIGNALS if name != "damage")
+# what hyperparameters are chosen under: of families that calibration sees, or that leave nothing
+SEEN = (
+    Condition("clean", "clean"),
+    Condition("image:noise", "seen", 4),
+    Condition("image:occlusion", "seen", 4),
+    Condition("text:random_words", "seen", 4),
+    Condition("text:missing", "seen", 5),
+)
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_size: int = 50) -> list[Any]:
+    """What the scheduler is given for each sample: its arguments, over all samples."""
+    rows: list[tuple] = []
+    handle = model.dms.scheduler.register_forward_pre_hook(lambda module, args: rows.append(args))
+    try:
+        for start in tqdm(range(0, len(samples), batch_size), desc="signals", unit=" batches"):
+            batch = with_images_encoded(model, task.collate(samples[start : start + batch_size]))
+            Scheduled().decide(model, batch)
+    finally:
+        handle.remove()
+    signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
+    calibrated = [torch.cat(parts) for parts in zip(*(row[2] for row in rows), strict=True)]
+    mask, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 3))
+    return [ModalitySignals(**signals), mask, calibrated, entropy]
+
+
+def fit_scheduler(
+    model: PreTrainedModel,
+    recorded: Sequence[Any],
+    target: Tensor,
+    steps: int = 1500,
+    batch_size: int = 128,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    **choices: Any,
+) -> ModalityScheduler:
+    """A learned scheduler, trained by `L_schedule` on recorded signals of a frozen backbone.
+
+    Args:
+        recorded: from `record`.
+        target: (n, M), target weights.
+        choices: fields of DMSConfig.
+    """
+    signals, mask, calibrated, entropy = recorded
+    config = _config(model, scheduler="learned", **choices)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scheduler = ModalityScheduler(config, [value.shape[1] for value in calibrated])
+    optimizer = torch.optim.AdamW(scheduler.parameters(), lr=learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(target), (batch_size,), generator=generator)
+        some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
+        own = [value[rows] for value in calibrated]
+        weights = scheduler(some, mask[rows], own, entropy[rows])
+        loss = schedule_loss(weights, target[rows], mask[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return scheduler.eval().requires_grad_(False)
+
+
+def scorer(
+    model: PreTrainedModel, task: Task, samples: Sequence[Sample], conditions: Sequence[Condition], batch_size: int
+) -> Callable[[Sequence[Method]], list[float]]:
+    """Methods -> for each the sum of its mean scores over conditions, whose images are encoded once for all. Those
+    under which no sample can be measured are left out."""
+    conditions = [condition for condition in conditions if condition.why_not(samples, 0) is None]
+
+    def score(methods: Sequence[Method]) -> list[float]:
+        numbered = [replace(method, name=str(number)) for number, method in enumerate(methods)]
+        found = [run_condition(model, task, numbered, samples, c, 0, batch_size) for c in conditions]
+        return [sum(cell.mean() for cell in cells) for cells in zip(*found, strict=True)]
+
+    return score
+
+
+def make_methods(
+    model: PreTrainedModel,
+    task_of: Callable[[Sequence[Sample]], Task],
+    train: Sequence[Sample],
+    validation: Sequence[Sample],
+    names: Sequence[str],
+    corruptions: CorruptionConfig,
+    temperature: float = 0.1,
+    batch_size: int = 50,
+    searched: Path | None = None,
+) -> list[Method]:
+    """Methods by name, those with parameters trained on `train` and the others' hyperparameters chosen on
+    `validation` (the mean prior's on `train`), all under seen corruptions alone.
+
+    Args:
+        task_of: samples -> the task on them (retrieval compares the texts of all).
+        names: of `METHODS`.
+        temperature: of the target weights of trained schedulers.
+        searched: a file that keeps the choices. What it holds is not searched again.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    check_names("method", names, METHODS)
+    found: dict[str, Method] = {
+        "static": Method(),
+        "rule": Scheduled("rule", _like(model, scheduler="rule")),
+        "rule + prior": Scheduled("rule + prior", _like(model, scheduler="rule", conflict_prior="vision")),
+        "rule + text prior": Scheduled("rule + text prior", _like(model, scheduler="rule", conflict_prior="text")),
+        "own": Scheduled("own"),
+        "oracle": Method("oracle"),
+    }
+    wanted = [name for name in names if name.startswith("learned")]
+    if wanted:
+        dropped = ModalityDropout.of(train, corruptions)
+        drawn = [dropped[index] for index in range(len(train))]
+        recorded = record(model, task_of(train), drawn, batch_size)
+        target = (-torch.tensor([sample.damage for sample in drawn]) / temperature).softmax(1)
+        for name in tqdm(wanted, desc="schedulers", unit=""):
+            alone = name.removeprefix("learned: ")
+            choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
+            found[name] = Scheduled(name, fit_scheduler(model, recorded, target, **choices))
+    if not train:  # nothing to be fitted
+        return [found[name] for name in names]
+    seen, prior = (
+        scorer(model, task_of(data), data, SEEN, batch_size) for data in (validation, train[: len(validation)])
+    )
+    searches: dict[str, tuple[Sequence[Method], Callable[[Sequence[Method]], list[float]]]] = {
+        "VCD": (_choices(ContrastiveDecoding(), "VCD"), seen),
+        "AdaptVis": (_choices(AdaptVis(), "AdaptVis"), seen),
+        "mean prior": (_choices(Fixed(), "mean prior"), prior),
+        "entropy": (_tempered(model, "entropy"), seen),
+        "energy": (_tempered(model, "energy"), seen),
+    }
+    # by name, the place of the chosen one
+    chosen = json.loads(searched.read_text(encoding="utf-8")) if searched is not None and searched.exists() else {}
+    for name in tqdm([name for name in names if name in searches], desc="searches", unit=""):
+        candidates, score = searches[name]
+        if name not in chosen:
+            chosen[name] = candidates.index(search(candidates, score))
+            if searched is not None and PartialState().is_main_process:
+                searched.write_text(json.dumps(chosen), encoding="utf-8")
+        found[name] = candidates[chosen[name]]
+    return [found[name] for name in names]
+
+
+UNTRAINED = ("static", "rule", "rule + prior", "rule + text prior", "own", "oracle")
+METHODS = (
+    *UNTRAINED[:-1],
+    "learned",
+    *(f"learned: {name}" for name in ALONE),
+    "entropy",
+    "energy",
+    "mean prior",
+    "VCD",
+    "AdaptVis",
+    "oracle",
+)
+
+
+def _config(model: PreTrainedModel, **choices: Any) -> Any:
+    """The model's DMSConfig but for some choices."""
+    config = copy.deepcopy(model.config.dms_config)
+    for name, value in choices.items():
+        setattr(config, name, value)  # checked as at construction
+    return config
+
+
+def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
+    """A scheduler without parameters, of the model's configuration but for some choices."""
+    return ModalityScheduler(_config(model, **choices), [0] * len(MODALITIES))
+
+
+def _choices(method: Method, name: str) -> list[Method]:
+    return [replace(method, **choice) for choice in GRIDS[name]]
+
+
+def _tempered(model: PreTrainedModel, name: str) -> list[Method]:
+    return [Scheduled(name, _like(model, scheduler=name, temperature=value)) for value in TEMPERATURES]

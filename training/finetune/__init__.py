@@ -1,0 +1,1 @@
+"""Training: arguments, stages, the trainer, and `dms train`."""

@@ -1,0 +1,134 @@
+"""`dms train`: loads, calibrates, trains, calibrates again, saves, and draws the curves."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerCallback, set_seed
+
+from modeling_dms.save.staging import check_writable
+from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
+from modeling_dms.training.data.collator import PromptCollator
+from modeling_dms.training.data.samples import UNANSWERED, UNASKABLE, UNREADABLE, kept, split_answered, split_readable
+from modeling_dms.training.data.sources import load_sources
+from modeling_dms.training.finetune.align import AlignmentTrainer
+from modeling_dms.training.finetune.arguments import Arguments
+from modeling_dms.training.finetune.calibrate import check_base
+from modeling_dms.training.finetune.curves import draw_curves
+from modeling_dms.training.finetune.resume import last_complete_checkpoint
+from modeling_dms.training.finetune.stages import prepare
+from modeling_dms.training.finetune.trainer import DMSTrainer
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load, room_for_prompts
+from modeling_dms.training.publish.card import write_card
+from modeling_dms.training.publish.push import push
+from modeling_dms.training.publish.record import is_recorded, training_request, write_record
+
+
+class CalibrationCallback(TrainerCallback):
+    """Calls `calibrate` every so many steps, and where the scheduler's warm-up ends: training a language model moves
+    what the statistics describe, and from then on the scheduler learns from them.
+
+    Args:
+        calibrate: without arguments.
+        steps: 0 for the end of the warm-up alone.
+    """
+
+    def __init__(self, calibrate: Callable[[], Any], steps: int):
+        self.calibrate, self.steps = calibrate, steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the step, before a checkpoint of it is saved."""
+        warm = math.ceil(args.scheduler_warmup_ratio * state.max_steps)
+        if state.global_step == warm or (self.steps and state.global_step % self.steps == 0):
+            self.calibrate()
+
+
+def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
+    """A whole run; everything it writes goes to `output_dir`: `checkpoint-*`, `final/`, `log.json`, `run.json`,
+    `curves.png`. With `push_to_hub` it ends on the Hub, after all is written.
+
+    Raises:
+        ValueError: for choices that exclude each other, data none of which can be used, an adapter that would be saved
+            over its base, or `resume` where only other runs have left checkpoints.
+        OSError: if `output_dir` cannot be written to.
+        ConnectionError: if pushing fails.
+    """
+    began = time.time()
+    choices, data, corruptions, training = arguments
+    if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
+        raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
+    run = Path(cast(str, training.output_dir))
+    final = run / "final"
+    if training.should_save:
+        check_writable(run)
+    set_seed(training.seed)
+    # an adapter is trained further where LoRA is trained, else merged
+    adapts = choices.stage in ("backbone", "joint") and choices.lora_rank > 0
+    model, processor = load(choices.model, cast(dict, choices.dms), merge=not adapts, dtype=choices.dtype)
+    if adapts:
+        for folder in (final, *run.glob("checkpoint-*")):
+            check_base(choices.model, folder)
+    chosen, learns = model.config.dms_config, choices.stage in ("scheduler", "joint")
+    if learns and chosen.scheduler == "learned" and not chosen.lambda_schedule and training.schedule_target != "none":
+        raise ValueError(
+            f"schedule_target={training.schedule_target!r} does nothing where lambda_schedule is 0, as it is in "
+            f"{choices.model}: give another lambda_schedule in `dms`, or schedule_target='none'"
+        )
+    room = room_for_prompts(model, processor, 0)
+    if room is not None and data.max_length is not None and data.max_length > room:
+        raise ValueError(f"max_length={data.max_length}: {choices.model} has room for {room} tokens")
+    samples = load_sources(data.data, "train", data.task, data.max_samples, training.should_log)
+    show_progress = training.should_log and not training.disable_tqdm
+    samples = kept(samples, split_answered, UNANSWERED)
+    samples = kept(samples, partial(split_readable, show_progress=show_progress), UNREADABLE)
+    request = training_request(arguments, samples)
+    start = last_complete_checkpoint(run, request) if resume else None
+    collator = PromptCollator(
+        processor,
+        with_labels=True,
+        max_length=data.max_length or room,
+        schedule_temperature=training.schedule_temperature,
+        with_ids=True,
+    )
+    samples = kept(samples, collator.split_askable, UNASKABLE)
+    if data.calibration_samples and not model.dms.calibration.is_calibrated:
+        calibrate(model, collator, samples, data.calibration_samples, show_progress)
+    trained = prepare(
+        model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets, choices.save_bridge
+    )
+    trainer = (AlignmentTrainer if choices.stage == "align" else DMSTrainer)(
+        model=trained,
+        args=training,
+        data_collator=collator,
+        train_dataset=ModalityDropout.of(samples, corruptions, seed=training.seed),
+        processing_class=processor,
+        callbacks=[EpochCallback()],
+    )
+    trainer.request = request
+    moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
+
+    def calibrate_again() -> None:
+        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress=False)
+
+    if moves:
+        trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if moves:
+        calibrate_again()
+    trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
+    if training.should_save:
+        log = run / "log.json"
+        log.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+        draw_curves(trainer.state.log_history, run / "curves.png")
+        first, last = 0 if start is None else int(start.name.split("-")[1]), trainer.state.global_step
+        if first < last or not is_recorded(run, arguments):  # else a finished run was finished again
+            write_record(run, arguments, len(samples), (first, last), time.time() - began)
+        write_card(final, runs=[run], name=run.resolve().name)
+        if training.push_to_hub:
+            push(final, training.hub_model_id or run.resolve().name, training.hub_private_repo, training.hub_token)
+    return trainer

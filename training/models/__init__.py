@@ -1,0 +1,1 @@
+"""Checkpoints: loaded, assembled, calibrated, and told apart."""

@@ -1,0 +1,1 @@
+"""What others are told of a model: its card, its release, the Hub."""
