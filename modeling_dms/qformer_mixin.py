@@ -78,7 +78,7 @@ class QFormerMixin(SteeredMixin):
         own = {name: kwargs.pop(name, None) for name in OWN[:3]}
         of_images = {name: kwargs.pop(name) for name in self._image_parameters if name in kwargs}
         of_images["mm_encoder_outputs"] = kwargs.pop("mm_encoder_outputs", None)
-        images = self._observed_images({"pixel_values": pixel_values, **of_images})
+        images = self._observed_images({"pixel_values": pixel_values, "input_ids": input_ids, **of_images})
         if input_ids is None and inputs_embeds is None:
             if images is None:
                 raise ValueError("`generate` needs `pixel_values`, `input_ids` or `inputs_embeds`")

@@ -121,6 +121,12 @@ class SteeredMixin(DMSMixin):
             inputs["pixel_values_videos"] = None
         return Images.of(encoded)
 
+    def with_images_encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of `forward` with `mm_encoder_outputs` in place of pixels, to be used for several calls."""
+        encoded = {"input_ids": None, **inputs}
+        self._observed_images(encoded)
+        return {name: value for name, value in encoded.items() if value is not None}
+
     @torch.no_grad()
     def get_modality_weights(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any

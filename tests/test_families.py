@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 from modeling_dms import DMSConfig, DMSModelForImageTextToText
 from modeling_dms.auto import CLASSES
 from modeling_dms.observe.pixels import changed_pictures
+from modeling_dms.training.data import PromptCollator, Sample
 from tests import families, processors, tiny
 
 
@@ -212,6 +213,34 @@ def test_its_own_processor_makes_its_inputs(family):
     plain = model.generate(**batch, **NEW, **asked)
     assert torch.equal(weighed.modality_weights, WEIGHTS)
     assert (weighed.logits[-1] - plain.logits[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in families.FIELDS if family != "mistral3"])
+@torch.no_grad()
+def test_the_collator_makes_its_inputs(family):
+    """Of samples with and without an image or a context, and images of different size."""
+    words = {"question": "what is the shape ?", "answers": ("red",)}
+    samples = [
+        Sample(id="both", image=picture(8, 8, 1), context="a red box .", **words),
+        Sample(id="image", image=picture(20, 40, 2), context=None, **words),
+        Sample(id="context", image=None, context="on the left", **words),
+    ]
+    collator = PromptCollator(processors.processor(family))
+    assert collator.split_askable(samples) == (samples, {})
+    batch = collator(samples)
+    texts = collator.processor.tokenizer.batch_decode(
+        [ids[where == 2] for ids, where in zip(batch["input_ids"], batch["modality_ids"], strict=True)]
+    )
+    assert texts == ["a red box .", "", "on the left"]
+    model = families.shared(family)
+    assert torch.equal(batch["modality_ids"] == 1, model._placeholders(batch["input_ids"]))
+    out = model(**batch)
+    assert torch.equal(out.modality_weights, torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]))
+    again = model(**model.with_images_encoded(batch))
+    assert torch.equal(again.logits, out.logits)
+    learns = PromptCollator(collator.processor, with_labels=True)(samples)
+    assert (learns["labels"] != -100).sum(1).tolist() == [2, 2, 2]
+    assert model(**learns).loss.isfinite()
 
 
 # the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data

@@ -60,11 +60,7 @@ def predict(
     """
     rows: list[list] = [[] for _ in weights]
     for batch in batches:
-        inputs: dict[str, Any] = dict(batch)
-        pixel_values = inputs.pop("pixel_values", None)
-        if pixel_values is not None:
-            encoded = model.get_image_features(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
-            inputs["mm_encoder_outputs"] = {"image": encoded}
+        inputs: dict[str, Any] = model.with_images_encoded(batch)
         for row, weight in zip(rows, weights, strict=True):
             given = None if weight is None else torch.tensor([weight]).expand(len(batch["input_ids"]), -1)
             row.append(model(**inputs, modality_weights=given, logits_to_keep=1))

@@ -1,27 +1,100 @@
-"""Samples -> the tensors a BLIP-2, LLaVA or InternVL class takes, with `modality_ids`."""
+"""Samples -> the tensors that a vision-language model takes, with `modality_ids`."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import Blip2Processor, InternVLProcessor, ProcessorMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    Blip2Processor,
+    Gemma3Processor,
+    Idefics3Processor,
+    InstructBlipProcessor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
+    SmolVLMProcessor,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.data.samples import Sample, image_key
 
 
+# what the families' processors differ in: the image is put in front of every text by itself; every image has as many
+# tokens; a row without an image has blank ones
+_PLACES_IMAGES = (Blip2Processor, InstructBlipProcessor)
+_FIXED_LENGTH = (LlavaProcessor, Blip2Processor, InstructBlipProcessor, Gemma3Processor, PaliGemmaProcessor)
+_FILLS_ROWS = (Idefics3Processor, SmolVLMProcessor)
+
+
+def image_token(processor: ProcessorMixin) -> str:
+    """The token that the features of an image take the place of."""
+    # Gemma 3's processor calls the mark so that begins an image
+    return str((processor.tokenizer if isinstance(processor, Gemma3Processor) else processor).image_token)
+
+
+def placeholder(processor: ProcessorMixin) -> str:
+    """What stands for an image in a text; empty if the processor puts images in front of every text."""
+    if isinstance(processor, _PLACES_IMAGES):
+        return ""
+    if isinstance(processor, (Qwen2_5_VLProcessor, Qwen3VLProcessor)):
+        return f"<|vision_start|>{processor.image_token}<|vision_end|>"
+    return str(processor.image_token)  # in some families a mark that becomes many tokens
+
+
 def as_text(processor: ProcessorMixin, text: str) -> str:
     """A text in which nothing is a special token, so that nobody types an image placeholder or an end token: each one
     gets a space behind its first character, as in `< image>`."""
     tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {*processor.tokenizer.all_special_tokens, str(processor.image_token)}
+    tokens |= {*processor.tokenizer.all_special_tokens, str(processor.image_token), image_token(processor)}
     found = [re.escape(token) for token in sorted(tokens, key=len, reverse=True) if len(token) > 1 and token in text]
     return re.sub("|".join(found), lambda match: f"{match[0][0]} {match[0][1:]}", text) if found else text
+
+
+@dataclass
+class _Prompt:
+    """A prompt as a processor gives it.
+
+    Attributes:
+        ids, modality_ids: one a position.
+        positions: what else it says of each position, such as `token_type_ids`.
+        others: further texts, such as that of a Q-Former.
+        images: the tensors of its images, which go one after the other through a batch.
+    """
+
+    ids: list[int]
+    modality_ids: list[int]
+    positions: dict[str, list[int]] = field(default_factory=dict)
+    others: dict[str, list[int]] = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+    def kept(self, places: Sequence[int]) -> "_Prompt":
+        """Some of its positions."""
+
+        def chosen(line: list[int]) -> list[int]:
+            return [line[place] for place in places]
+
+        positions = {name: chosen(line) for name, line in self.positions.items()}
+        return _Prompt(chosen(self.ids), chosen(self.modality_ids), positions, self.others, self.images)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """(n_i, ...) -> (sum n_i, ...), of which a smaller one is filled up with zeros."""
+    sizes = torch.tensor([tensor.shape[1:] for tensor in tensors])
+    largest = sizes.amax(0)
+    padded = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        missing = (largest - size).tolist()
+        padded.append(F.pad(tensor, [edge for count in reversed(missing) for edge in (0, count)]))
+    return torch.cat(padded)
 
 
 @dataclass
@@ -34,14 +107,15 @@ class PromptCollator:
     tokens in a sample's texts are read as text, see `as_text`.
 
     Attributes:
-        processor: a `LlavaProcessor`, `InternVLProcessor` or `Blip2Processor`.
+        processor: of any supported family.
         with_labels: append the first answer and the end token as labels and pad on the right (training); otherwise the
             prompt alone, padded on the left (generation).
         max_length: longest row. A longer one loses the end of its context; image, question and answer are never cut.
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
-            tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`.
+            tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`, where that is
+            all that there is of an image.
 
     Raises:
         ValueError: for labels of a tokenizer without an end token.
@@ -58,8 +132,8 @@ class PromptCollator:
             raise ValueError("answers to train on end with tokenizer.eos_token, which the processor's tokenizer lacks")
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `pixel_values` (images, 3, H, W) where there
-        is an image, and `labels` (B, L) if asked for.
+        """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `labels` (B, L) if asked for, and what the
+        processor gives of images where there are any, mostly `pixel_values` (images, 3, H, W).
 
         Raises:
             ValueError: naming the sample whose image cannot be read, which has neither image nor context, no answer to
@@ -67,59 +141,67 @@ class PromptCollator:
         """
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
-        pixels, keys = [], []
+        others, images, keys = [], [], []
         for sample in samples:
             image = sample.load_image()
-            ids, modality_ids, tiles = self._encode(sample, image)
-            if not any(modality_ids):
+            prompt = self._encode(sample, image)
+            if not any(prompt.modality_ids):
                 raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
             answer = self._answer(sample)
             if self.max_length is not None:
-                ids, modality_ids = self._shortened(sample.id, ids, modality_ids, self.max_length - len(answer))
-            pixels += tiles
+                prompt = self._shortened(sample.id, prompt, self.max_length - len(answer))
+            others.append(prompt.others)
+            images.append(prompt.images)
             if self.with_ids:
                 key = None if sample.damage[0] else image_key(sample.image)
-                keys += [key and f"{key}#{number}" for number in range(len(tiles))]
-            labels = [-100] * len(ids) + answer
-            ids, modality_ids = ids + answer, modality_ids + [0] * len(answer)
-            rows.append(
-                {"input_ids": ids, "attention_mask": [1] * len(ids), "modality_ids": modality_ids, "labels": labels}
-            )
+                keys += [key and f"{key}#{number}" for number in range(len(prompt.images.get("pixel_values", ())))]
+            row = {"input_ids": prompt.ids + answer, "attention_mask": [1] * (len(prompt.ids) + len(answer))}
+            row |= {n: line + [0] * len(answer) for n, line in prompt.positions.items()}
+            row["modality_ids"] = prompt.modality_ids + [0] * len(answer)
+            if self.with_labels:
+                row["labels"] = [-100] * len(prompt.ids) + answer
+            rows.append(row)
 
-        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "modality_ids": 0, "labels": -100}
-        names = list(fill) if self.with_labels else list(fill)[:3]
+        fill = {"input_ids": tokenizer.pad_token_id, "labels": -100}
         length = max(len(row["input_ids"]) for row in rows)
         batch: dict[str, Any] = {}
-        for name in names:
-            padding = [[fill[name]] * (length - len(row[name])) for row in rows]
+        for name in rows[0]:
+            padding = [[fill.get(name, 0)] * (length - len(row[name])) for row in rows]
             padded = [r[name] + p if self.with_labels else p + r[name] for r, p in zip(rows, padding, strict=True)]
             batch[name] = torch.tensor(padded)
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
+        for name in others[0]:
+            lines = [torch.tensor(other[name]) for other in others]
+            batch[name] = nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        given = next((found for found in images if found), {})
+        if isinstance(self.processor, _FILLS_ROWS):
+            blank = {name: tensor[:, :0] for name, tensor in given.items()}
+            images = [found or blank for found in images]
+        batch |= {name: _joined([found[name] for found in images if found]) for name in given}
         if self.schedule_temperature is not None:
             damage = torch.tensor([sample.damage for sample in samples])
             batch["schedule_target"] = (-damage / self.schedule_temperature).softmax(1)
         if self.with_ids:
             batch["sample_ids"] = [sample.id for sample in samples]
-            batch["image_keys"] = keys
+            if set(given) <= {"pixel_values"}:
+                batch["image_keys"] = keys
         return batch
 
     def split_askable(self, samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
         """The samples that a call takes, and of the others the error by id. Images, which `split_readable` checks, are
         read only where the number of their tokens depends on their size."""
-        tiles = isinstance(self.processor, InternVLProcessor)
+        by_size = not isinstance(self.processor, _FIXED_LENGTH)
         lengths: dict[Any, int] = {}  # of texts and of images by their size: many are the same
 
         def least(sample: Sample, has_context: bool) -> int:
             """Length of the row without its context, of which `context:` is left."""
             some, text = sample.replace(context="a" * has_context), (has_context, sample.question, *sample.answers[:1])
             if text not in lengths:
-                lengths[text] = self._encode(some, None)[1].count(0) + len(self._answer(sample))
+                lengths[text] = self._encode(some, None).modality_ids.count(0) + len(self._answer(sample))
             if sample.image is None:
                 return lengths[text]
-            image = sample.load_image() if tiles else Image.new("RGB", (32, 32))
+            image = sample.load_image() if by_size else Image.new("RGB", (32, 32))
             if image.size not in lengths:
-                lengths[image.size] = len(self._encode(some, image)[0]) - len(self._encode(some, None)[0])
+                lengths[image.size] = len(self._encode(some, image).ids) - len(self._encode(some, None).ids)
             return lengths[text] + lengths[image.size]
 
         good, failed = [], {}
@@ -149,35 +231,49 @@ class PromptCollator:
         text = as_text(self.processor, sample.answers[0])
         return [*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    def _shortened(self, name: str, ids: list[int], modality_ids: list[int], length: int) -> tuple[list, list]:
+    def _shortened(self, name: str, prompt: _Prompt, length: int) -> _Prompt:
         """The prompt without the end of its context, so that it has at most `length` tokens."""
-        context = [position for position, modality in enumerate(modality_ids) if modality == TEXT]
-        excess = max(0, len(ids) - length)
+        context = [place for place, modality in enumerate(prompt.modality_ids) if modality == TEXT]
+        excess = max(0, len(prompt.ids) - length)
         if excess > len(context):
             raise ValueError(
-                f"sample {name!r} has {len(ids)} tokens in front of its answer, {len(context)} of them context; "
-                f"max_length={self.max_length} leaves room for {length}, and image and question are not cut"
+                f"sample {name!r} has {len(prompt.ids)} tokens in front of its answer, {len(context)} of them "
+                f"context; max_length={self.max_length} leaves room for {length}, and image and question are not cut"
             )
         cut = set(context[len(context) - excess :])
-        keep = [position for position in range(len(ids)) if position not in cut]
-        return [ids[i] for i in keep], [modality_ids[i] for i in keep]
+        return prompt.kept([place for place in range(len(prompt.ids)) if place not in cut])
 
-    def _encode(self, sample: Sample, image: Any) -> tuple[list[int], list[int], list[Tensor]]:
-        """Ids and modality ids of a prompt, and its image (3, H, W), or the tiles that the processor cuts it into."""
+    def _encode(self, sample: Sample, image: Any) -> _Prompt:
+        """The prompt of a sample, and its image."""
         before = "context: "
         context = as_text(self.processor, (sample.context or "").strip())
-        prompt = f"{before}{context} " if context else ""
-        prompt += f"question: {as_text(self.processor, sample.question.strip())} answer:"
-        is_blip2 = isinstance(self.processor, Blip2Processor)
-        placeholder = "" if image is None or is_blip2 else self.processor.image_token
-        encoded = self.processor(images=image, text=placeholder + prompt, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
-        image_token = self.processor.tokenizer.convert_tokens_to_ids(str(self.processor.image_token))
-        # the processor expands the placeholder in front of the prompt, so spans are counted from the prompt's end
-        shift = max(end for token, (_, end) in zip(ids, offsets, strict=True) if token != image_token) - len(prompt)
+        text = f"{before}{context} " if context else ""
+        text += f"question: {as_text(self.processor, sample.question.strip())} answer:"
+        mark = "" if image is None else placeholder(self.processor)
+        if image is None and isinstance(self.processor, PaliGemmaProcessor):  # which takes no text alone
+            line = f"{self.processor.tokenizer.bos_token}{text}\n"
+            encoded = dict(self.processor.tokenizer([line], add_special_tokens=False, return_offsets_mapping=True))
+            encoded["token_type_ids"] = [[0] * len(encoded["input_ids"][0])]
+        else:
+            encoded = dict(self.processor(images=image, text=mark + text, return_offsets_mapping=True))
+        encoded.pop("attention_mask", None)
+        encoded.pop("labels", None)  # of nothing but the prompt
+        ids, offsets = encoded.pop("input_ids")[0], encoded.pop("offset_mapping")[0]
+        tokenizer = self.processor.tokenizer
+        vision, line_end = tokenizer.convert_tokens_to_ids([image_token(self.processor), "\n"])
+        # the processor expands the placeholder in front of the text, and may end it with a line: so spans are counted
+        # from the end of its words
+        shift = max(end for i, (_, end) in zip(ids, offsets, strict=True) if i not in (vision, line_end)) - len(text)
         first, last = shift + len(before), shift + len(before) + len(context)
-        modality_ids = []
+        prompt = _Prompt(ids, [])
         for token, (start, end) in zip(ids, offsets, strict=True):
             inside = bool(context) and start < last and end > first and end > start
-            modality_ids.append(VISION if token == image_token else TEXT if inside else 0)
-        return ids, modality_ids, [torch.as_tensor(tile) for tile in encoded.get("pixel_values", [])]
+            prompt.modality_ids.append(VISION if token == vision else TEXT if inside else 0)
+        for name, value in encoded.items():
+            if name.startswith("qformer_"):
+                prompt.others[name] = value[0]
+            elif name.endswith("token_type_ids"):
+                prompt.positions[name] = list(value[0])
+            elif value is not None:
+                prompt.images[name] = torch.as_tensor(np.asarray(value))
+        return prompt

@@ -151,8 +151,8 @@ def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
     """The batch with its images encoded, once for all methods."""
     if batch.get("pixel_values") is None or not hasattr(model, "generate"):
         return batch
-    encoded = model.get_image_features(pixel_values=batch["pixel_values"], output_hidden_states=True, return_dict=True)
-    return {**batch, "mm_encoder_outputs": {"image": encoded}}
+    # some methods change the pixels
+    return {**model.with_images_encoded(batch), "pixel_values": batch["pixel_values"]}
 
 
 def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[str, str]]:

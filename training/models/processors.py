@@ -6,12 +6,16 @@ from typing import Any
 from transformers import (
     AutoProcessor,
     Blip2Processor,
+    InstructBlipProcessor,
     InternVLProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+
+from modeling_dms.training.data.collator import image_token
 
 
 def read_processor(name: str | Path) -> ProcessorMixin:
@@ -68,7 +72,7 @@ def load_processor(name: str | Path, config: PreTrainedConfig, generates: bool =
                 raise ValueError(f"{name} lacks processor.{field}, and its model's configuration does not say it")
             setattr(processor, field, value)
     if generates:
-        token = str(processor.image_token)
+        token = image_token(processor)
         ids = tokenizer.encode(token, add_special_tokens=False)
         if ids != [config.image_token_id]:
             raise ValueError(
@@ -83,7 +87,7 @@ def load_processor(name: str | Path, config: PreTrainedConfig, generates: bool =
 def _repeated(processor: ProcessorMixin, config: PreTrainedConfig) -> dict[str, Any]:
     """What a processor repeats of its model's configuration, so as to count image tokens; `None` where that does not
     say it."""
-    if isinstance(processor, LlavaProcessor):
+    if isinstance(processor, (LlavaProcessor, LlavaNextProcessor)):
         strategy = config.vision_feature_select_strategy
         return {
             "patch_size": config.vision_config.to_dict().get("patch_size"),
@@ -93,6 +97,6 @@ def _repeated(processor: ProcessorMixin, config: PreTrainedConfig) -> dict[str, 
     if isinstance(processor, InternVLProcessor):
         return {"image_seq_length": config.image_seq_length}
     # a model for retrieval that knows no image token takes its prompts without
-    if isinstance(processor, Blip2Processor) and config.image_token_id is not None:
+    if isinstance(processor, (Blip2Processor, InstructBlipProcessor)) and config.image_token_id is not None:
         return {"num_query_tokens": config.num_query_tokens}
     return {}
