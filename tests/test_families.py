@@ -12,6 +12,9 @@ from modeling_dms import DMSConfig, DMSModelForImageTextToText
 from modeling_dms.auto import CLASSES
 from modeling_dms.observe.pixels import changed_pictures
 from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.evaluate.methods import Scheduled
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load, room_for_prompts
 from tests import families, processors, tiny
 
 
@@ -241,6 +244,31 @@ def test_the_collator_makes_its_inputs(family):
     learns = PromptCollator(collator.processor, with_labels=True)(samples)
     assert (learns["labels"] != -100).sum(1).tolist() == [2, 2, 2]
     assert model(**learns).loss.isfinite()
+
+
+# the processors of the others bring one for videos, which is loaded with torchvision alone
+LOADED = ("llava", "llava_next", "blip-2", "instructblip", "gemma3", "idefics3", "paligemma")
+
+
+@pytest.mark.parametrize("family", LOADED)
+@torch.no_grad()
+def test_a_checkpoint_is_loaded_calibrated_and_asked_as_dms_commands_do(family, tmp_path):
+    families.vanilla(family).save_pretrained(tmp_path)
+    processors.processor(family).save_pretrained(tmp_path)
+    model, processor = load(tmp_path)
+    assert type(model) is CLASSES[family]
+    collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 2))
+    words = ("a red box", "the shape is on the left", "what color is the box")
+    samples = [
+        Sample(id=str(i), image=picture(8, 8, i), context=words[i % 3], question="what ?", answers=("red",))
+        for i in range(60)
+    ]
+    report = calibrate(model, collator, samples, 60, show_progress=False)
+    assert report.samples == {"vision": 60, "text": 60}
+    batch = collator(samples[:2])
+    decision = Scheduled().decide(model, batch)
+    tokens = Scheduled().generate(model, batch, decision, max_new_tokens=2, min_new_tokens=2)
+    assert tokens.shape == (2, 2)
 
 
 # the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data

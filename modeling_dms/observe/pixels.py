@@ -24,7 +24,9 @@ def changed_pictures(
         pictures = pixel_values.flatten(0, 1)
         there = pictures.flatten(1).any(1)
         out = pictures.clone()
-        out[there] = change(pictures[there])
+        changed = change(pictures[there])
+        # one that is blank by now is still no missing one
+        out[there] = changed.masked_fill(~changed.flatten(1).any(1)[:, None, None, None], torch.finfo(out.dtype).eps)
         return out.unflatten(0, pixel_values.shape[:2])
     frames, size, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
     found = []

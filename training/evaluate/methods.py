@@ -227,11 +227,9 @@ class Scheduled(Method):
             raise ValueError(
                 f"{self.name}: a model with scheduler='uniform' computes no signals; load it with another scheduler"
             )
-        names = ("input_ids", "attention_mask", "modality_ids", "modality_mask")
-        inputs = {name: prompt[name] for name in names if name in prompt}
-        encoded = "mm_encoder_outputs" if "mm_encoder_outputs" in prompt else "pixel_values"
+        unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
         with scheduled_by(model, self.scheduler):
-            return model.get_modality_weights(**inputs, **{encoded: prompt.get(encoded)})[0]
+            return model.get_modality_weights(**{name: v for name, v in prompt.items() if name not in unused})[0]
 
 
 @contextlib.contextmanager
