@@ -176,10 +176,14 @@ class SteeredMixin(DMSMixin):
         images = self._observed_images(inputs)
         schedule = self._schedule(inputs, images, own, labels)
         if schedule is None:
-            self._warn_unobserved("embeddings without `modality_ids`, or image tokens without their pixels")
+            self._warn_unobserved()
         return schedule
 
-    def _warn_unobserved(self, what: str) -> None:
+    def _warn_unobserved(
+        self,
+        what: str = "embeddings without `modality_ids`, image tokens without their pixels, or images whose tokens the "
+        "prompts do not hold",
+    ) -> None:
         if not self._is_static:
             logger.warning_once(f"nothing can be observed of {what}: the modality weights are uniform there")
 

@@ -45,6 +45,19 @@ class Images:
         statistics = None if self.statistics is None else self.statistics.repeat(repeat, 1, 1)
         return Images(self.outputs, self.tokens.repeat(repeat, 1), self.lengths.repeat(repeat), statistics)
 
+    def fit(self, placeholders: Tensor) -> bool:
+        """Whether the prompts hold the tokens of these images, each image within one row.
+
+        Args:
+            placeholders: (B, P), True where the prompt holds an image token.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        in_rows, ends = placeholders.sum(1), self.lengths.to(placeholders.device).cumsum(0)
+        row_ends = in_rows.cumsum(0)
+        # images end where rows end, and nothing is left over
+        return int(row_ends[-1]) == len(self.tokens) and bool(torch.isin(row_ends[in_rows > 0], ends).all())
+
     def rows(self, placeholders: Tensor) -> Tensor:
         """The row of the batch that each image belongs to: (I,).
 
@@ -55,18 +68,17 @@ class Images:
             ValueError: if the tokens of images and prompts do not match.
         """
         in_rows = placeholders.sum(1)
-        row_ends, ends = in_rows.cumsum(0), self.lengths.to(in_rows.device).cumsum(0)
-        # images end where rows end, and nothing is left over
-        if not torch.compiler.is_compiling() and (
-            int(row_ends[-1]) != len(self.tokens) or not torch.isin(row_ends[in_rows > 0], ends).all()
-        ):
+        if not self.fit(placeholders):
             each = " or ".join(map(str, self.lengths.unique().tolist()))
+            # begins as the vanilla classes say it
             raise ValueError(
-                f"{len(self.lengths)} image(s) need {len(self.tokens)} image tokens, {each} each, but the prompts "
-                f"hold {in_rows.tolist()} in turn: the number of images differs, truncation cut some, or the "
-                "processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
+                f"Image features and image tokens do not match: {len(self.lengths)} image(s) need {len(self.tokens)} "
+                f"image tokens, {each} each, but the prompts hold {in_rows.tolist()} in turn: the number of images "
+                "differs, truncation cut some, or the processor counts otherwise than the model (patch_size, "
+                "num_query_tokens, ...)"
             )
-        return torch.searchsorted(row_ends, ends).clamp_max(placeholders.shape[0] - 1)
+        ends = self.lengths.to(in_rows.device).cumsum(0)
+        return torch.searchsorted(in_rows.cumsum(0), ends).clamp_max(placeholders.shape[0] - 1)
 
 
 def check_image_size(pixel_values: Tensor, size: int) -> None:
