@@ -232,6 +232,9 @@ class DMSMixin(CalibrationMixin, CheckpointMixin):
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if unseen:
             present[:, MODALITIES.index("vision")] &= given is not None
+        if own["modality_ids"] is None:
+            # special tokens alone count as text, on which no weight has an effect
+            present[:, MODALITIES.index("text")] |= ~present.any(1)
         modality_mask = own["modality_mask"]
         if modality_mask is not None and modality_mask.shape != present.shape:
             raise ValueError(
