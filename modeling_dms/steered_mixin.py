@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -209,6 +210,9 @@ class SteeredMixin(DMSMixin):
             inputs.setdefault(name, None)
         own = {name: inputs.pop(name, None) for name in OWN}
         target, labels = own.pop("schedule_target"), inputs.get("labels")
+        if labels is not None and self._is_causal and inputs.get("shift_labels") is not None:
+            # which stand for the labels, one position further on
+            labels = F.pad(inputs["shift_labels"], (1, -1), value=-100)
         cache = inputs.get(CACHE, inputs.get("past_key_values"))
         known, schedule = self._known(inputs, own)
         if not known:

@@ -4,6 +4,7 @@ uncached, and checkpoints load, calibrate, train, are saved and load again."""
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from modeling_dms import DMSConfig, DMSModelForImageTextToText
@@ -166,6 +167,19 @@ def test_lora_and_the_scheduler_learn(family):
     still = [name for name, p in trained.named_parameters() if "lora_B" in name and not p.grad.abs().sum()]
     assert not still
     assert any(p.grad is not None and p.grad.abs().sum() for n, p in trained.named_parameters() if ".dms." in n)
+
+
+@everywhere
+@torch.no_grad()
+def test_shift_labels_stand_for_the_labels(family):
+    """Where a sequence is divided over processes, `Trainer` shifts the labels before that and passes both."""
+    model, batch = families.shared(family, scheduler="learned"), families.inputs(family)
+    labels = batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    expected = model(**batch, labels=labels).dms_losses
+    out = model(**batch, labels=labels.flip(0, 1), shift_labels=F.pad(labels, (-1, 1), value=-100)).dms_losses
+    for name in set(expected) - {"task"}:
+        torch.testing.assert_close(out[name], expected[name])
 
 
 @everywhere
