@@ -3,6 +3,7 @@ uncached, and checkpoints load, calibrate, train, are saved and load again."""
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
@@ -180,6 +181,19 @@ def test_shift_labels_stand_for_the_labels(family):
     out = model(**batch, labels=labels.flip(0, 1), shift_labels=F.pad(labels, (-1, 1), value=-100)).dms_losses
     for name in set(expected) - {"task"}:
         torch.testing.assert_close(out[name], expected[name])
+
+
+@everywhere
+def test_every_auto_class_of_the_vanilla_class_knows_it(family, tmp_path):
+    model = families.shared(family)
+    model.save_pretrained(tmp_path)
+    vanilla = getattr(transformers, type(model).__name__.removeprefix("DMS"))
+    autos = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModelFor")]
+    of_vanilla = [getattr(auto, "_model_mapping", {}).get(model.config_class.__bases__[-1], None) for auto in autos]
+    autos = [auto for auto, found in zip(autos, of_vanilla, strict=True) if found is vanilla]
+    assert AutoModelForImageTextToText in autos
+    for auto in autos:
+        assert type(auto.from_pretrained(tmp_path)) is type(model)
 
 
 @everywhere
