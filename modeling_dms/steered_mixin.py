@@ -79,9 +79,10 @@ class SteeredMixin(DMSMixin):
 
     # --- what differs between the backbones
 
-    def _tiles(self, **kwargs: Any) -> list[int] | None:
-        """How many tiles each image is cut into, from the arguments of `get_image_features`; `None` where that is told
-        by its tokens."""
+    def _parts(self, **kwargs: Any) -> list[int] | None:
+        """How many parts of what the vision tower returns are each image's, from the arguments of
+        `get_image_features`: tiles or, where it returns the patches of all images in a row, patches. `None` where the
+        number of its tokens tells it."""
         return None
 
     def _without_images(self, input_ids: Tensor | None) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class SteeredMixin(DMSMixin):
         )
         if isinstance(outputs, ModelOutput):
             given = {**dict(zip(self._image_parameters, args, strict=False)), **kwargs}
-            outputs.statistics = image_statistics(states, outputs.pooler_output, self._tiles(**given))
+            outputs.statistics = image_statistics(states, outputs.pooler_output, self._parts(**given))
         return outputs
 
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:

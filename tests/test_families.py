@@ -76,6 +76,19 @@ def test_a_batch_equals_its_rows(family, attention):
 
 
 @everywhere
+@torch.no_grad()
+def test_statistics_of_a_batch_are_those_of_its_rows(family):
+    batch, model = families.inputs(family), families.shared(family)
+
+    def statistics(inputs):
+        images = {name: inputs[name] for name in model._image_parameters if name in inputs}
+        return model.get_image_features(**images, return_dict=True).statistics
+
+    rows = torch.cat([statistics(families.row(family, batch, index)) for index in range(2)])
+    torch.testing.assert_close(statistics(batch), rows, rtol=1e-4, atol=1e-4)
+
+
+@everywhere
 @attention
 @torch.no_grad()
 def test_cached_generation_is_uncached_generation(family, attention):
