@@ -2,7 +2,15 @@
 
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForVisualQuestionAnswering,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -44,10 +52,18 @@ CLASSES: dict[str, type[SteeredMixin]] = {
     )
 }
 
+_AUTO = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForVisualQuestionAnswering,
+)
 for _class in CLASSES.values():
     AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        _auto.register(_class.config_class, _class, exist_ok=True)
+    for _auto in _AUTO:
+        if _auto._model_mapping.get(_class.config_class.__bases__[-1], None) in _class.__mro__:  # the vanilla class
+            _auto.register(_class.config_class, _class, exist_ok=True)
     # pipelines and `transformers serve` know classes by these names alone
     for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
         cast(dict, _names)[_class.config_class.model_type] = _class.__name__

@@ -162,6 +162,21 @@ class DMSMixin(CalibrationMixin, CheckpointMixin):
         token = torch.full((), self.config.image_token_id, device=embeddings.device)
         return (embeddings == self.get_input_embeddings()(token)).all(-1)
 
+    def _owner(self, images: Images, placeholders: Tensor) -> Tensor | None:
+        """The row of the batch that each image belongs to: (I,). `None` where their tokens do not fit the prompts, but
+        the vanilla class answers.
+
+        Raises:
+            ValueError: where it does not answer either.
+        """
+        if not images.fit(placeholders) and self._takes(len(images.tokens), int(placeholders.sum())):
+            return None
+        return images.rows(placeholders)
+
+    def _takes(self, tokens: int, places: int) -> bool:
+        """Whether the vanilla class puts so many image tokens into so many places."""
+        return tokens == places
+
     # --- weigh
 
     @property
@@ -196,8 +211,7 @@ class DMSMixin(CalibrationMixin, CheckpointMixin):
             placeholders = modality_ids == VISION
         else:
             placeholders = self._placeholders_of(input_ids, embeddings)
-        # whose images are whose; nothing goes on with images that do not belong to the prompts
-        owner = None if images is None else images.rows(placeholders)
+        owner = None if images is None else self._owner(images, placeholders)
         if modality_ids is None:
             ids = torch.where(placeholders, self.config.image_token_id, -1) if input_ids is None else input_ids
             modality_ids = self.infer_modality_ids(ids, mask, labels)
@@ -210,14 +224,17 @@ class DMSMixin(CalibrationMixin, CheckpointMixin):
             raise ValueError(f"modality_ids must lie in [0, {len(MODALITIES)}], got {modality_ids.unique().tolist()}")
         unseen = images is None and embeddings is None
         weighed = given is None and not self._is_static
-        if weighed and images is not None and images.statistics is None:
-            return None  # encoded by another model
+        if weighed and images is not None and (images.statistics is None or owner is None):
+            return None  # encoded by another model, or nobody's
         if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
             return None  # image tokens without an image
 
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if unseen:
             present[:, MODALITIES.index("vision")] &= given is not None
+        if own["modality_ids"] is None:
+            # special tokens alone count as text, on which no weight has an effect
+            present[:, MODALITIES.index("text")] |= ~present.any(1)
         modality_mask = own["modality_mask"]
         if modality_mask is not None and modality_mask.shape != present.shape:
             raise ValueError(

@@ -17,7 +17,7 @@ class DMSIdefics3ForConditionalGeneration(SteeredMixin, Idefics3ForConditionalGe
     family = "Idefics3"
     bridge = ("connector",)
 
-    def _tiles(self, pixel_values: Any = None, **kwargs: Any) -> list[int]:
+    def _parts(self, pixel_values: Any = None, **kwargs: Any) -> list[int]:
         # of each row, whose images are one after the other; those that fill it up are all 0
         return (pixel_values != 0).flatten(2).any(2).sum(1).tolist()
 

@@ -17,7 +17,7 @@ class DMSLlavaNextForConditionalGeneration(SteeredMixin, LlavaNextForConditional
     config_class = DMSLlavaNextConfig
     family = "LLaVA-NeXT"
 
-    def _tiles(self, image_sizes: Any = None, **kwargs: Any) -> list[int]:
+    def _parts(self, image_sizes: Any = None, **kwargs: Any) -> list[int]:
         size, grid = self.config.vision_config.image_size, self.config.image_grid_pinpoints
         return [image_size_to_num_patches(image_size, grid, size) for image_size in image_sizes]
 

@@ -17,7 +17,7 @@ class DMSLlavaOnevisionForConditionalGeneration(SteeredMixin, LlavaOnevisionForC
     config_class = DMSLlavaOnevisionConfig
     family = "LLaVA-OneVision"
 
-    def _tiles(self, image_sizes: Any = None, batch_num_images: Any = None, **kwargs: Any) -> list[int]:
+    def _parts(self, image_sizes: Any = None, batch_num_images: Any = None, **kwargs: Any) -> list[int]:
         size, grid = self.config.vision_config.image_size, self.config.image_grid_pinpoints
         alone = [True] * len(image_sizes)  # several images in a prompt are not cut
         if batch_num_images is not None:

@@ -1,5 +1,8 @@
 """Mistral 3 (Pixtral) with Dynamic Modality Scheduling."""
 
+from typing import Any
+
+import torch
 from transformers import Mistral3ForConditionalGeneration
 from transformers.generation import GenerationMixin
 
@@ -13,6 +16,10 @@ class DMSMistral3ForConditionalGeneration(SteeredMixin, Mistral3ForConditionalGe
     config: DMSMistral3Config
     config_class = DMSMistral3Config
     family = "Mistral 3"
+
+    def _parts(self, image_sizes: Any = None, **kwargs: Any) -> list[int]:
+        # the last of an odd number of rows or columns of patches is in no token
+        return (torch.as_tensor(image_sizes) // self.config.vision_config.patch_size).prod(-1).tolist()
 
 
 __all__ = ["DMSMistral3ForConditionalGeneration"]

@@ -47,6 +47,9 @@ class QFormerMixin(SteeredMixin):
         if input_ids is not None and not traced and self._placeholders(input_ids).any():
             raise ValueError("the prompts hold image tokens, but there are no images: pass `pixel_values`")
 
+    def _takes(self, tokens: int, places: int) -> bool:
+        return tokens >= places  # what is left over is dropped
+
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
         pixels = inputs.get("pixel_values")
         if pixels is not None and not inputs.get("interpolate_pos_encoding"):
@@ -90,6 +93,8 @@ class QFormerMixin(SteeredMixin):
             attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         schedule = self._schedule(inputs, images, own)
+        if schedule is None:
+            self._warn_unobserved()
         if images is None:
             self._check_unused(input_ids)
         else:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
@@ -78,9 +79,10 @@ class SteeredMixin(DMSMixin):
 
     # --- what differs between the backbones
 
-    def _tiles(self, **kwargs: Any) -> list[int] | None:
-        """How many tiles each image is cut into, from the arguments of `get_image_features`; `None` where that is told
-        by its tokens."""
+    def _parts(self, **kwargs: Any) -> list[int] | None:
+        """How many parts of what the vision tower returns are each image's, from the arguments of
+        `get_image_features`: tiles or, where it returns the patches of all images in a row, patches. `None` where the
+        number of its tokens tells it."""
         return None
 
     def _without_images(self, input_ids: Tensor | None) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class SteeredMixin(DMSMixin):
         )
         if isinstance(outputs, ModelOutput):
             given = {**dict(zip(self._image_parameters, args, strict=False)), **kwargs}
-            outputs.statistics = image_statistics(states, outputs.pooler_output, self._tiles(**given))
+            outputs.statistics = image_statistics(states, outputs.pooler_output, self._parts(**given))
         return outputs
 
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
@@ -182,10 +184,14 @@ class SteeredMixin(DMSMixin):
         images = self._observed_images(inputs)
         schedule = self._schedule(inputs, images, own, labels)
         if schedule is None:
-            self._warn_unobserved("embeddings without `modality_ids`, or image tokens without their pixels")
+            self._warn_unobserved()
         return schedule
 
-    def _warn_unobserved(self, what: str) -> None:
+    def _warn_unobserved(
+        self,
+        what: str = "embeddings without `modality_ids`, image tokens without their pixels, or images whose tokens the "
+        "prompts do not hold",
+    ) -> None:
         if not self._is_static:
             logger.warning_once(f"nothing can be observed of {what}: the modality weights are uniform there")
 
@@ -211,6 +217,9 @@ class SteeredMixin(DMSMixin):
             inputs.setdefault(name, None)
         own = {name: inputs.pop(name, None) for name in OWN}
         target, labels = own.pop("schedule_target"), inputs.get("labels")
+        if labels is not None and self._is_causal and inputs.get("shift_labels") is not None:
+            # which stand for the labels, one position further on
+            labels = F.pad(inputs["shift_labels"], (1, -1), value=-100)
         cache = inputs.get(CACHE, inputs.get("past_key_values"))
         known, schedule = self._known(inputs, own)
         if not known:

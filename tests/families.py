@@ -208,7 +208,8 @@ def inputs(family: str, padding: str = "left", seed: int = 1) -> dict[str, Tenso
         images["pixel_values"] = torch.zeros(2, 2, 3, 16, 16)  # a row's missing images are zeros
         images["pixel_values"][0, 0], images["pixel_values"][1] = drawn(3, 16, 16), drawn(2, 3, 16, 16)
     elif family == "mistral3":
-        images["image_sizes"] = torch.tensor([[16, 16], [8, 16], [16, 16]])
+        # 12: three rows of patches, one row of tokens
+        images["image_sizes"] = torch.tensor([[16, 16], [12, 16], [16, 16]])
         images["pixel_values"] = drawn(3, 3, 16, 16)
     else:
         images["pixel_values"] = drawn(sum(map(len, counts)), 3, 8, 8)

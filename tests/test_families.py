@@ -4,8 +4,10 @@ uncached, and checkpoints load, calibrate, train, are saved and load again."""
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from modeling_dms import DMSConfig, DMSModelForImageTextToText
@@ -77,6 +79,19 @@ def test_a_batch_equals_its_rows(family, attention):
         alone = model(**families.row(family, batch, index), modality_weights=WEIGHTS[index : index + 1]).logits
         expected = whole[index, batch["attention_mask"][index].bool()]
         torch.testing.assert_close(alone[0], expected, rtol=0, atol=1e-5 * float(expected.abs().max().clamp_min(1)))
+
+
+@everywhere
+@torch.no_grad()
+def test_statistics_of_a_batch_are_those_of_its_rows(family):
+    batch, model = families.inputs(family), families.shared(family)
+
+    def statistics(inputs):
+        images = {name: inputs[name] for name in model._image_parameters if name in inputs}
+        return model.get_image_features(**images, return_dict=True).statistics
+
+    rows = torch.cat([statistics(families.row(family, batch, index)) for index in range(2)])
+    torch.testing.assert_close(statistics(batch), rows, rtol=1e-4, atol=1e-4)
 
 
 @everywhere
@@ -172,6 +187,32 @@ def test_lora_and_the_scheduler_learn(family):
     still = [name for name, p in trained.named_parameters() if "lora_B" in name and not p.grad.abs().sum()]
     assert not still
     assert any(p.grad is not None and p.grad.abs().sum() for n, p in trained.named_parameters() if ".dms." in n)
+
+
+@everywhere
+@torch.no_grad()
+def test_shift_labels_stand_for_the_labels(family):
+    """Where a sequence is divided over processes, `Trainer` shifts the labels before that and passes both."""
+    model, batch = families.shared(family, scheduler="learned"), families.inputs(family)
+    labels = batch["input_ids"].clone()
+    labels[:, :-3] = -100
+    expected = model(**batch, labels=labels).dms_losses
+    out = model(**batch, labels=labels.flip(0, 1), shift_labels=F.pad(labels, (-1, 1), value=-100)).dms_losses
+    for name in set(expected) - {"task"}:
+        torch.testing.assert_close(out[name], expected[name])
+
+
+@everywhere
+def test_every_auto_class_of_the_vanilla_class_knows_it(family, tmp_path):
+    model = families.shared(family)
+    model.save_pretrained(tmp_path)
+    vanilla = getattr(transformers, type(model).__name__.removeprefix("DMS"))
+    autos = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModelFor")]
+    of_vanilla = [getattr(auto, "_model_mapping", {}).get(model.config_class.__bases__[-1], None) for auto in autos]
+    autos = [auto for auto, found in zip(autos, of_vanilla, strict=True) if found is vanilla]
+    assert AutoModelForImageTextToText in autos
+    for auto in autos:
+        assert type(auto.from_pretrained(tmp_path)) is type(model)
 
 
 @everywhere

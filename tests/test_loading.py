@@ -351,6 +351,18 @@ def test_missing_base_weights_are_refused(tmp_path, backbone, lost, kind):
             auto.from_pretrained(tmp_path)
 
 
+def test_missing_weights_are_told_to_whoever_asks(tmp_path):
+    """A base model's checkpoint has no output layer."""
+    model = tiny.vanilla("llava-llama")
+    model.model.save_pretrained(tmp_path)
+    own = {"config": tiny.build("llava-llama").config}
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, **own)
+    loaded, info = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, **own, output_loading_info=True)
+    assert {name for name in info["missing_keys"] if not name.startswith("dms.")} == {"lm_head.weight"}
+    assert_same_tensors(loaded.model.state_dict(), model.model.state_dict())
+
+
 def test_partly_missing_dms_is_refused(tmp_path):
     """A checkpoint that has lost a part of its trained head must not go on with a random one."""
     tiny.build("llava-llama", scheduler="learned", stirred=True).save_pretrained(tmp_path)

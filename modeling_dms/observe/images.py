@@ -45,6 +45,19 @@ class Images:
         statistics = None if self.statistics is None else self.statistics.repeat(repeat, 1, 1)
         return Images(self.outputs, self.tokens.repeat(repeat, 1), self.lengths.repeat(repeat), statistics)
 
+    def fit(self, placeholders: Tensor) -> bool:
+        """Whether the prompts hold the tokens of these images, each image within one row.
+
+        Args:
+            placeholders: (B, P), True where the prompt holds an image token.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        in_rows, ends = placeholders.sum(1), self.lengths.to(placeholders.device).cumsum(0)
+        row_ends = in_rows.cumsum(0)
+        # images end where rows end, and nothing is left over
+        return int(row_ends[-1]) == len(self.tokens) and bool(torch.isin(row_ends[in_rows > 0], ends).all())
+
     def rows(self, placeholders: Tensor) -> Tensor:
         """The row of the batch that each image belongs to: (I,).
 
@@ -55,18 +68,17 @@ class Images:
             ValueError: if the tokens of images and prompts do not match.
         """
         in_rows = placeholders.sum(1)
-        row_ends, ends = in_rows.cumsum(0), self.lengths.to(in_rows.device).cumsum(0)
-        # images end where rows end, and nothing is left over
-        if not torch.compiler.is_compiling() and (
-            int(row_ends[-1]) != len(self.tokens) or not torch.isin(row_ends[in_rows > 0], ends).all()
-        ):
+        if not self.fit(placeholders):
             each = " or ".join(map(str, self.lengths.unique().tolist()))
+            # begins as the vanilla classes say it
             raise ValueError(
-                f"{len(self.lengths)} image(s) need {len(self.tokens)} image tokens, {each} each, but the prompts "
-                f"hold {in_rows.tolist()} in turn: the number of images differs, truncation cut some, or the "
-                "processor counts otherwise than the model (patch_size, num_query_tokens, ...)"
+                f"Image features and image tokens do not match: {len(self.lengths)} image(s) need {len(self.tokens)} "
+                f"image tokens, {each} each, but the prompts hold {in_rows.tolist()} in turn: the number of images "
+                "differs, truncation cut some, or the processor counts otherwise than the model (patch_size, "
+                "num_query_tokens, ...)"
             )
-        return torch.searchsorted(row_ends, ends).clamp_max(placeholders.shape[0] - 1)
+        ends = self.lengths.to(in_rows.device).cumsum(0)
+        return torch.searchsorted(in_rows.cumsum(0), ends).clamp_max(placeholders.shape[0] - 1)
 
 
 def check_image_size(pixel_values: Tensor, size: int) -> None:
@@ -80,39 +92,40 @@ def check_image_size(pixel_values: Tensor, size: int) -> None:
         )
 
 
-def image_statistics(states: Sequence[Tensor], pooled: Any, tiles: Sequence[int] | None = None) -> Tensor:
+def image_statistics(states: Sequence[Tensor], pooled: Any, parts: Sequence[int] | None = None) -> Tensor:
     """Token statistics of each image: (I, L, F), float32. The tiles of one image count together.
 
-    A vision tower's states are (tiles, N, D), or (N, D) or (1, N, D), the tokens of all images one after the other. In
-    both an image's share is that of its image tokens, unless `tiles` tells it.
+    A vision tower's states are (tiles, N, D), or (N, D) or (1, N, D), the patches of all images one after the other.
+    In both an image's share is that of its image tokens, unless `parts` tells it.
 
     Args:
         states: of the chosen layers.
         pooled: the image tokens, (I, N', D') or (N', D') each.
-        tiles: how many tiles each image has.
+        parts: how many tiles, or patches, each image has.
     """
     with torch.no_grad():
-        layers = [_of_images(state, pooled, tiles) for state in states]
+        layers = [_of_images(state, pooled, parts) for state in states]
     return torch.stack([layer.to(layers[0].device) for layer in layers], 1)
 
 
-def _of_images(state: Tensor, pooled: Any, tiles: Sequence[int] | None) -> Tensor:
+def _of_images(state: Tensor, pooled: Any, parts: Sequence[int] | None) -> Tensor:
     """One layer's statistics: (I, F)."""
     if isinstance(pooled, Tensor):
         return _statistics(state)
     lengths = [len(tokens) for tokens in pooled]
-    if tiles is None and (state.ndim == 2 or (state.shape[0] == 1 and len(lengths) > 1)):
-        tokens = state.reshape(-1, state.shape[-1])
-        share = tokens.shape[0] // max(1, sum(lengths))
-        return torch.cat([_statistics(part[None]) for part in tokens.split([share * length for length in lengths])])
-    each = _statistics(state)  # (tiles, F)
-    if tiles is None:
-        if each.shape[0] == len(lengths):
-            return each
-        tiles = [length * len(each) // max(1, sum(lengths)) for length in lengths]
+    in_a_row = state.ndim == 2 or (state.shape[0] == 1 and len(lengths) > 1)
+    units = state.reshape(-1, state.shape[-1]) if in_a_row else _statistics(state)  # patches, or (tiles, F)
+    if len(lengths) == 1:
+        parts = [len(units)]
+    elif parts is None and len(units) == len(lengths):
+        parts = [1] * len(units)
+    elif parts is None:
+        parts = [length * len(units) // max(1, sum(lengths)) for length in lengths]
+    if in_a_row:
+        return torch.cat([_statistics(part[None]) for part in units.split([*parts])])
     # a row without images has no tile
-    counts = torch.tensor(tiles, device=each.device).clamp_min(1)
-    return torch.stack([part.sum(0) for part in each.split([*tiles])]) / counts[:, None]
+    counts = torch.tensor(parts, device=units.device).clamp_min(1)
+    return torch.stack([part.sum(0) for part in units.split([*parts])]) / counts[:, None]
 
 
 def _statistics(state: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class CheckpointMixin:
 
         Raises:
             ValueError: if the checkpoint is broken, has weights of other shapes, or lacks weights of the backbone or
-                a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new.
+                a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new. With
+                `output_loading_info=True`, which tells what is new, more may.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
@@ -66,7 +67,7 @@ class CheckpointMixin:
         # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
         anew = {name for name in own if name.startswith("dms.scheduler.")}
         new = own if own <= missing else anew
-        if missing - new:
+        if missing - new and not wants_info:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"
             )
