@@ -49,8 +49,9 @@ from modeling_dms import (
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms._compat import CACHE
-from modeling_dms.dms import ModalityFeatures, read_out
+from modeling_dms.dms import read_out
 from modeling_dms.observe.layers import text_only_states
+from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.steer.bias import key_bias
 
 

@@ -30,8 +30,9 @@ from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import modeling_dms
-from modeling_dms.dms import ModalityFeatures, read_out
+from modeling_dms.dms import read_out
 from modeling_dms.observe.layers import layers_of, text_only_states
+from modeling_dms.observe.prompt import ModalityFeatures
 
 
 BATCH, GPUS, RANK = 4, 8, 16

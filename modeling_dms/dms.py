@@ -20,6 +20,7 @@ from modeling_dms.evidence.unimodal import (
     predictive_entropy,
     predictive_variance,
 )
+from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.outputs import DMSOutput, ModalitySignals
 from modeling_dms.weigh.losses import contrastive_loss, modality_weight_consistency_loss, schedule_loss, unimodal_loss
 from modeling_dms.weigh.scheduler import ModalityScheduler, ZeroLinear
@@ -50,21 +51,6 @@ class ModalitySize:
     token: int
     layers: int
     statistics: int
-
-
-@dataclass
-class ModalityFeatures:
-    """What the backbone knows of one modality of B samples.
-
-    Attributes:
-        tokens: (B, N, D), in the language model's space.
-        mask: (B, N), True for real tokens.
-        statistics: (B, L, F), mean and standard deviation over tokens of the chosen layers.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    statistics: Tensor
 
 
 class UnimodalView(nn.Module):

@@ -13,6 +13,21 @@ VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
 
 
 @dataclass
+class ModalityFeatures:
+    """What the backbone knows of one modality of B samples.
+
+    Attributes:
+        tokens: (B, N, D), in the language model's space.
+        mask: (B, N), True for real tokens.
+        statistics: (B, L, F), mean and standard deviation over tokens of the chosen layers.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    statistics: Tensor
+
+
+@dataclass
 class Schedule:
     """Weights of a batch and what they were made from. It goes along with the cache of the prompt.
 
