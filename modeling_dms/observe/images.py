@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from modeling_dms.evidence.typicality import token_statistics
 
@@ -113,7 +114,8 @@ def _of_images(state: Tensor, pooled: Any, parts: Sequence[int] | None) -> Tenso
     if isinstance(pooled, Tensor):
         return _statistics(state)
     lengths = [len(tokens) for tokens in pooled]
-    in_a_row = state.ndim == 2 or (state.shape[0] == 1 and len(lengths) > 1)
+    # a number of tiles that is not known while the call is traced is none of patches in a row
+    in_a_row = state.ndim == 2 or (len(lengths) > 1 and guard_or_false(state.shape[0] == 1))
     units = state.reshape(-1, state.shape[-1]) if in_a_row else _statistics(state)  # patches, or (tiles, F)
     if len(lengths) == 1:
         parts = [len(units)]
