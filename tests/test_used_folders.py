@@ -188,7 +188,8 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(tmp_path, m
     def works(*args, **kwargs):
         raise AssertionError("the work has begun")
 
-    for module in ("assemble", "demo", "evaluate", "release", "train"):
+    rooms = ("models.assemble", "apps.demo", "evaluate.run", "publish.release", "finetune.calibrate", "finetune.train")
+    for module in rooms:
         for function in ("load", "load_samples", "load_sources", "load_easy_vqa", "vision_tower"):
             monkeypatch.setattr(f"modeling_dms.training.{module}.{function}", works, raising=False)
     (tmp_path / "file").write_text("mine")

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, cast, get_args, get_origin, get_type_
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from modeling_dms.configuration import configuration_dms
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data.samples import TASKS
 from modeling_dms.training.finetune.trainer import DMSTrainingArguments
@@ -18,7 +19,7 @@ from modeling_dms.training.models.loading import DTYPES, check_dms
 from modeling_dms.training.names import check_names
 
 
-PRESETS = Path(__file__).parent.parent / "configuration" / "presets"
+PRESETS = Path(configuration_dms.__file__).parent / "presets"
 
 
 @dataclass
