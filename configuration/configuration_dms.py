@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     Blip2Config,
     Gemma3Config,
+    Glm4vConfig,
     Idefics3Config,
     InstructBlipConfig,
     InternVLConfig,
@@ -307,6 +308,16 @@ class DMSLlavaOnevisionConfig(_OfVanilla, LlavaOnevisionConfig):
 
 
 @strict
+class DMSGlm4vConfig(_OfVanilla, Glm4vConfig):
+    r"""A `Glm4vConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
+
+    model_type: ClassVar[str] = "dms_glm4v"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = _with_dms(Glm4vConfig.sub_configs_defaults)
+
+    dms_config: dict | PreTrainedConfig | None = None
+
+
+@strict
 class DMSInternVLConfig(_OfVanilla, InternVLConfig):
     r"""An `InternVLConfig` with `dms_config`, a [`DMSConfig`] or a dictionary of its fields."""
 
@@ -410,6 +421,7 @@ __all__ = [
     "DMSBlip2Config",
     "DMSConfig",
     "DMSGemma3Config",
+    "DMSGlm4vConfig",
     "DMSIdefics3Config",
     "DMSInstructBlipConfig",
     "DMSInternVLConfig",

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from modeling_dms.modeling_dms_blip_2 import DMSBlip2ForConditionalGeneration, DMSBlip2ForImageTextRetrieval
 from modeling_dms.modeling_dms_gemma3 import DMSGemma3ForConditionalGeneration
+from modeling_dms.modeling_dms_glm4v import DMSGlm4vForConditionalGeneration
 from modeling_dms.modeling_dms_idefics3 import DMSIdefics3ForConditionalGeneration
 from modeling_dms.modeling_dms_instructblip import DMSInstructBlipForConditionalGeneration
 from modeling_dms.modeling_dms_internvl import DMSInternVLForConditionalGeneration
@@ -38,6 +39,7 @@ CLASSES: dict[str, type[SteeredMixin]] = {
     for cls in (
         DMSBlip2ForConditionalGeneration,
         DMSGemma3ForConditionalGeneration,
+        DMSGlm4vForConditionalGeneration,
         DMSIdefics3ForConditionalGeneration,
         DMSInstructBlipForConditionalGeneration,
         DMSInternVLForConditionalGeneration,

@@ -112,6 +112,16 @@ FIELDS = {
         "vision_config": {**_QWEN, "deepstack_visual_indexes": [0]},
         **_QWEN_TOKENS,
     },
+    "glm4v": {
+        "text_config": {**_TEXT, **_ROPE},
+        "vision_config": {**_QWEN, "image_size": 56},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "image_start_token_id": START,
+        "image_end_token_id": END,
+        "video_start_token_id": 94,
+        "video_end_token_id": 93,
+    },
     "gemma3": {
         "text_config": {
             **_TEXT,
@@ -151,11 +161,12 @@ _IMAGES = {
     "instructblip": ((4,), (4,)),
     "qwen2_5_vl": ((4,), (2, 4)),
     "qwen3_vl": ((4,), (2, 4)),
+    "glm4v": ((4,), (2, 4)),
     "smolvlm": ((4,), (4, 4)),
     "idefics3": ((4,), (4, 4)),
     "mistral3": ((4,), (2, 4)),
 }
-_PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16}
+_PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16, "glm4v": 14}
 
 
 def build(family: str, attention: str = "sdpa", stirred: bool = False, **dms) -> PreTrainedModel:

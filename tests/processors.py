@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Blip2Processor,
     Gemma3Processor,
+    Glm4vProcessor,
     Idefics3Processor,
     InstructBlipProcessor,
     LlavaNextProcessor,
@@ -24,6 +25,7 @@ from transformers.models import smolvlm
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -41,6 +43,7 @@ smolvlm.processing_smolvlm.num2words = smolvlm.processing_smolvlm.num2words or s
 _MARKS = {
     "qwen": ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
     "gemma3": ("<image_soft_token>", "<start_of_image>", "<end_of_image>", "<video>"),
+    "glm4v": ("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>"),
     "internvl": ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
     "": ("<image>", "<fake_token_around_image>", "<global-img>", "<video>"),
 }
@@ -98,6 +101,7 @@ def placeholder(family: str) -> str:
     return {
         "qwen2_5_vl": "<|vision_start|> <|image_pad|> <|vision_end|>",
         "qwen3_vl": "<|vision_start|> <|image_pad|> <|vision_end|>",
+        "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>",
         "gemma3": "<start_of_image>",
         "internvl": "<IMG_CONTEXT>",
         "blip-2": "",
@@ -127,6 +131,9 @@ def processor(family: str) -> ProcessorMixin:
         return Blip2Processor(BlipImageProcessorPil(size=side), words, num_query_tokens=4)
     if family == "instructblip":
         return InstructBlipProcessor(BlipImageProcessorPil(size=side), words, tokenizer(family), num_query_tokens=4)
+    if family == "glm4v":
+        images = Glm4vImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 2 * 84**2})
+        return _without_videos(Glm4vProcessor)(images, words)
     if family.startswith("qwen"):
         patch = families._PATCH[family]
         size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (6 * patch) ** 2}

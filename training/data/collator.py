@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import (
     Blip2Processor,
     Gemma3Processor,
+    Glm4vProcessor,
     Idefics3Processor,
     InstructBlipProcessor,
     LlavaProcessor,
@@ -47,6 +48,8 @@ def placeholder(processor: ProcessorMixin) -> str:
         return ""
     if isinstance(processor, (Qwen2_5_VLProcessor, Qwen3VLProcessor)):
         return f"<|vision_start|>{processor.image_token}<|vision_end|>"
+    if isinstance(processor, Glm4vProcessor):
+        return f"<|begin_of_image|>{processor.image_token}<|end_of_image|>"
     return str(processor.image_token)  # in some families a mark that becomes many tokens
 
 
