@@ -161,9 +161,15 @@ class SteeredMixin(DMSMixin):
         carried = getattr(cache, "schedule", None)
         if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
             return True, generation.schedule
+        weights, ids = own.get("modality_weights"), own.get("modality_ids")
+        if carried is None and cache is not None and not hasattr(cache, "get_seq_length"):
+            # continuous batching: several prompts in one row, whose masks are none of the library's
+            if weights is not None:
+                raise ValueError("`modality_weights` cannot steer continuous batching: use `generate`")
+            self._warn_unobserved("prompts in continuous batching")
+            return True, None
         if carried is None and (cache is None or torch.compiler.is_compiling() or cache.get_seq_length() == 0):
             return False, None
-        weights, ids = own.get("modality_weights"), own.get("modality_ids")
         if weights is not None and ids is not None:
             mask = inputs.get("attention_mask")
             prompt = mask[:, : ids.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -226,7 +232,8 @@ class SteeredMixin(DMSMixin):
             schedule = self._observe(inputs, own, labels)
         if inputs["pixel_values"] is None and inputs.get("mm_encoder_outputs") is None:
             inputs |= self._without_images(inputs["input_ids"])
-        begins = cache is None or not known or (not torch.compiler.is_compiling() and cache.get_seq_length() == 0)
+        fresh = schedule is not None and known and cache is not None and not torch.compiler.is_compiling()
+        begins = not known or cache is None or (fresh and cache.get_seq_length() == 0)
         steering = self._steering(schedule, begins)
         with steered(steering):
             outputs = super().forward(**inputs, return_dict=True)

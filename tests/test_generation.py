@@ -1,6 +1,7 @@
 """Generation: the vanilla answer where nothing is weighed, the uncached argmax where something is, weights once."""
 
 import contextlib
+import copy
 import logging
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from modeling_dms._compat import CACHE
 from tests import tiny
 
 
@@ -279,3 +281,19 @@ def test_threads_on_one_model_get_their_own_weights(backbone, call):
                 assert torch.equal(out.modality_signals[name], signal), name
             if call == "generate":
                 assert torch.equal(out.sequences, expected.sequences)
+
+
+@torch.no_grad()
+def test_continuous_batching_answers_as_the_vanilla_class(monkeypatch):
+    """Several prompts stand in one row there: nothing is observed, and no weights can steer it."""
+    warned = []
+    monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
+    prompts = [[tiny.BOS, 5, 7, 9], [tiny.BOS, 8, 9]]
+    model, vanilla = tiny.build("llava-llama", scheduler="entropy"), copy.deepcopy(tiny.vanilla("llava-llama"))
+    found = [m.generate_batch(inputs=prompts, max_new_tokens=3, warmup=False) for m in (model, vanilla)]
+    answers = [[out.generated_tokens for out in outputs.values()] for outputs in found]
+    assert answers[0] == answers[1]
+    assert all(answers[0])
+    assert any("continuous batching" in warning for warning in warned)
+    with pytest.raises(ValueError, match="continuous batching"):
+        model(input_ids=torch.tensor([prompts[0]]), modality_weights=torch.tensor([[0.1, 0.9]]), **{CACHE: object()})
