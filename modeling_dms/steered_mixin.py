@@ -222,10 +222,9 @@ class SteeredMixin(DMSMixin):
         for name in ("input_ids", "pixel_values"):  # some classes name them without a default
             inputs.setdefault(name, None)
         own = {name: inputs.pop(name, None) for name in OWN}
-        target, labels = own.pop("schedule_target"), inputs.get("labels")
-        if labels is not None and self._is_causal and inputs.get("shift_labels") is not None:
-            # which stand for the labels, one position further on
-            labels = F.pad(inputs["shift_labels"], (1, -1), value=-100)
+        target, labels, shifted = own.pop("schedule_target"), inputs.get("labels"), inputs.get("shift_labels")
+        if labels is not None and shifted is not None and self._is_causal and shifted.shape == labels.shape:
+            labels = F.pad(shifted, (1, -1), value=-100)
         cache = inputs.get(CACHE, inputs.get("past_key_values"))
         known, schedule = self._known(inputs, own)
         if not known:
@@ -243,6 +242,8 @@ class SteeredMixin(DMSMixin):
         if cache is not None and schedule is not None:
             cache.schedule = schedule
         num_items = inputs.get("num_items_in_batch")
+        if labels is not None and shifted is not None and self._is_causal:
+            labels = shifted  # of which the backbone's own loss is, too; they may hold some positions alone
         return self._with_dms(outputs, schedule, None if known else labels, target, num_items)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 
-from modeling_dms import DMSConfig, calibration_fit, typicality
+from modeling_dms import DMSConfig
+from modeling_dms.calibrate import fit
 from modeling_dms.calibrate.fit import ModalityRecord, fit_calibration
 from modeling_dms.calibrate.statistics import REMEMBERED, Calibration
+from modeling_dms.evidence import typicality
 from tests import tiny
 
 
@@ -382,7 +384,7 @@ def test_no_calibration_image_is_its_own_neighbour(monkeypatch):
         judged.append(torch.cdist(shared, bank[bank.any(1)]).amin(1))
         return typicality.unfamiliarity(shared, fitted)
 
-    monkeypatch.setattr(calibration_fit, "unfamiliarity", watch)
+    monkeypatch.setattr(fit, "unfamiliarity", watch)
     calibration = fitted_on(records(400, 0))
     nearest = torch.cat(judged)
     assert len(nearest) == 400

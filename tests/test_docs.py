@@ -43,7 +43,7 @@ BEFORE = {
 # in snippets, for what they name
 REPLACED = {
     "llava-hf/llava-1.5-7b-hf": str(CHECKPOINTS / "demo-llava"),
-    '"training/evaluate/metrics/': f'"{ROOT}/training/metrics/',
+    '"training/evaluate/metrics/': f'"{ROOT}/training/evaluate/metrics/',
     ".venv/bin/dms": "dms",
     ".venv/bin/python": "python",
     "max_steps=500": "max_steps=2",

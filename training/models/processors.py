@@ -66,6 +66,11 @@ def load_processor(name: str | Path, config: PreTrainedConfig, generates: bool =
             raise ValueError(f"{name} lacks tokenizer.pad_token, and tokenizer.eos_token to take in its place")
         tokenizer.pad_token = tokenizer.eos_token
     written, _ = type(processor).get_processor_dict(name)
+    if getattr(processor, "num_query_tokens", None) not in (None, config.to_dict().get("num_query_tokens")):
+        raise ValueError(
+            f"the processor counts otherwise than the model: processor.num_query_tokens of {name} is "
+            f"{processor.num_query_tokens}, its model's configuration says {config.num_query_tokens}"
+        )
     for field, value in _repeated(processor, config).items():
         if written.get(field) is None:
             if value is None:
