@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
-from modeling_dms.training.data.samples import split_readable
+from modeling_dms.training.data.samples import SPLITS, split_readable
 from modeling_dms.training.evaluate import baselines, grid
 from modeling_dms.training.evaluate.baselines import METHODS, fit_scheduler, make_methods, record, scorer
 from modeling_dms.training.evaluate.grid import ORACLE, Cell, Condition, run_condition, run_grid
@@ -884,7 +884,23 @@ def test_weights_of_another_precision(tmp_path):
 
 @pytest.mark.parametrize(("task", "metric"), [("caption", "CIDEr-D"), ("retrieval", "R@1")])
 def test_captioning_and_retrieval(tmp_path, task, metric):
-    config = EvaluationConfig("demo-llava", tmp_path, task=task, data="openmoji", corruptions=["image:blur"])
+    folder = tmp_path / "table"
+    folder.mkdir()
+    rows = []
+    for number in range(40):
+        Image.new("RGB", (64, 64), (6 * number, number % 7 * 30, 90)).save(folder / f"{number}.png")
+        words = {"context": f"a box of kind {number}.", "answers": [f"box number {number}"]}
+        rows.append(
+            {
+                "image": f"{number}.png",
+                "question": "describe the picture.",
+                "task": task,
+                "split": SPLITS[number % 3],
+                **words,
+            }
+        )
+    (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = EvaluationConfig("demo-llava", tmp_path, task=task, data=str(folder), corruptions=["image:blur"])
     config.severities, config.seeds, config.samples, config.calibration_samples = [4], 2, 5, 0
     assert len(evaluate(EvaluationConfig(**vars(config) | {"out": tmp_path / "plain"}))["results"]["conditions"]) == 10
     # fitted to other samples, whose texts are others
