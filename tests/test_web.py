@@ -220,8 +220,10 @@ def test_an_uncalibrated_checkpoint_of_another_backbone(samples, tmp_path, capsy
 
 
 def test_a_checkpoint_that_generates_nothing_is_refused(tmp_path):
-    tiny.shared("retrieval").save_pretrained(tmp_path)
-    load("demo-blip2")[1].save_pretrained(tmp_path)
+    model, processor = tiny.shared("retrieval"), load("demo-blip2")[1]
+    processor.num_query_tokens = model.config.num_query_tokens
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="DMSBlip2ForImageTextRetrieval, which generates no answers"):
         load_for_answers(str(tmp_path), web.MAX_NEW_TOKENS)
 
