@@ -53,6 +53,7 @@ from modeling_dms.dms import read_out
 from modeling_dms.observe.layers import text_only_states
 from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.steer.bias import key_bias
+from modeling_dms.steer.masks import Steering, steered
 
 
 CLASSES = {
@@ -166,6 +167,7 @@ def build(family: str, size: Size, setting: str) -> Any:
     for modality, threshold in zip(model.dms.calibration.modalities, (-0.5, 1.0), strict=True):
         modality.level.fill_(2)
         modality.threshold.fill_(threshold)
+        modality.suspicion_threshold.fill_(threshold)
     if setting == "learned":
         nn.init.normal_(model.dms.scheduler.output.weight, generator=torch.Generator().manual_seed(0))
         model.dms.scheduler.output.bias.data.copy_(torch.tensor([-1.0, 1.0]))
@@ -228,25 +230,20 @@ def decoder(family: str, model: Any, setting: str, inputs: dict[str, Tensor], ou
     cache = output[CACHE] if family == "llava" else output.language_model_outputs[CACHE]
     token = inputs["input_ids"][:, -1:]
     state = {"mask": inputs["attention_mask"]}
-    extra: dict[str, Any] = {}
-    if setting in SETTINGS and family == "llava":
-        extra = {"modality_weights": output.modality_weights, "modality_ids": output.modality_ids}
-    elif setting in SETTINGS:
+    # LLaVA's weights go along with the cache; BLIP-2's `generate` steers the whole of its language model's
+    steering = None
+    if setting in SETTINGS and family == "blip2":
         bias = key_bias(output.modality_weights, output.modality_ids)
-        extra = {"key_bias": bias} if bool(bias.any()) else {}
+        steering = Steering(model._text_configs, bias) if bool(bias.any()) else None
     stepped = model if family == "llava" else model.language_model
 
     @torch.no_grad()
     def step() -> Any:
         state["mask"] = torch.cat([state["mask"], torch.ones_like(token)], 1)
-        return stepped(
-            input_ids=token,
-            **{CACHE: cache},
-            attention_mask=state["mask"],
-            use_cache=True,
-            logits_to_keep=1,
-            **extra,
-        )
+        with steered(steering):
+            return stepped(
+                input_ids=token, **{CACHE: cache}, attention_mask=state["mask"], use_cache=True, logits_to_keep=1
+            )
 
     return step
 
