@@ -50,7 +50,7 @@ DEV = [
 setup(
     name="modeling-dms",
     version=VERSION,
-    description="Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL: a Hugging Face transformers extension",
+    description="Dynamic Modality Scheduling for vision-language models: a Hugging Face transformers extension",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

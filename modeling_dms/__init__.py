@@ -1,4 +1,4 @@
-"""Dynamic Modality Scheduling for BLIP-2, LLaVA and InternVL."""
+"""Dynamic Modality Scheduling for vision-language models of transformers."""
 
 from pathlib import Path as _Path
 
