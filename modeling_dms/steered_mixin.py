@@ -30,6 +30,11 @@ OWN = ("modality_ids", "modality_mask", "modality_weights", "schedule_target")
 _generation: Running[Generation | None] = Running("generation", None)
 
 
+def _cache_of(inputs: dict[str, Any]) -> Any:
+    """The cache of a call, whichever of its names the library uses: in 5.20 continuous batching has the later one."""
+    return inputs.get("past_key_values") if inputs.get("cache") is None else inputs["cache"]
+
+
 def _with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str]) -> Callable:
     """`method` with the signature of the vanilla one and `own` behind it: `Trainer` and `generate` look there for what
     a model takes."""
@@ -157,7 +162,7 @@ class SteeredMixin(DMSMixin):
 
     def _known(self, inputs: dict[str, Any], own: dict[str, Tensor | None]) -> tuple[bool, Schedule | None]:
         """Whether a call reads, or goes on with, a prompt whose weights have been settled, and its schedule."""
-        cache, generation = inputs.get(CACHE, inputs.get("past_key_values")), _generation.get()
+        cache, generation = _cache_of(inputs), _generation.get()
         carried = getattr(cache, "schedule", None)
         if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
             return True, generation.schedule
@@ -225,7 +230,7 @@ class SteeredMixin(DMSMixin):
         target, labels, shifted = own.pop("schedule_target"), inputs.get("labels"), inputs.get("shift_labels")
         if labels is not None and shifted is not None and self._is_causal and shifted.shape == labels.shape:
             labels = F.pad(shifted, (1, -1), value=-100)
-        cache = inputs.get(CACHE, inputs.get("past_key_values"))
+        cache = _cache_of(inputs)
         known, schedule = self._known(inputs, own)
         if not known:
             schedule = self._observe(inputs, own, labels)

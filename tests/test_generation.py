@@ -290,7 +290,7 @@ def test_continuous_batching_answers_as_the_vanilla_class(monkeypatch):
     monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
     prompts = [[tiny.BOS, 5, 7, 9], [tiny.BOS, 8, 9]]
     model, vanilla = tiny.build("llava-llama", scheduler="entropy"), copy.deepcopy(tiny.vanilla("llava-llama"))
-    found = [m.generate_batch(inputs=prompts, max_new_tokens=3, warmup=False) for m in (model, vanilla)]
+    found = [m.generate_batch(inputs=prompts, max_new_tokens=3) for m in (model, vanilla)]
     answers = [[out.generated_tokens for out in outputs.values()] for outputs in found]
     assert answers[0] == answers[1]
     assert all(answers[0])
