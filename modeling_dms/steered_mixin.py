@@ -164,6 +164,8 @@ class SteeredMixin(DMSMixin):
         """Whether a call reads, or goes on with, a prompt whose weights have been settled, and its schedule."""
         cache, generation = _cache_of(inputs), _generation.get()
         carried = getattr(cache, "schedule", None)
+        if carried is not None and not torch.compiler.is_compiling() and cache.get_seq_length() == 0:
+            carried = None  # of a prompt that the cache holds no more
         if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
             return True, generation.schedule
         weights, ids = own.get("modality_weights"), own.get("modality_ids")
@@ -175,11 +177,13 @@ class SteeredMixin(DMSMixin):
             return True, None
         if carried is None and (cache is None or torch.compiler.is_compiling() or cache.get_seq_length() == 0):
             return False, None
+        if ids is None and carried is not None:
+            ids = carried.modality_ids
         if weights is not None and ids is not None:
             mask = inputs.get("attention_mask")
             prompt = mask[:, : ids.shape[1]] if isinstance(mask, Tensor) and mask.ndim == 2 else None
             carried = Schedule(ids, weights > 0, weights, None, self._key_bias(weights, ids, prompt))
-        elif carried is None and weights is not None:
+        elif weights is not None:
             raise ValueError(
                 "`modality_weights` beside a cache need the `modality_ids` of the prompt that it holds, which the "
                 "prefill returned"

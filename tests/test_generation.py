@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import StaticCache
 
 from modeling_dms._compat import CACHE
 from tests import tiny
@@ -297,3 +298,29 @@ def test_continuous_batching_answers_as_the_vanilla_class(monkeypatch):
     assert any("continuous batching" in warning for warning in warned)
     with pytest.raises(ValueError, match="continuous batching"):
         model(input_ids=torch.tensor([prompts[0]]), modality_weights=torch.tensor([[0.1, 0.9]]), **{CACHE: object()})
+
+
+@torch.no_grad()
+def test_a_cache_that_is_used_again_forgets_the_weights_of_its_old_prompt():
+    model = tiny.shared("llava-llama", scheduler="learned", stirred=True)
+    first = tiny.prompts("llava-llama", "pairs")
+    second = tiny.noisy(first)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    model(**first, **{CACHE: cache})
+    cache.reset()
+    again, expected = model(**second, **{CACHE: cache}), model(**second)
+    assert (expected.modality_weights - model(**first).modality_weights).abs().max() > 1e-3
+    torch.testing.assert_close(again.modality_weights, expected.modality_weights, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_of_the_caller_win_over_those_that_a_cache_carries():
+    model, inputs = tiny.shared("llava-llama", scheduler="learned", stirred=True), tiny.prompts("llava-llama", "pairs")
+    step, logits = torch.full((3, 1), 10), []
+    for named in (True, False):
+        out = model(**inputs, use_cache=True)
+        ids = {"modality_ids": out.modality_ids} if named else {}
+        on = model(input_ids=step, **{CACHE: out[CACHE]}, modality_weights=tiny.uneven(3), **ids)
+        assert torch.equal(on.modality_weights, tiny.uneven(3))
+        logits.append(on.logits)
+    assert torch.equal(*logits)
