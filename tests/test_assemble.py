@@ -1,5 +1,7 @@
 """The assembled checkpoints hold what their parts hold. Needs the packages that carry the parts (`make parts`)."""
 
+import copy
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +23,19 @@ needs_parts = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="need
 
 
 @pytest.fixture(scope="module")
-def built() -> dict:
+def parts():
+    """The parts that take long to read are read once."""
+    read = functools.cache(module.language_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "from_pretrained", functools.cache(LlamaForCausalLM.from_pretrained))
+        # what is built keeps the tokenizer, and changes it
+        patch.setattr(module, "language_model", lambda: (read()[0], copy.deepcopy(read()[1])))
+        patch.setattr(module, "_drawings", functools.cache(module._drawings))
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(parts) -> dict:
     return {name: recipe.build() for name, recipe in module.RECIPES.items()}
 
 
