@@ -2,6 +2,7 @@
 shape, a sentence that says the same, and a question that either of them answers."""
 
 import zlib
+from functools import cache
 from pathlib import Path
 
 from modeling_dms.training.data.samples import CAPTION_QUESTION, TASKS, Sample
@@ -42,12 +43,18 @@ def load_easy_vqa(split: str, task: str = "vqa") -> list[Sample]:
     Raises:
         ValueError: for another split.
     """
-    import easy_vqa
-
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split must be 'train', 'validation' or 'test', got {split!r}")
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    return list(_samples(split, task))
+
+
+@cache
+def _samples(split: str, task: str) -> tuple[Sample, ...]:
+    """Made once: it takes about half a second."""
+    import easy_vqa
+
     source = "test" if split == "test" else "train"
     questions, answers, image_ids = getattr(easy_vqa, f"get_{source}_questions")()
     paths = getattr(easy_vqa, f"get_{source}_image_paths")()
@@ -59,13 +66,14 @@ def load_easy_vqa(split: str, task: str = "vqa") -> list[Sample]:
         scene = _scene_of(asked)
         if len(scene) < 2 or (source == "train" and (image_id % 20 == 0) != (split == "validation")):
             continue
+        path = Path(paths[image_id])
         context = CONTEXTS[zlib.crc32(f"{source}-{image_id}".encode()) % len(CONTEXTS)].format(**scene)
         if task != "vqa":
             caption = f"a {scene['color']} {scene['shape']}"
             id_ = f"easy-vqa-{source}-{image_id}"
-            samples.append(Sample(id_, Path(paths[image_id]), context, CAPTION_QUESTION, (caption,), task))
+            samples.append(Sample(id_, path, context, CAPTION_QUESTION, (caption,), task))
             continue
         for number, (question, answer) in enumerate(asked):
             sample_id = f"easy-vqa-{source}-{image_id}-{number}"
-            samples.append(Sample(sample_id, Path(paths[image_id]), context, question, (answer,)))
-    return samples
+            samples.append(Sample(sample_id, path, context, question, (answer,)))
+    return tuple(samples)

@@ -62,7 +62,7 @@ def load_samples(source: str | Table, split: str, task: str | None = None, limit
         raise ValueError(f"unknown source {source!r}, expected {names}, or the path of a folder or file")
     if task is not None:
         served = CAPTIONED if task in CAPTIONED else {task}
-        samples = [sample.replace(task=task) for sample in samples if sample.task in served]
+        samples = [s if s.task == task else s.replace(task=task) for s in samples if s.task in served]
     samples = list(islice(samples, limit))
     if not samples:
         name = source.path if isinstance(source, Table) else source
