@@ -194,17 +194,22 @@ class PromptCollator:
         read only where the number of their tokens depends on their size."""
         by_size = not isinstance(self.processor, _FIXED_LENGTH)
         lengths: dict[Any, int] = {}  # of texts and of images by their size: many are the same
+        blank = Image.new("RGB", (32, 32))
 
         def least(sample: Sample, has_context: bool) -> int:
             """Length of the row without its context, of which `context:` is left."""
-            some, text = sample.replace(context="a" * has_context), (has_context, sample.question, *sample.answers[:1])
+
+            def encoded(image: Any) -> _Prompt:
+                return self._encode(sample.replace(context="a" * has_context), image)
+
+            text = (has_context, sample.question, *sample.answers[:1])
             if text not in lengths:
-                lengths[text] = self._encode(some, None).modality_ids.count(0) + len(self._answer(sample))
+                lengths[text] = encoded(None).modality_ids.count(0) + len(self._answer(sample))
             if sample.image is None:
                 return lengths[text]
-            image = sample.load_image() if by_size else Image.new("RGB", (32, 32))
+            image = sample.load_image() if by_size else blank
             if image.size not in lengths:
-                lengths[image.size] = len(self._encode(some, image).ids) - len(self._encode(some, None).ids)
+                lengths[image.size] = len(encoded(image).ids) - len(encoded(None).ids)
             return lengths[text] + lengths[image.size]
 
         good, failed = [], {}
