@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import StaticCache
+from transformers import ContinuousBatchingConfig, StaticCache
 
 from modeling_dms._compat import CACHE
 from tests import tiny
@@ -290,8 +290,10 @@ def test_continuous_batching_answers_as_the_vanilla_class(monkeypatch):
     warned = []
     monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
     prompts = [[tiny.BOS, 5, 7, 9], [tiny.BOS, 8, 9]]
+    # the default takes most of the memory
+    small = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)}
     model, vanilla = tiny.build("llava-llama", scheduler="entropy"), copy.deepcopy(tiny.vanilla("llava-llama"))
-    found = [m.generate_batch(inputs=prompts, max_new_tokens=3) for m in (model, vanilla)]
+    found = [m.generate_batch(inputs=prompts, max_new_tokens=3, **small) for m in (model, vanilla)]
     answers = [[out.generated_tokens for out in outputs.values()] for outputs in found]
     assert answers[0] == answers[1]
     assert all(answers[0])
