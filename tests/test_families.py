@@ -145,9 +145,9 @@ def clean(family, count, first=0):
 @torch.no_grad()
 def test_calibration_sees_damage(family):
     model = families.build(family)
-    report = model.calibrate(clean(family, 160), show_progress=False)
+    report = model.calibrate(clean(family, 60), show_progress=False)
     assert model.dms.calibration.is_calibrated
-    assert report.samples == {"vision": 160, "text": 160}
+    assert report.samples == {"vision": 60, "text": 60}
     batch = clean(family, 2, first=1000)[0]
     out, broken = (model(**b).modality_signals.damage[:, 0] for b in (batch, families.repainted(batch)))
     assert (broken > out).all()
@@ -312,8 +312,9 @@ def test_a_checkpoint_is_loaded_calibrated_and_asked_as_dms_commands_do(family, 
     assert tokens.shape == (2, 2)
 
 
-# the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data
-COMPILED = ("llava", "internvl", "blip-2", "instructblip", "gemma3", "smolvlm", "idefics3", "paligemma")
+# the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data.
+# SmolVLM is Idefics 3 in all that is compiled
+COMPILED = ("llava", "internvl", "blip-2", "instructblip", "gemma3", "idefics3", "paligemma")
 
 
 @pytest.mark.parametrize("family", COMPILED)
