@@ -206,7 +206,8 @@ def test_similarity_is_the_mean_log_likelihood(loaded, samples, method):
     assert len(task.texts) == len(set(task.texts)) == 9
     found = assert_rows(task, method, model, pairs, 2e-5)
     tokens = [processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in task.texts]
-    for sample, answer in zip(pairs, found, strict=True):
+    # with both, without an image, without a context
+    for sample, answer in [(pairs[place], found[place]) for place in (0, 1, 4)]:
         batch = task.collate([sample])
         decision = method.decide(model, batch)
         for line, similarity in zip(tokens, answer["similarity"], strict=True):
