@@ -33,9 +33,14 @@ def calibrated():
     return model, collator
 
 
-def test_a_recorded_calibration_is_the_one_that_calibrate_makes(calibrated):
-    model, collator = calibrated
-    again = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)
+@pytest.fixture(scope="module")
+def again(calibrated):
+    """What makes its calibration again, with other choices."""
+    return ablations.recalibrations(*calibrated, load_easy_vqa("train"), 60)
+
+
+def test_a_recorded_calibration_is_the_one_that_calibrate_makes(calibrated, again):
+    model, _ = calibrated
     found = again(60).calibration.state_dict()
     for name, value in model.dms.calibration.state_dict().items():
         assert torch.equal(value, found[name]), name
@@ -46,9 +51,7 @@ def test_a_recorded_calibration_is_the_one_that_calibrate_makes(calibrated):
 
 
 @pytest.mark.parametrize("signal", ["typicality", "confidence", "uncertainty", "unfamiliarity", "consistency"])
-def test_a_signal_left_out_of_calibration_says_nothing(calibrated, signal):
-    model, collator = calibrated
-    again = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)
+def test_a_signal_left_out_of_calibration_says_nothing(again, signal):
     whole, blind = again(60).calibration, again(60, without=signal).calibration
     for modality, other in zip(whole.modalities, blind.modalities, strict=True):
         places = {name: modality.deviations + place for place, name in enumerate(("confidence", "uncertainty"))}
@@ -60,10 +63,9 @@ def test_a_signal_left_out_of_calibration_says_nothing(calibrated, signal):
     assert bool(blind.agreement.informative) == (signal != "consistency")
 
 
-def test_a_variant_leaves_the_model_as_it_was(calibrated):
-    model, collator = calibrated
-    dms, config = model.dms, model.config.dms_config.to_dict()
-    other = ablations.recalibrations(model, collator, load_easy_vqa("train"), 60)(60)
+def test_a_variant_leaves_the_model_as_it_was(calibrated, again):
+    model, _ = calibrated
+    dms, config, other = model.dms, model.config.dms_config.to_dict(), again(60)
     with ablations.Variant("", {"weight_floor": 0.2}, other).applied(model):
         assert model.dms is other
         assert model.config.dms_config.weight_floor == other.config.weight_floor == 0.2
