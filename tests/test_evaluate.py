@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -585,8 +586,9 @@ def test_candidates_scored_together_score_as_alone(vqa):
     assert score(candidates) == [score([candidate])[0] for candidate in candidates]
 
 
-def test_methods_by_name(vqa):
+def test_methods_by_name(vqa, monkeypatch):
     model, task, samples = vqa
+    monkeypatch.setattr(baselines, "fit_scheduler", partial(fit_scheduler, steps=20))
     names = ["static", "rule", "mean prior", "energy", "learned: typicality", "oracle"]
     train = load_easy_vqa("train")[::200][:60]
     found = make_methods(model, lambda _: task, train, samples[:6], names, CorruptionConfig(), batch_size=20)
@@ -806,7 +808,7 @@ def test_the_report_names_every_method_and_condition():
 
 _COMMAND = """
 evaluate --model demo-llava --samples 11 --seeds 2 --severities 5 --batch-size 4 --calibration-samples 60
---kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle
+--kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle --validation-samples 6
 """
 
 
