@@ -312,9 +312,8 @@ def test_a_checkpoint_is_loaded_calibrated_and_asked_as_dms_commands_do(family, 
     assert tokens.shape == (2, 2)
 
 
-# the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data.
-# SmolVLM is Idefics 3 in all that is compiled
-COMPILED = ("llava", "internvl", "blip-2", "instructblip", "gemma3", "idefics3", "paligemma")
+# the others' vanilla classes cannot be compiled as a whole either: what their images are cut into hangs on data
+COMPILED = ("llava", "internvl", "blip-2", "instructblip", "gemma3", "smolvlm", "idefics3", "paligemma")
 
 
 @pytest.mark.parametrize("family", COMPILED)
