@@ -12,11 +12,9 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
-from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
 from modeling_dms.calibrate.statistics import Statistics
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalitySize, UnimodalView, read_out
-from modeling_dms.evidence.pixels import PIXEL_STATISTICS
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
@@ -57,20 +55,8 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         self.dms = DynamicModalityScheduling(
             dms,
             [
-                ModalitySize(
-                    token_size,
-                    len(self._vision_layers),
-                    2 * tower.config.hidden_size,
-                    PIXEL_STATISTICS,
-                    len(IMAGE_FAMILIES),
-                ),
-                ModalitySize(
-                    token_size,
-                    len(self._text_layers),
-                    2 * stack.config.hidden_size,
-                    2 * len(self._text_layers),
-                    len(TEXT_FAMILIES),
-                ),
+                ModalitySize(token_size, len(self._vision_layers), 2 * tower.config.hidden_size),
+                ModalitySize(token_size, len(self._text_layers), 2 * stack.config.hidden_size),
             ],
         )
         watch_layers(tower, self._vision_layers)

@@ -1,105 +1,56 @@
 """Fits a `Calibration` from clean samples, without labels.
 
-Level 1 fits how clean samples look. Level 2 takes damaged copies of them (`damage`) and fits what tells each family of
-damage from clean. Everything is cross-fitted: no sample is judged by a fit it took part in, so a few hundred samples
-serve for statistics, detectors and thresholds.
+Level 1 fits clean statistics. Level 2 takes the samples' self-made corruptions (`self_corruption`) and fits a logistic
+map from how far a sample lies outside the clean data to "this modality is damaged". Everything is cross-fitted: no
+sample is judged by statistics it took part in, so a few hundred samples serve for statistics, map and threshold.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from modeling_dms.calibrate.statistics import FARTHEST, REMEMBERED, Agreement, Calibration, Detector
+from modeling_dms.calibrate.statistics import SCALARS, Agreement, Calibration, ModalityCalibration, with_unfamiliarity
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.evidence.typicality import (
     auroc,
     canonical_coordinates,
+    evidence,
     fit_canonical,
     fit_gaussian,
     fit_logistic,
-    log_distances,
+    fit_memory_bank,
+    unfamiliarity,
     whiten,
 )
 
 
 MIN_SAMPLES = 50
 FOLDS = 5
-SEVERITIES = 5  # steps of a report
 # an area under the ROC curve closer to one half than this counts as uninformative
 UNINFORMATIVE = 0.05
-# a family of which fewer are flagged even at the strongest step is one that the detector is blind to
-BLIND = 0.5
-# of the covariance of clean numbers, towards the identity
-SHRINKAGE = 0.1
-# clean scores are measured by how far this share of them reaches beyond the median
-TAIL = 0.9
-# the score of a family that nothing was fitted for
-NEVER = -1e6
 
 
 @dataclass
 class ModalityRecord:
-    """One modality of n samples.
-
-    Attributes:
-        statistics: (n, L, F), of its layers.
-        scalars: (n, 3), in the order of `SCALARS`.
-        representations: (n, d_s).
-        pixels: (n, P), of images alone.
-    """
+    """One modality of n samples: statistics (n, L, F), scalar signals (n, 3) in the order of `SCALARS`, h (n, d_s)."""
 
     statistics: Tensor
     scalars: Tensor
     representations: Tensor
-    pixels: Tensor | None = None
-
-    @property
-    def seen(self) -> Tensor:
-        """What the detector's numbers are made of: the pixels' statistics, or those of the layers."""
-        return self.statistics if self.pixels is None else self.pixels
 
     def __getitem__(self, rows: Tensor) -> "ModalityRecord":
-        return ModalityRecord(*(None if part is None else part[rows] for part in vars(self).values()))  # type: ignore
+        return ModalityRecord(self.statistics[rows], self.scalars[rows], self.representations[rows])
 
     @staticmethod
     def cat(records: Sequence["ModalityRecord"]) -> "ModalityRecord":
         """The samples of several records, one after the other."""
-        parts = zip(*(vars(record).values() for record in records), strict=True)
-        return ModalityRecord(*(None if part[0] is None else torch.cat(part) for part in parts))
-
-
-@dataclass
-class DamagedRecord:
-    """The same n samples, damaged.
-
-    Attributes:
-        seen: as that of [`ModalityRecord`].
-        severity: (n,), from 0 to 1.
-    """
-
-    seen: Tensor
-    severity: Tensor
-
-    @staticmethod
-    def cat(records: Sequence["DamagedRecord"]) -> "DamagedRecord":
-        """The samples of several records, one after the other."""
-        return DamagedRecord(torch.cat([r.seen for r in records]), torch.cat([r.severity for r in records]))
-
-
-@dataclass
-class Detection:
-    """How well a family of self-made damage is told from clean samples.
-
-    Attributes:
-        auroc: area under the ROC curve of the detector's score.
-        flagged: share of the damaged samples that is flagged, by five steps of severity, mild to strong.
-    """
-
-    auroc: float
-    flagged: list[float]
+        return ModalityRecord(
+            torch.cat([r.statistics for r in records]),
+            torch.cat([r.scalars for r in records]),
+            torch.cat([r.representations for r in records]),
+        )
 
 
 @dataclass
@@ -108,45 +59,37 @@ class CalibrationReport:
 
     Attributes:
         samples: clean samples used, by modality.
-        families: by modality, by family of damage: a [`Detection`] by the fitted detector.
-        unseen: the same by one that this family was left out of.
-        false_alarm_rate: the rate asked for, of both modalities together.
+        signals: by modality, by signal: `auroc` of clean against self-made corruptions, and `coefficient`, its share
+            of the logistic map (the sum of its absolute coefficients).
+        families: by modality, by corruption family: AUROC of the damage log-odds.
+        false_alarm_rate: the rate asked for.
         achieved_false_alarm_rate: by modality, measured on clean samples that set neither statistics nor threshold.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
-    families: dict[str, dict[str, Detection]] = field(default_factory=dict)
-    unseen: dict[str, dict[str, Detection]] = field(default_factory=dict)
+    signals: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    damage_auroc: dict[str, float] = field(default_factory=dict)
+    families: dict[str, dict[str, float]] = field(default_factory=dict)
     false_alarm_rate: float = 0.0
     achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
     mismatch_auroc: float | None = None
     consistency: str = "representations"
 
-    def blind(self, modality: str) -> list[str]:
-        """The families of which even strong damage is mostly not flagged."""
-        return [name for name, found in self.families.get(modality, {}).items() if found.flagged[-1] < BLIND]
-
     def __str__(self) -> str:
-        steps = " ".join(f"{step:>4}" for step in range(1, SEVERITIES + 1))
-        lines = [f"{'':<9} {'':<14} {'share flagged at severity':<26} {'':>6}   when left out of calibration"]
-        lines += [f"{'modality':<9} {'damage':<14} {steps}   {'AUROC':>6}   {steps}   {'AUROC':>6}"]
-        for modality, families in self.families.items():
-            for name, found in families.items():
-                shown = [
-                    " ".join(f"{share:>4.2f}" for share in row.flagged) + f"   {row.auroc:>6.3f}"
-                    for row in (found, self.unseen[modality][name])
-                ]
-                lines.append(f"{modality:<9} {name:<14} {'   '.join(shown)}")
+        lines = [f"{'modality':<9} {'signal':<22} {'AUROC':>6} {'coefficient':>12}"]
+        for modality, signals in self.signals.items():
+            for name, row in signals.items():
+                lines.append(f"{modality:<9} {name:<22} {row['auroc']:>6.3f} {row['coefficient']:>12.3f}")
+            lines.append(f"{modality:<9} {'all combined':<22} {self.damage_auroc[modality]:>6.3f}")
+            for name, value in self.families[modality].items():
+                lines.append(f"{modality:<9} {'  on ' + name:<22} {value:>6.3f}")
         for modality, achieved in self.achieved_false_alarm_rate.items():
             lines.append(
                 f"{modality}: {self.samples[modality]} clean samples, flagged {achieved:.3f} "
-                f"(asked for {self.false_alarm_rate / len(MODALITIES):.3f})"
+                f"(asked for {self.false_alarm_rate:.3f})"
             )
-        for modality in self.families:
-            if self.blind(modality):
-                lines.append(f"{modality}: mostly blind to {', '.join(self.blind(modality))}")
         if self.mismatch_auroc is not None:
             lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
         return "\n".join(lines)
@@ -156,25 +99,24 @@ class CalibrationReport:
 def fit_calibration(
     calibration: Calibration,
     clean: Sequence[ModalityRecord],
-    damaged: Sequence[Mapping[str, DamagedRecord]],
+    corrupted: Sequence[dict[str, ModalityRecord]],
     present: Tensor,
     level: int = 2,
-    leave_out: Sequence[str] = (),
 ) -> CalibrationReport:
-    """Fits all of `calibration` from clean samples and damaged copies of them.
+    """Fits all of `calibration` from clean samples and their self-made corruptions.
 
     Args:
         clean: a record a modality, of the same n samples, on the CPU.
-        damaged: by modality and family, of the same samples.
+        corrupted: by modality and family, of the same samples.
         present: (n, M), which modality each sample has.
-        level: 1 for clean statistics alone, 2 for what tells damage as well.
-        leave_out: families that nothing is fitted for; they are reported all the same.
+        level: 1 for clean statistics alone, 2 for the map to damage as well.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
             then.
     """
-    config, target, calibration = calibration.config, calibration, copy.deepcopy(calibration).cpu()
+    config = calibration.config
+    report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate))
     for index, name in enumerate(MODALITIES):
         rows = present[:, index]
         if int(rows.sum()) < MIN_SAMPLES:
@@ -184,52 +126,30 @@ def fit_calibration(
         record = clean[index][rows]
         if not (record.statistics.isfinite().all() and record.scalars.isfinite().all()):
             raise ValueError(f"the calibration data give features of {name} that are not finite")
-    report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate))
     folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
-    fits = [_fit_statistics(clean, present & (folds != fold)[:, None], config) for fold in range(FOLDS)]
-    last = _fit_statistics(clean, present, config)
-    for index, name in enumerate(MODALITIES):
-        rows, record, modality = present[:, index], clean[index], calibration.modalities[index]
-        of_fold, own = [fit[index] for fit in fits], folds[rows]
-
-        def judged(seen: Tensor, numbers=_NUMBERS[index], of_fold=of_fold, own=own, rows=rows) -> Tensor:
-            """What each sample looks like to statistics that it took no part in."""
-            by_fold = [numbers(seen[rows], gaussian) for gaussian in of_fold]
-            return torch.stack(by_fold)[own, torch.arange(len(own))]
-
-        for buffer, value in last[index].items():
-            getattr(modality, buffer).copy_(value)
-        distances = _distances(record.statistics[rows], of_fold[0])
-        for fold, gaussian in enumerate(of_fold):
-            distances[own == fold] = _distances(record.statistics[rows], gaussian)[own == fold]
-        modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
-        modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
-        modality.scalar_location.copy_(record.scalars[rows].median(0).values)
-        modality.scalar_scale.copy_(record.scalars[rows].std(0).clamp_min(1e-6))
-        modality.level.fill_(float(level))
-        bad = {n: DamagedRecord(judged(d.seen), d.severity[rows]) for n, d in damaged[index].items()}
-        report.samples[name] = int(rows.sum())
-        used = [family if level == 2 and family not in leave_out else None for family in bad]
-        _fit_detector(calibration.detectors[index], judged(record.seen), bad, used, own, config, report, name)
+    # what each sample looks like to statistics that it took no part in
+    judged: list[Judged] = [Judged(len(folds), corrupted[m]) for m in range(len(MODALITIES))]
+    for fold in range(FOLDS):
+        held = folds == fold
+        for index, fitted in enumerate(_fit_statistics(clean, present & ~held[:, None], config)):
+            judged[index].add(held, fitted, clean[index], corrupted[index])
+    modalities = []
+    for index, (name, fitted) in enumerate(zip(MODALITIES, _fit_statistics(clean, present, config), strict=True)):
+        rows = present[:, index]
+        families = {family: values[rows] for family, values in corrupted[index].items()}
+        seen = judged[index][rows]
+        modalities.append(
+            _fit_modality(fitted, seen, clean[index][rows], families, folds[rows], config, level, report, name)
+        )
+    agreement = Agreement()
     both = present.all(1)
-    calibration.agreement.reset()
-    if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        shared = []
-        for index in range(2):
-            by_fold = [canonical_coordinates(clean[index].statistics[both], fit[index]) for fit in fits]
-            shared.append(torch.stack(by_fold)[folds[both], torch.arange(int(both.sum()))])
+    if len(modalities) == 2 and int(both.sum()) >= MIN_SAMPLES:
+        shared = [modality.shared[both] for modality in judged]
         representations = [record.representations[both] for record in clean]
-        _fit_agreement(calibration.agreement, shared, representations, folds[both], config, report)
-    target.load_state_dict(calibration.state_dict())
+        _fit_agreement(agreement, shared, representations, folds[both], config, report)
+    for target, source in zip((*calibration.modalities, calibration.agreement), (*modalities, agreement), strict=True):
+        target.load_state_dict(source.state_dict())
     return report
-
-
-def _distances(statistics: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
-    return log_distances(statistics, gaussian).flatten(1)
-
-
-# of each modality: what was seen of it -> the numbers that its detector reads
-_NUMBERS = (lambda seen, gaussian: seen, _distances)
 
 
 def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSConfig) -> list[dict[str, Tensor]]:
@@ -245,99 +165,143 @@ def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSCo
         views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
         for gaussian, canonical in zip(fitted, fit_canonical(views[0], views[1]), strict=True):
             gaussian["canonical"] = canonical
+    # of images alone: to judge texts the same way gained nothing on validation data
+    fitted[0] |= fit_memory_bank(canonical_coordinates(clean[0].statistics[rows[:, 0]], fitted[0]))
     return fitted
 
 
-def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor | None]) -> None:
-    """What turns numbers (n, P) into scores; a family that is left out, as `None`, never scores."""
-    detector.location.copy_(clean.mean(0))
-    spread = clean.std(0)
-    # a number that hardly varies on clean data must not turn rounding into damage
-    detector.scale.copy_(spread.clamp_min(1e-4))
-    standard = ((clean - detector.location) / detector.scale).clamp(-FARTHEST, FARTHEST)
-    covariance = (1 - SHRINKAGE) * torch.cov(standard.T).reshape(clean.shape[1], -1)
-    covariance = covariance + SHRINKAGE * torch.eye(clean.shape[1])
-    detector.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance.double())))
-    for number, numbers in enumerate(damaged):
-        if numbers is None:
-            detector.directions[number], detector.offsets[number] = 0, NEVER
-            continue
-        bad = ((numbers - detector.location) / detector.scale).clamp(-FARTHEST, FARTHEST)
-        targets = torch.cat([torch.zeros(len(standard)), torch.ones(len(bad))])
-        balance = torch.where(targets == 1, 0.5 / len(bad), 0.5 / len(standard))
-        coefficients = fit_logistic(torch.cat([standard, bad]), targets, balance)
-        detector.directions[number], detector.offsets[number] = coefficients[:-1], coefficients[-1]
+class Judged:
+    """Distances (n, P) of n samples of one modality and of their corruptions, canonical coordinates (n, K) and
+    unfamiliarity (n, 2), 0 where no samples are remembered."""
+
+    def __init__(self, count: int, families: Iterable[str]):
+        self.count = count
+        self.clean, self.shared, self.unfamiliarity = torch.zeros(0), torch.zeros(0), torch.zeros(count, 2)
+        self.corrupted: dict[str, Tensor] = dict.fromkeys(families, torch.zeros(0))
+
+    def add(
+        self,
+        held: Tensor,
+        fitted: dict[str, Tensor],
+        clean: ModalityRecord,
+        corrupted: dict[str, ModalityRecord],
+    ) -> None:
+        """Fills in the samples `held` (n,), judged by statistics fitted on others."""
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            old = old if len(old) else new.new_zeros(self.count, new.shape[1])
+            return old.index_put((held.nonzero()[:, 0],), new)
+
+        self.clean = put(self.clean, evidence(clean.statistics[held], fitted))
+        shared = canonical_coordinates(clean.statistics[held], fitted)
+        self.shared = put(self.shared, shared)
+        if "memory_bank" in fitted:
+            self.unfamiliarity = put(self.unfamiliarity, unfamiliarity(shared, fitted))
+        for family, record in corrupted.items():
+            self.corrupted[family] = put(self.corrupted[family], evidence(record.statistics[held], fitted))
+
+    def __getitem__(self, rows: Tensor) -> "Judged":
+        part = Judged(int(rows.sum()), self.corrupted)
+        part.clean, part.shared, part.unfamiliarity = self.clean[rows], self.shared[rows], self.unfamiliarity[rows]
+        part.corrupted = {family: values[rows] for family, values in self.corrupted.items()}
+        return part
 
 
-def _fit_detector(
-    detector: Detector,
-    clean: Tensor,
-    damaged: Mapping[str, DamagedRecord],
-    used: Sequence[str | None],
+def _fit_modality(
+    fitted: dict[str, Tensor],
+    judged: Judged,
+    clean: ModalityRecord,
+    families: dict[str, ModalityRecord],
     folds: Tensor,
     config: DMSConfig,
+    level: int,
     report: CalibrationReport,
     name: str,
-) -> None:
-    """
-    Args:
-        clean: numbers (n, P).
-        damaged: by family, in the order of the detector's.
-        used: the same families, `None` in place of those that nothing is fitted for.
-        folds: (n,).
-    """
-    kinds = list(damaged)
+) -> ModalityCalibration:
+    _, layers, size = clean.statistics.shape
+    modality = ModalityCalibration(layers, size, config.subspace_size)
+    for buffer, value in fitted.items():
+        getattr(modality, buffer).copy_(value)
+    distances, corrupted = judged.clean, judged.corrupted
+    modality.distance_location.copy_(distances.median(0).values)
+    modality.distance_scale.copy_(distances.std(0).clamp_min(1e-3))
+    modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
+    modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
+    modality.scalar_location.copy_(clean.scalars.median(0).values)
+    modality.scalar_scale.copy_(clean.scalars.std(0).clamp_min(1e-6))
 
-    def of(rows: Tensor) -> list[Tensor | None]:
-        return [None if kind is None else damaged[kind].seen[rows] for kind in used]
+    inputs = modality.detector_inputs(distances, clean.scalars)
+    bad = {f: modality.detector_inputs(corrupted[f], families[f].scalars) for f in families}
+    pooled, sided = torch.cat(list(bad.values())), modality.deviations
+    areas = torch.tensor([auroc(inputs[:, column], pooled[:, column]) for column in range(inputs.shape[1])])
+    informative = (areas - 0.5).abs() > UNINFORMATIVE
+    informative[:sided] &= areas[:sided] > 0.5  # a deviation only ever speaks for damage
 
-    scratch = Detector(*reversed(detector.directions.shape))
-    scores = torch.zeros(len(clean), len(kinds) + 1)
-    bad = {kind: torch.zeros_like(scores) for kind in kinds}
+    def fit(rows: Tensor) -> Tensor:
+        positives = torch.cat([values[rows] for values in bad.values()])
+        design = torch.cat([inputs[rows], positives]) * informative
+        targets = torch.cat([torch.zeros(int(rows.sum())), torch.ones(len(positives))])
+        balance = torch.where(targets == 1, 0.5 / len(positives), 0.5 / int(rows.sum()))
+        return fit_logistic(design, targets, balance)
+
+    def criteria(values: Tensor, distances: Tensor, coefficients: Tensor | None) -> Tensor:
+        odds = values[:, :sided].amax(1) if coefficients is None else values @ coefficients[:-1] + coefficients[-1]
+        return torch.stack([odds, modality.emptiness(distances)], 1)
+
+    found, bad_found = torch.zeros(len(folds), 2), {family: torch.zeros(len(folds), 2) for family in bad}
     for fold in range(FOLDS):
         held = folds == fold
-        _fit_scores(scratch, clean[~held], of(~held))
-        scores[held] = scratch.scores(clean[held])
-        for kind in kinds:
-            bad[kind][held] = scratch.scores(damaged[kind].seen[held])
-    _fit_scores(detector, clean, of(torch.ones_like(folds, dtype=torch.bool)))
-    location, scale = scores.median(0).values, (scores.quantile(TAIL, 0) - scores.median(0).values).clamp_min(1e-3)
-    unused = torch.tensor([*(kind is None for kind in used), False])
-    detector.score_location.copy_(location.masked_fill(unused, 0))
-    detector.score_scale.copy_(scale.masked_fill(unused, 1))
+        coefficients = fit(~held) if level == 2 else None
+        found[held] = criteria(inputs[held], distances[held], coefficients)
+        for family, values in bad.items():
+            bad_found[family][held] = criteria(values[held], corrupted[family][held], coefficients)
+    if level == 2:
+        coefficients = fit(torch.ones_like(folds, dtype=torch.bool))
+        modality.coefficients.copy_(coefficients[:-1] * informative)
+        modality.intercept.copy_(coefficients[-1])
+    modality.level.fill_(float(level))
+    if found[:, 1].isfinite().all():
+        margin = (_joint(found, config.false_alarm_rate) - found.median(0).values).clamp_min(1e-3)
+        if margin[0] > 1e-3:  # else the map found nothing to scale by
+            modality.emptiness_scale.copy_(margin[0] / margin[1])
+        for values in (found, *bad_found.values()):
+            values[:, 1] *= modality.emptiness_scale
+    modality.threshold.copy_(_joint(found, config.false_alarm_rate))
+    rate = max(config.arbitration_rate, config.false_alarm_rate)
+    modality.suspicion_threshold.copy_(_joint(with_unfamiliarity(found, judged.unfamiliarity), rate))
+    alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
+    odds = (found - modality.threshold).amax(1)
+    bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}
 
-    def largest(values: Tensor, without: int | None = None) -> Tensor:
-        values = (values - detector.score_location) / detector.score_scale
-        return values.amax(1) if without is None else values.index_fill(1, torch.tensor([without]), NEVER).amax(1)
-
-    rate = config.false_alarm_rate / len(MODALITIES)
-    found = largest(scores)
-    detector.threshold.copy_(_upper(found, rate))
-    detector.suspicion_threshold.copy_(_upper(found, max(config.arbitration_rate, rate)))
-    ordered = found.sort().values
-    kept = min(len(ordered), REMEMBERED)
-    detector.clean.zero_()
-    detector.clean[:kept] = ordered[torch.arange(kept) * len(ordered) // kept]
-    detector.count.fill_(float(kept))
-    alarms = [found[folds == fold] > _upper(found[folds != fold], rate) for fold in range(FOLDS)]
+    shares = modality.coefficients.abs()
+    typicality = auroc(modality.typicality(distances), modality.typicality(torch.cat(list(corrupted.values()))))
+    report.samples[name] = len(folds)
     report.achieved_false_alarm_rate[name] = float(torch.cat(alarms).float().mean())
-    report.families[name], report.unseen[name] = {}, {}
-    for number, kind in enumerate(kinds):
-        for without, table in ((None, report.families[name]), (number, report.unseen[name])):
-            table[kind] = _detection(largest(scores, without), largest(bad[kind], without), damaged[kind].severity, rate)
+    report.families[name] = {family: auroc(odds, values) for family, values in bad_odds.items()}
+    report.signals[name] = {
+        "typicality": {"auroc": typicality, "coefficient": float(shares[:sided].sum())},
+        **{
+            signal: {"auroc": float(areas[sided + i]), "coefficient": float(modality.coefficients[sided + i])}
+            for i, signal in enumerate(SCALARS[:2])
+        },
+    }
+    report.damage_auroc[name] = auroc(odds, torch.cat(list(bad_odds.values())))
+    return modality
 
 
-def _detection(clean: Tensor, damaged: Tensor, severity: Tensor, rate: float) -> Detection:
-    flagged = (damaged > _upper(clean, rate)).float()
-    step = (severity * SEVERITIES).long().clamp(0, SEVERITIES - 1)
-    shares = [float(flagged[step == number].mean()) for number in range(SEVERITIES)]
-    return Detection(auroc(clean, damaged), shares)
+def _joint(values: Tensor, rate: float) -> Tensor:
+    """Thresholds (2,) of two criteria (n, 2), equally rare, of which a share `rate` of the samples exceeds any."""
+    for single in torch.linspace(rate, rate / 2, 11).tolist():
+        thresholds = torch.stack([_upper(column, single) for column in values.unbind(1)])
+        if (values > thresholds).any(1).float().mean() <= rate:
+            break
+    # a criterion that nothing was fitted for is -inf throughout
+    return thresholds.nan_to_num(nan=0.0, neginf=0.0)
 
 
 def _upper(values: Tensor, rate: float) -> Tensor:
-    """The threshold that values of the same distribution exceed with probability `rate` at most, or as rarely as so
-    few tell: the k-th largest of n, with k = rate * (n + 1)."""
-    return values.sort(descending=True).values[max(1, int(rate * (len(values) + 1))) - 1]
+    """The threshold that at most a share `rate` of the values exceeds."""
+    return values.quantile(1 - rate, interpolation="higher")
 
 
 def _fit_agreement(

@@ -20,13 +20,11 @@ class ModalityFeatures:
         tokens: (B, N, D), in the language model's space.
         mask: (B, N), True for real tokens.
         statistics: (B, L, F), mean and standard deviation over tokens of the chosen layers.
-        pixels: (B, P), `pixel_statistics` of images.
     """
 
     tokens: Tensor
     mask: Tensor
     statistics: Tensor
-    pixels: Tensor | None = None
 
 
 @dataclass
