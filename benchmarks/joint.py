@@ -10,13 +10,15 @@ task loss alone. Both see the same samples and corruptions.
 import argparse
 from pathlib import Path
 
-import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, set_seed
 
-from modeling_dms.training.apps.demo import STATIC, batches_of, one_per_image
-from modeling_dms.training.apps.evaluation import answer_tokens, predict
-from modeling_dms.training.corruptions import corrupt
-from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.apps.demo import BATCH
+from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.data.easy_vqa import ANSWERS
+from modeling_dms.training.evaluate.grid import Condition, run_condition
+from modeling_dms.training.evaluate.methods import Method, Scheduled
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
 from modeling_dms.training.finetune.arguments import read_arguments
 from modeling_dms.training.finetune.train import run_training
 from modeling_dms.training.models.loading import CHECKPOINTS, load
@@ -50,19 +52,17 @@ def start(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-@torch.no_grad()
 def measure(checkpoint: Path, count: int = 200) -> list[str]:
     """Table rows: accuracy as scheduled and at uniform weights, and the mean weights, on validation images."""
     model, processor = load(str(checkpoint))
-    collator = PromptCollator(processor)
+    task = VisualQuestionAnswering(processor, ANSWERS)
     samples = one_per_image(load_easy_vqa("validation"), count)
-    wanted = answer_tokens(collator, samples)
     rows = []
     for name in CONDITIONS:
-        changed = samples if name == "clean" else [corrupt(sample, name, 5) for sample in samples]
-        own, uniform = predict(model.eval(), batches_of(collator, changed), [None, STATIC])
-        mean = " / ".join(f"{value:.2f}" for value in own.weights.mean(0).tolist())
-        rows.append(f"{name} | {own.correct(wanted).mean():.3f} | {uniform.correct(wanted).mean():.3f} | {mean}")
+        methods, condition = (Scheduled("own"), Method()), Condition(name, "", 5)
+        own, uniform = run_condition(model.eval(), task, methods, samples, condition, 0, BATCH)
+        mean = " / ".join(f"{value:.2f}" for value in own.weights.mean(0))
+        rows.append(f"{name} | {own.mean():.3f} | {uniform.mean():.3f} | {mean}")
     return rows
 
 

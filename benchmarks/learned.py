@@ -9,25 +9,24 @@ the rule has to be told.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from modeling_dms.evidence.typicality import auroc
-from modeling_dms.training.apps.demo import (
-    CONDITIONS,
-    STATIC,
-    Condition,
-    batches_of,
-    calibrate_demo,
-    corrupted,
-    one_per_image,
-)
-from modeling_dms.training.apps.evaluation import answer_tokens, predict
+from modeling_dms.training.apps.demo import BATCH, CONDITIONS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.evaluate.metrics.robust import bootstrap_interval, oracle_gap_closed
+from modeling_dms.training.data.easy_vqa import ANSWERS
+from modeling_dms.training.evaluate.baselines import record
+from modeling_dms.training.evaluate.documents import points, share, table
+from modeling_dms.training.evaluate.grid import ORACLE, Cell, Condition, run_condition
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.metrics.robust import paired_difference
+from modeling_dms.training.evaluate.report import Results, condition_means, summarize
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 
 
@@ -42,36 +41,23 @@ BOTH_BAD = (
     ("image:invert", 3, "text:scramble", 4),
     ("image:fog", 5, "text:scramble", 2),
 )
-ORACLES = ((0.01, 0.99), (0.05, 0.95), (0.5, 0.5), (0.95, 0.05), (0.99, 0.01))
+FIXED = (Method(), *(Fixed(str(weight), weight) for weight in (0.01, 0.05, 0.95, 0.99)))
 GROUPS = ("clean", "unseen image", "unseen text", "both bad", "text mismatch")
 
 
-@dataclass
-class Case:
-    """Samples under one condition."""
-
-    name: str
-    group: str
-    samples: list[Sample]
-
-
-def cases(samples: list[Sample]) -> list[Case]:
-    """The demo's clean, unseen and mismatch conditions, and those in which both modalities are bad."""
+def cases(samples: list[Sample]) -> list[tuple[list[Sample], Condition, Condition]]:
+    """Samples, a condition to measure them under, and the condition that both make together: the demo's clean, unseen
+    and mismatch conditions, and those in which both modalities are bad."""
     found = []
     for condition in CONDITIONS:
         group = "text mismatch" if condition.name == "text:mismatch" else condition.group
         if group in GROUPS:
-            found.append(Case(condition.name, group, corrupted(samples, condition)))
+            found.append((samples, condition, replace(condition, group=group)))
     for image, image_severity, text, text_severity in BOTH_BAD:
-        bad = corrupted(samples, Condition(image, "", image_severity))
-        bad = corrupted(bad, Condition(text, "", text_severity))
-        found.append(Case(f"{image} {image_severity} + {text} {text_severity}", "both bad", bad))
+        bad, _ = Condition(image, "", image_severity).apply(samples, 0)
+        name = f"{image} {image_severity} + {text} {text_severity}"
+        found.append((bad, Condition(text, "", text_severity), Condition(name, "both bad", text_severity)))
     return found
-
-
-def points(one: np.ndarray, other: np.ndarray) -> float:
-    """By how many points the first is more accurate."""
-    return float(100 * (one - other).mean())
 
 
 def main() -> None:
@@ -81,56 +67,40 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=880)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    models = {
+    loaded = {
         "rule": load("demo-llava"),
         "rule + prior": load("demo-llava", {"conflict_prior": "vision"}),
         "learned": load(options.trained),
     }
-    collator = PromptCollator(models["rule"][1])
-    for name, (model, _) in models.items():
-        model.eval()
-        if name != "learned":
-            calibrate_demo(model, collator, 300)
+    models, processor = {name: model.eval() for name, (model, _) in loaded.items()}, loaded["rule"][1]
+    task = VisualQuestionAnswering(processor, ANSWERS)
+    for name in ("rule", "rule + prior"):
+        calibrate(models[name], PromptCollator(processor), load_easy_vqa("train"), 300)
     samples = one_per_image(load_easy_vqa(options.split), options.samples)
-    wanted = answer_tokens(collator, samples)
-    right: dict[str, dict[str, list[np.ndarray]]] = {group: {} for group in GROUPS}
-    lines, consistency = [], {}
-    for case in tqdm(cases(samples), desc="conditions", unit=""):
-        batches = batches_of(collator, case.samples)
-        scores, weights = {}, {}
-        fixed = [p.correct(wanted) for p in predict(models["rule"][0], batches, ORACLES)]
-        scores["static"], scores["oracle"] = fixed[ORACLES.index(STATIC)], max(fixed, key=np.mean)
-        for name, (model, _) in models.items():
-            prediction = predict(model, batches, [None])[0]
-            scores[name], weights[name] = prediction.correct(wanted), prediction.weights[:, 0].mean()
-            consistency[name, case.name] = prediction.signals.consistency[:, 0]
-        for name, score in scores.items():
-            right[case.group].setdefault(name, []).append(score)
-        means = " | ".join(f"{scores[n].mean():.3f}" for n in ("static", *models, "oracle"))
-        shown = " / ".join(f"{weights[n]:.2f}" for n in models)
-        lines.append(f"| {case.name} | {case.group} | {means} | {shown} |")
+    cells: list[Cell] = []
+    for some, condition, whole in tqdm(cases(samples), desc="conditions", unit=""):
+        fixed = run_condition(models["rule"], task, FIXED, some, condition, 0, BATCH)
+        found = [fixed[0], replace(max(fixed, key=Cell.mean), method=ORACLE)]
+        for name, model in models.items():
+            found += run_condition(model, task, [Scheduled(name)], some, condition, 0, BATCH)
+        cells += [replace(cell, condition=whole) for cell in found]
+    results, numbers = Results(cells), summarize(cells)
     titles = ("static", *models, "oracle")
-    head = f"| condition | group | {' | '.join(titles)} | image weight: {' / '.join(models)} |"
-    summary = [
-        f"| group | {' | '.join(titles)} | gap closed: {' / '.join(models)} | learned - rule, points |",
-        "|---" * (len(titles) + 3) + "|",
-    ]
-    for group, methods in right.items():
-        arrays = {name: np.stack(rows) for name, rows in methods.items()}
-        gaps = []
-        for name in models:
-            triple = (arrays["static"], arrays[name], arrays["oracle"])
-            if group == "clean" or arrays["oracle"].sum() <= arrays["static"].sum():
-                gaps.append("-")
-                continue
-            low, high = bootstrap_interval(oracle_gap_closed, *triple)
-            gaps.append(f"{oracle_gap_closed(*triple):.2f} [{low:.2f}, {high:.2f}]")
-        means = " | ".join(f"{arrays[name].mean():.3f}" for name in titles)
-        pair = (arrays["learned"], arrays["rule"])
-        low, high = bootstrap_interval(points, *pair)
-        summary.append(f"| {group} | {means} | {' / '.join(gaps)} | {points(*pair):+.1f} [{low:+.1f}, {high:+.1f}] |")
+    lines = []
+    for (name, group, _), of in condition_means(numbers["conditions"]).items():
+        means = [f"{of[title]['score']:.3f}" for title in titles]
+        lines.append([name, group, *means, " / ".join(f"{of[title]['weights'][0]:.2f}" for title in models)])
+    summary = []
+    for group in GROUPS:
+        rows = {row["method"]: row for row in numbers["groups"] if row["group"] == group}
+        gaps = ["-" if group == "clean" else share(rows[name]["gap_closed"]) for name in models]
+        learned, rule = (results.array(name, lambda c, g=group: c.group == g) for name in ("learned", "rule"))
+        means = [f"{rows[title]['score']:.3f}" for title in titles]
+        summary.append([group, *means, " / ".join(gaps), points(paired_difference(learned, rule))])
+    mismatched, _ = Condition("text:mismatch", "", 4).apply(samples, 0)
     rule, learned = (
-        auroc(-consistency[name, "clean"], -consistency[name, "text:mismatch"]) for name in ("rule", "learned")
+        auroc(*(-record(models[name], task, some, BATCH)[0].consistency[:, 0] for some in (samples, mismatched)))
+        for name in ("rule", "learned")
     )
     text = "\n".join(
         [
@@ -139,13 +109,11 @@ def main() -> None:
             f"Written by `benchmarks/learned.py` on {len(samples)} {options.split} images, one question each. The",
             "oracle is the best of five fixed weights per condition; intervals are 95% bootstrap over samples.",
             "",
-            *summary,
+            table(("group", *titles, f"gap closed: {' / '.join(models)}", "learned - rule, points"), summary),
             "",
             f"Consistency tells mismatched contexts: AUROC {rule:.3f} (rule), {learned:.3f} (learned).",
             "",
-            head,
-            "|---" * (len(titles) + 3) + "|",
-            *lines,
+            table(("condition", "group", *titles, f"image weight: {' / '.join(models)}"), lines),
             "",
         ]
     )

@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from typer.testing import CliRunner
 
-from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.apps.serve import serve
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import as_text, load_easy_vqa
+from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import CHECKPOINTS, load
 from tests import tiny
 
@@ -68,7 +68,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples():
-    return one_per_image(load_easy_vqa("test"), 40)
+    return one_per_image(load_easy_vqa("test"), 300)
 
 
 def answers(model, processor, name, sample, **kwargs):

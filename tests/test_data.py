@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
-from modeling_dms.training.apps.demo import CHECKPOINTS
 from modeling_dms.training.corruptions import IMAGE_CORRUPTIONS, TEXT_CORRUPTIONS, corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.collator import as_text
 from modeling_dms.training.data.samples import image_key, to_rgb
+from modeling_dms.training.models.loading import CHECKPOINTS
 from tests import tiny
 
 

@@ -10,10 +10,16 @@ from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGener
 from typer.testing import CliRunner
 
 from modeling_dms.training.apps import demo
-from modeling_dms.training.apps.evaluation import answer_tokens, predict
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CALIBRATION_FAMILIES, family_of
-from modeling_dms.training.data import Sample, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.data.easy_vqa import ANSWERS, COLORS
+from modeling_dms.training.evaluate.grid import Condition, run_condition
+from modeling_dms.training.evaluate.methods import Method
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import CHECKPOINTS, load
 from modeling_dms.training.models.pretrain_demo import TRAINING_CORRUPTIONS
 
 
@@ -22,13 +28,15 @@ VANILLA = {"llava": LlavaForConditionalGeneration, "blip2": Blip2ForConditionalG
 
 @pytest.fixture(scope="module")
 def samples():
-    return demo.one_per_image(load_easy_vqa("test"), 60)
+    return one_per_image(load_easy_vqa("test"), 60)
 
 
 @pytest.fixture(scope="module", params=list(VANILLA))
 def calibrated(request):
-    model, collator = demo.load_demo_model(request.param)
-    return request.param, model, collator, demo.calibrate_demo(model, collator, 100, show_progress=False)
+    model, processor = load(f"demo-{request.param}")
+    clean = one_per_image(load_easy_vqa("train"), 100)
+    report = calibrate(model, PromptCollator(processor), clean, len(clean), show_progress=False)
+    return request.param, model, VisualQuestionAnswering(processor, ANSWERS), report
 
 
 def test_unseen_means_of_a_family_that_neither_training_nor_calibration_saw():
@@ -46,7 +54,7 @@ def test_unseen_means_of_a_family_that_neither_training_nor_calibration_saw():
 
 @pytest.mark.parametrize("backbone", list(VANILLA))
 def test_shipped_checkpoints_are_small_static_and_recorded(backbone):
-    folder = demo.CHECKPOINTS / f"demo-{backbone}"
+    folder = CHECKPOINTS / f"demo-{backbone}"
     assert (folder / "model.safetensors").stat().st_size < 12e6
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if "dms" in key]  # noqa: SIM118
@@ -57,33 +65,38 @@ def test_shipped_checkpoints_are_small_static_and_recorded(backbone):
 
 
 def test_static_weights_are_the_vanilla_checkpoint(calibrated, samples):
-    backbone, model, collator, _ = calibrated
-    vanilla = VANILLA[backbone].from_pretrained(demo.CHECKPOINTS / f"demo-{backbone}").eval()
-    inputs = collator(samples[:8])
-    static = predict(model, [inputs], [demo.STATIC])[0]
-    inputs.pop("modality_ids")
+    backbone, model, task, _ = calibrated
+    vanilla = VANILLA[backbone].from_pretrained(CHECKPOINTS / f"demo-{backbone}").eval()
+    prompts = task.collate(samples[:8])
+    static = Method().logits(model, prompts, Method().decide(model, prompts))
+    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
-        assert torch.equal(vanilla(**inputs).logits[:, -1].argmax(-1), static.tokens)
+        assert torch.equal(vanilla(**inputs).logits[:, -1].argmax(-1), static.argmax(-1))
 
 
 def test_dms_leaves_clean_samples_alone_and_finds_damage(calibrated, samples):
-    _, model, collator, report = calibrated
-    wanted = answer_tokens(collator, samples)
-    clean = demo.batches_of(collator, samples)
-    static, dms = predict(model, clean, [demo.STATIC, None])
-    assert static.correct(wanted).mean() > 0.8
-    assert abs(dms.correct(wanted).mean() - static.correct(wanted).mean()) <= 0.02
-    assert (dms.weights == 0.5).all(1).float().mean() > 0.9
-    black = demo.corrupted(samples, demo.Condition("image:black", "seen"))
-    typos = demo.corrupted(samples, demo.Condition("text:typos", "unseen text", 5))
-    assert predict(model, demo.batches_of(collator, black), [None])[0].weights[:, 0].mean() < 0.2
-    assert predict(model, demo.batches_of(collator, typos), [None])[0].weights[:, 1].mean() < 0.3
+    _, model, task, report = calibrated
+
+    def measured(name, severity=0):
+        condition = Condition(name, "", severity)
+        return {c.method: c for c in run_condition(model, task, demo.METHODS, samples, condition, 0, demo.BATCH)}
+
+    clean = measured("clean")
+    assert clean["static"].mean() > 0.8
+    assert abs(clean["rule"].mean() - clean["static"].mean()) <= 0.02
+    assert (clean["rule"].weights == 0.5).all(1).mean() > 0.9
+    assert measured("image:black", 4)["rule"].weights[:, 0].mean() < 0.2
+    assert measured("text:typos", 5)["rule"].weights[:, 1].mean() < 0.3
     assert report.mismatch_auroc > 0.85
+
+
+def test_answers_are_those_of_the_data():
+    assert all({s.answers[0] for s in load_easy_vqa(split)} == {*ANSWERS} for split in ("train", "test"))
 
 
 def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CONDITIONS", demo.CONDITIONS[:3])
-    monkeypatch.setattr(demo, "PICTURE_CONDITIONS", ("clean",))
+    monkeypatch.setattr(demo, "PICTURED", ("clean",))
     (tmp_path / "model_cards").mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     (tmp_path / "model_cards" / "README.md").write_text("<!-- training:begin -->\n<!-- training:end -->\n")
@@ -92,8 +105,9 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
     assert "old" not in readme
-    row = result["backbones"][0]["rows"][1]
-    assert f"| {row['static']:.3f} | {row['dms']:.3f} | {row['oracle']:.3f} |" in readme
+    rows = [row for row in result["backbones"][0]["conditions"] if row["condition"] == "image:color_cast"]
+    assert [row["method"] for row in rows] == ["static", "rule", "oracle"]
+    assert "| {:.3f} | {:.3f} | {:.3f} |".format(*(row["score"] for row in rows)) in readme
     written = (tmp_path / "out" / "results.json").read_text()
     assert json.loads(written)["samples"] == 50
     assert (tmp_path / "model_cards" / "results.json").read_text() == written
@@ -103,7 +117,7 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
 
 
 def test_predict_answers_one_sample(tmp_path, samples):
-    sample = next(s for s in samples if s.answers[0] in demo.COLORS)
+    sample = next(s for s in samples if s.answers[0] in COLORS)
     arguments = ["predict", "--question", sample.question, "--context", sample.context, "--image", str(sample.image)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -124,9 +138,3 @@ def test_predict_reports_bad_input_in_one_line(tmp_path):
         assert result.exit_code == 1
         assert message in result.output
         assert "Traceback" not in result.output
-
-
-def test_a_sample_whose_answer_is_longer_than_a_token_is_named():
-    _, collator = demo.load_demo_model("llava")
-    with pytest.raises(ValueError, match="'long'"):
-        answer_tokens(collator, [Sample("long", None, "a", "b", ("a rather long answer",))])

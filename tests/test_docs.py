@@ -20,9 +20,9 @@ import typer
 from typer.testing import CliRunner
 
 from modeling_dms import DMSConfig
-from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_easy_vqa, load_folder
+from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.finetune.arguments import _TYPES, read_arguments
 from modeling_dms.training.models.loading import CHECKPOINTS, load
 

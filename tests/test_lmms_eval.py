@@ -28,11 +28,11 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 
 from modeling_dms import DMSBlip2ForConditionalGeneration
-from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.apps.lmms_eval_plugin import DMS
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import CHECKPOINTS, load
 from tests import tiny
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, ResNetConfig
 from typer.testing import CliRunner
 
-from modeling_dms.training.apps.demo import one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.finetune.arguments import read_arguments
 from modeling_dms.training.finetune.train import run_training
 from modeling_dms.training.models.loading import CHECKPOINTS, load
@@ -92,7 +92,7 @@ def test_a_batch_of_the_processors_is_answered_as_its_rows(name, checkpoint, tmp
     def answers(some):
         text = [f"{token}context: {s.context} question: {s.question} answer:" for s in some]
         inputs = processor(images=[s.load_image() for s in some], text=text, padding=True, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         return processor.tokenizer.batch_decode(out[:, -2:])
 
     assert answers(samples) == [answers([sample])[0] for sample in samples]

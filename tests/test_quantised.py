@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
-from modeling_dms.training.apps.demo import calibrate_demo, one_per_image
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 from tests import tiny
 
@@ -48,7 +49,7 @@ def saved(tmp_path_factory, prompts):
     """A calibrated checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model, _ = load("demo-llava")
-    calibrate_demo(model, prompts, 60)
+    calibrate(model, prompts, load_easy_vqa("train"), 60)
     model.save_pretrained(folder)
     return folder
 
@@ -134,7 +135,7 @@ def test_a_quantised_model_is_calibrated(saved, prompts, batch):
     for modality in model.dms.calibration.modalities:
         modality.level.zero_()
     assert torch.equal(answer(model, batch)[1], torch.full((40, 2), 0.5))
-    calibrate_demo(model, prompts, 60)
+    calibrate(model, prompts, load_easy_vqa("train"), 60)
     weights = answer(model, batch)[1]
     assert (weights[:20] - 0.5).abs().mean() < 0.05
     assert weights[20:, 0].mean() < 0.1

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from modeling_dms.training.apps import web
 from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
-from modeling_dms.training.apps.demo import STATIC, one_per_image
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import load
 from tests import tiny
 
@@ -48,7 +48,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 @pytest.fixture(scope="module")
 def samples():
-    return one_per_image(load_easy_vqa("test"), 60)
+    return one_per_image(load_easy_vqa("test"), 300)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
 
 def test_static_weights_of_one_modality(loaded, samples):
     """The static model hears what is there."""
-    alone = answer(*loaded, samples[1].replace(image=None), 5, STATIC)
+    alone = answer(*loaded, samples[1].replace(image=None), 5, web.STATIC)
     assert alone.weights == [0, 1]
     assert alone.signals == {}
 

@@ -4,10 +4,15 @@ from importlib.util import find_spec
 
 
 # as pip and as Python name them
-_DEMO = {"easy-vqa": "easy_vqa", "matplotlib": "matplotlib", "pillow": "PIL", "scipy": "scipy"}
+_DEMO = {
+    "accelerate": "accelerate",
+    "easy-vqa": "easy_vqa",
+    "matplotlib": "matplotlib",
+    "pillow": "PIL",
+    "scipy": "scipy",
+}
 _EVAL = {
     **_DEMO,
-    "accelerate": "accelerate",
     "datasets": "datasets",
     "evaluate": "evaluate",
     "imagecorruptions-imaug": "imagecorruptions",

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from modeling_dms.training.apps.demo import calibrate_demo
-from modeling_dms.training.data import PromptCollator, Sample
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import CHECKPOINTS, load, room_for_prompts
 
 
@@ -40,7 +40,7 @@ def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
     if not Path(name).exists() and name in {folder.name for folder in CHECKPOINTS.iterdir()}:
-        calibrate_demo(model, collator, calibration_samples)
+        calibrate(model, collator, load_easy_vqa("train"), calibration_samples)
     elif not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
         print("not calibrated: the weights stay uniform (see `model.calibrate`)")
     return model, collator

@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 
 from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
-from modeling_dms.training.apps.demo import STATIC, one_per_image
 from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.evaluate.run import one_per_image
 
 
 INTRODUCTION = (
@@ -22,6 +22,7 @@ INTRODUCTION = (
     "weighs both alike, *DMS* by how far each can be trusted."
 )
 MODALITIES = ("image", "context")
+STATIC = (0.5, 0.5)
 EXAMPLES = 5
 MAX_NEW_TOKENS = 20
 MAX_CHARACTERS = 10_000  # of a text

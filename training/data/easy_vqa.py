@@ -10,6 +10,7 @@ from modeling_dms.training.data.samples import CAPTION_QUESTION, TASKS, Sample
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+ANSWERS = (*COLORS, *SHAPES, "yes", "no")
 CONTEXTS = (
     "the picture shows a {color} {shape}.",
     "this image contains a {color} {shape}.",

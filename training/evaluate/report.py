@@ -310,7 +310,7 @@ def render(results: dict[str, Any]) -> str:
         "## Cost\n\nEncoding, deciding and answering, in batches; measured beside each other in this run.\n\n"
         + table(("method", "ms a sample", "of static"), body)
     )
-    means = _condition_means(numbers["conditions"])
+    means = condition_means(numbers["conditions"])
     methods = list(dict.fromkeys(row["method"] for row in numbers["conditions"]))
     counts = {(row["condition"], row["severity"]): row["samples"] for row in numbers["conditions"]}
     some = {key: f" ({count} of {run['samples']})" for key, count in counts.items() if count < run["samples"]}
@@ -390,7 +390,7 @@ def brief(evaluations: Sequence[dict[str, Any]]) -> str:
     return table(head, [[method, *(of.get(m, "- | - | - | -") for m in models)] for method, of in columns.items()])
 
 
-def _condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
+def condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:
     """By condition and method: means over seeds."""
     found: dict[tuple, dict[str, list]] = {}
     for row in rows:
@@ -422,7 +422,7 @@ def draw(results: dict[str, Any], cells: Sequence[Cell], out: Path, methods: Seq
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    means, written = _condition_means(results["results"]["conditions"]), []
+    means, written = condition_means(results["results"]["conditions"]), []
     colors = dict(zip(methods, METHOD_COLORS * len(methods), strict=False))
     sides = {
         side: sorted({k[2] for k in means if k[0].startswith(side) and k[1].startswith("unseen")})

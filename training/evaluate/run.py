@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import platform
 import shlex
 import sys
 import time
@@ -15,11 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
-from modeling_dms import __version__
 from modeling_dms._compat import require
 from modeling_dms.save.staging import check_writable
 from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
@@ -55,6 +52,7 @@ from modeling_dms.training.models.request import (
     data_request,
     model_request,
     read_request,
+    versions,
     whats_different,
     write_request,
 )
@@ -173,7 +171,7 @@ def _kinds_of(config: EvaluationConfig, group: str, modality: str) -> list[str]:
     return [name for name in names_in(modality, families) if config.kinds is None or name in config.kinds]
 
 
-def one_per_image(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+def one_per_image(samples: Sequence[Sample], count: int, seed: int = 0) -> list[Sample]:
     """One sample of each of `count` images, two of three not yes/no questions where there are others."""
     by_image: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -328,12 +326,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "chosen": {method.name: _plain(method) for method in methods},
             "command": shlex.join(["dms", *sys.argv[1:]]),
             "processes": state.num_processes,
-            "versions": {
-                "modeling_dms": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         },
         "results": summarize(cells),
     }

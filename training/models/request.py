@@ -3,11 +3,16 @@ them: a name alone does not tell, what it stands for may have changed."""
 
 import hashlib
 import json
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from modeling_dms import __version__
 from modeling_dms.training.data.samples import Sample
 from modeling_dms.training.models.loading import folders_of
 
@@ -18,6 +23,16 @@ _READ = re.compile(
     r"(adapter_)?(config\.json|model.*\.safetensors)|generation_config\.json|(pre)?processor_config\.json"
     r"|tokenizer(_config)?\.json"
 )
+
+
+def versions() -> dict[str, str]:
+    """Of all that results depend on."""
+    return {
+        "modeling_dms": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def file_digest(path: Path) -> str:

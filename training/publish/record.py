@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 
-from modeling_dms import __version__
 from modeling_dms.training.data import Sample
-from modeling_dms.training.models.request import data_request, model_request
+from modeling_dms.training.models.request import data_request, model_request, versions
 
 
 RECORD = "run.json"
@@ -88,12 +86,7 @@ def write_record(
         "steps": list(steps),
         "seconds": round(seconds, 1),
         "hardware": hardware(training.device, training.world_size),
-        "versions": {
-            "modeling_dms": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     path = run / RECORD
     path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
