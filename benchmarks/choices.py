@@ -28,9 +28,8 @@ CHOICES = (
     {"weight_floor": 0.05},
     {"kappa": 4},
     {"kappa": 8},
-    {"arbitration_rate": 0.01},
-    {"arbitration_rate": 0.1},
-    {"arbitration_rate": 0.3},
+    {"false_alarm_rate": 0.002},
+    {"false_alarm_rate": 0.05},
 )
 GROUPS = ("unseen image", "unseen text", "conflict")
 
@@ -49,10 +48,11 @@ def measure(backbone: str) -> list[str]:
         return [cell for cells in found for cell in cells]
 
     fixed, rows = answered(Method(), Method(ORACLE)), []
+    # none of the choices changes what the rule reads of it
+    calibrate(model, PromptCollator(processor), load_easy_vqa("train"), 300, show_progress=False)
     for choice in tqdm(CHOICES, desc=f"{backbone}: choices", unit=""):
-        for name in ("weight_floor", "kappa", "arbitration_rate"):
+        for name in {name for some in CHOICES for name in some}:
             setattr(config, name, choice.get(name, getattr(defaults, name)))
-        calibrate(model, PromptCollator(processor), load_easy_vqa("train"), 300, show_progress=False)
         groups = summarize([*fixed, *answered(Scheduled())])["groups"]
         found = {row["group"]: row for row in groups if row["method"] == "rule"}
         clean = found["clean"]["score"]
@@ -69,10 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    head = (
-        "| backbone | `arbitration_rate` | `weight_floor` | clean (static) | unseen image | unseen text | conflict |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|", *measure("llava"), *measure("blip2")]
+    head = "| backbone | changed | clean (static) | unseen image | unseen text | conflict |"
+    lines = [head, "|---|---|---|---|---|---|", *measure("llava"), *measure("blip2")]
     text = (
         "# Choices\n\nWritten by `benchmarks/choices.py`: oracle gap closed (points gained over static) on validation "
         "images, by group of the demo's conditions.\n\n" + "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import comb
@@ -49,8 +49,10 @@ from modeling_dms import (
     DMSLlavaForConditionalGeneration,
 )
 from modeling_dms._compat import CACHE
+from modeling_dms.calibrate.statistics import Statistics
 from modeling_dms.dms import read_out
-from modeling_dms.observe.layers import text_only_states
+from modeling_dms.evidence.pixels import PIXEL_STATISTICS, pixel_statistics
+from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.steer.bias import key_bias
 from modeling_dms.steer.masks import Steering, steered
@@ -163,11 +165,10 @@ def build(family: str, size: Size, setting: str) -> Any:
     if setting == "vanilla":
         return vanilla_class(vanilla_config(**parts)).eval()
     model = dms_class(dms_config(**parts, dms_config=DMSConfig(scheduler=cast(Any, SETTINGS[setting])))).eval()
-    # what calibration would write, with the vision modality just beyond its threshold
-    for modality, threshold in zip(model.dms.calibration.modalities, (-0.5, 1.0), strict=True):
-        modality.level.fill_(2)
-        modality.threshold.fill_(threshold)
-        modality.suspicion_threshold.fill_(threshold)
+    # as if calibration had remembered one clean sample, whose score the vision modality just exceeds: all score 0
+    for detector, score in zip(model.dms.calibration.detectors, (-0.5, 1.0), strict=True):
+        detector.count.fill_(1)
+        detector.clean.fill_(score)
     if setting == "learned":
         nn.init.normal_(model.dms.scheduler.output.weight, generator=torch.Generator().manual_seed(0))
         model.dms.scheduler.output.bias.data.copy_(torch.tensor([-1.0, 1.0]))
@@ -424,42 +425,69 @@ def vanilla_flops(family: str, model: Any, size: Size) -> int:
     return count_flops(run)
 
 
+def real_dms(model: Any) -> Any:
+    """The `dms` submodule on the CPU, with random weights, because it looks at values."""
+    dms = getattr(model.dms, "original_module", model.dms).to_empty(device="cpu")
+    for parameter in dms.parameters():
+        nn.init.normal_(parameter)
+    for part in dms.calibration.modules():
+        if isinstance(part, Statistics):
+            part.reset()
+    return dms
+
+
+def features_of(dms: Any, tokens: Sequence[Tensor]) -> list[ModalityFeatures]:
+    """Random features of the tokens of each modality, (B, N, D)."""
+    found = []
+    numbers = PIXEL_STATISTICS, SURPRISAL_STATISTICS
+    for own, modality, count in zip(tokens, dms.calibration.modalities, numbers, strict=True):
+        mask, batch = torch.ones(own.shape[:2], dtype=torch.bool), len(own)
+        statistics = torch.randn(batch, *modality.mean.shape)
+        found.append(ModalityFeatures(own, mask, statistics, torch.randn(batch, count)))
+    return found
+
+
+def text_flops(model: Any, size: Size, batch: int = 1) -> tuple[int, int]:
+    """The language model over the text modality alone, and the output layer over what it made of that, on the meta
+    device."""
+    length = CONTEXT + (model._begin_of_text is not None)
+    tokens = torch.empty(batch, length, size.text["hidden_size"], device="meta", dtype=model.dtype)
+    stack, head = model._text_stack(), model.get_output_embeddings()
+    # all tokens are text, so leaving out the mask, whose values the library reads, changes no count, nor does a cache
+    text = count_flops(lambda: stack(inputs_embeds=tokens, use_cache=True))
+    # after the last token nothing is left to be predicted
+    return text, count_flops(lambda: read_out(tokens[:, 1:].flatten(0, 1), head.weight, head.bias))
+
+
+def pixel_flops(size: Size, batch: int = 1) -> int:
+    """The statistics of the pixels."""
+    return count_flops(lambda: pixel_statistics(torch.rand(batch, 3, size.image, size.image)))
+
+
 def dms_flops(model: Any, size: Size) -> dict[str, int]:
     """What DMS adds to a prefill of batch 1, by part.
 
     The `dms` submodule runs whole, on the CPU, because it looks at values; the output layer that it calls and the
-    text-only pass through the language model's first layers run on the meta device.
+    text-only pass through the language model run on the meta device.
     """
-    hidden = size.text["hidden_size"]
-    dms = model.dms.to_empty(device="cpu")
-    for parameter in dms.parameters():
-        nn.init.normal_(parameter)
-    for modality in (*dms.calibration.modalities, dms.calibration.agreement):
-        modality.reset()
-    readouts = [0]
+    dms, readouts = real_dms(model), [0]
+    head = model.get_output_embeddings()
 
     def readout(states: Tensor, tokens: Tensor | None = None) -> Tensor:
         out = torch.empty(0, device="meta")
 
         def run() -> None:
             nonlocal out
-            head = model.get_output_embeddings()
             out = read_out(states.to("meta"), head.weight, head.bias, None if tokens is None else tokens.to("meta"))
 
         readouts[0] += count_flops(run)
         return torch.zeros(out.shape)
 
-    features = [
-        ModalityFeatures(torch.randn(1, n, hidden), torch.ones(1, n, dtype=torch.bool), torch.randn(1, *m.mean.shape))
-        for n, m in zip((size.image_tokens, CONTEXT), dms.calibration.modalities, strict=True)
-    ]
+    features = features_of(dms, [torch.randn(1, n, size.text["hidden_size"]) for n in (size.image_tokens, CONTEXT)])
     inside = count_flops(lambda: dms(features, torch.ones(1, 2, dtype=torch.bool), readout))
-    # all tokens are text, so leaving out the mask, whose values the library reads, changes no count
-    tokens, stack = torch.empty(1, CONTEXT, hidden, device="meta"), model._text_stack()
-    text = count_flops(
-        lambda: text_only_states(lambda: stack(inputs_embeds=tokens, use_cache=True), tokens, model._text_layers)
-    )
-    return {"readout": readouts[0], "text_only": text, "other": inside - readouts[0]}
+    text, surprisal = text_flops(model, size)
+    other = inside - readouts[0] + pixel_flops(size)
+    return {"readout": readouts[0] + surprisal, "text_only": text, "other": other}
 
 
 def _sizes(tensors: Iterable[Tensor]) -> int:
@@ -624,10 +652,11 @@ construction of the model; their median). `net` leaves out what the imports take
 
 A prefill of batch 1; published sizes with their image tokens and {context} text tokens, the others with the prompts
 above. Matrix products, convolutions and attention (`FlopCounterMode` and two formulas that it lacks), two operations a
-multiply-add. The vanilla prefill and the text-only pass run on the meta device; the `dms` submodule, which looks at
-values, runs whole on the CPU at its real width and calls the output layer on the meta device. For a small real model
-the sum is checked to equal, to the digit, the count of a whole prefill. `static` adds no operation to a prefill.
-Counted for `learned`, which has a few parameters more than `rule`.
+multiply-add. The output layer is read for the unimodal views, their dropout passes, and every text token's surprisal;
+the statistics of the pixels are part of the rest. The vanilla prefill and the text-only pass run on the meta device;
+the `dms` submodule, which looks at values, runs whole on the CPU at its real width and calls the output layer on the
+meta device. For a small real model the sum is checked to equal, to the digit, the count of a whole prefill. `static`
+adds no operation to a prefill. Counted for `learned`, which has a few parameters more than `rule`.
 """
 
 

@@ -22,7 +22,19 @@ from weakref import WeakSet
 import peft
 import torch
 import transformers
-from overhead import ANSWER, CONTEXT, PUBLISHED, Size, _text, build, count_flops
+from overhead import (
+    ANSWER,
+    CONTEXT,
+    PUBLISHED,
+    Size,
+    _text,
+    build,
+    count_flops,
+    features_of,
+    pixel_flops,
+    real_dms,
+    text_flops,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,8 +43,7 @@ from transformers import LlavaForConditionalGeneration
 
 import modeling_dms
 from modeling_dms.dms import read_out
-from modeling_dms.observe.layers import layers_of, text_only_states
-from modeling_dms.observe.prompt import ModalityFeatures
+from modeling_dms.observe.layers import layers_of
 
 
 BATCH, GPUS, RANK = 4, 8, 16
@@ -141,8 +152,8 @@ def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Any:
     mask = torch.empty(batch, 1, length, length, device="meta", dtype=torch.bool)
     given = {"labels": labels, "key_bias": bias, "attention_mask": mask, "use_cache": False}
     if family == "llava":
-        features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        embeds = torch.cat([torch.stack(list(features)), embed(ids)], 1)
+        features = LlavaForConditionalGeneration.get_image_features(model, pixel_values=pixels, return_dict=True)
+        embeds = torch.cat([torch.stack(list(features.pooler_output)), embed(ids)], 1)
         return LlavaForConditionalGeneration.forward(model, inputs_embeds=embeds, **given).loss
     states = model.vision_model(pixel_values=pixels).last_hidden_state
     queries = model.query_tokens.expand(batch, -1, -1)
@@ -151,20 +162,9 @@ def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Any:
     return model.language_model(inputs_embeds=embeds, **given).loss
 
 
-def real_dms(model: Any) -> Any:
-    """The `dms` submodule on the CPU, with random weights, because it looks at values."""
-    dms = getattr(model.dms, "original_module", model.dms).to_empty(device="cpu").requires_grad_()
-    for parameter in dms.parameters():
-        nn.init.normal_(parameter)
-    for modality in (*dms.calibration.modalities, dms.calibration.agreement):
-        modality.reset()
-    return dms
-
-
 def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts: list[int]) -> Tensor:
     """The DMS losses. The output layer that they read runs on the meta device, without a backward pass there: the
     operations of that are added to `readouts`."""
-    hidden = size.text["hidden_size"]
     head = model.get_output_embeddings()
 
     def readout(states: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -179,11 +179,11 @@ def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts
         readouts[0] += flops if tokens is None else 0
         return states[..., :1].expand(out.shape).contiguous()
 
-    features = []
-    for count, modality in zip((size.image_tokens, CONTEXT), dms.calibration.modalities, strict=True):
-        tokens = torch.randn(batch, count, hidden, dtype=torch.bfloat16, requires_grad=method == "full")
-        mask = torch.ones(batch, count, dtype=torch.bool)
-        features.append(ModalityFeatures(tokens, mask, torch.randn(batch, *modality.mean.shape)))
+    tokens = [
+        torch.randn(batch, n, size.text["hidden_size"], dtype=torch.bfloat16, requires_grad=method == "full")
+        for n in (size.image_tokens, CONTEXT)
+    ]
+    features = features_of(dms, tokens)
     present = torch.ones(batch, 2, dtype=torch.bool)
     output = dms(features, present, readout)
     labels = torch.zeros(batch, ANSWER, dtype=torch.long)
@@ -213,17 +213,6 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
     storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
     del graph
     return sum(count for address, count in storages.items() if address not in own)
-
-
-def text_only_flops(model: Any, size: Size, batch: int) -> int:
-    """The text-only pass, which has no gradient."""
-    tokens = torch.empty(batch, CONTEXT, size.text["hidden_size"], device="meta", dtype=torch.bfloat16)
-
-    def run() -> None:
-        stack = model._text_stack()
-        text_only_states(lambda: stack(inputs_embeds=tokens, use_cache=True), tokens, model._text_layers)
-
-    return count_flops(run)
 
 
 @fused()
@@ -262,7 +251,8 @@ class Step:
 def count_step(family: str, size: Size, method: str, batch: int = BATCH) -> Step:
     """Parameters, activations and operations; by whether checkpointing is on."""
     saved, flops = {}, {}
-    text_only = text_only_flops(prepare(family, size, method), size, batch)
+    # without a gradient
+    observed = sum(text_flops(prepare(family, size, method), size, batch)) + pixel_flops(size, batch)
     for checkpointing in (False, True):
         model = prepare(family, size, method, checkpointing)
         total, trainable = parameters([model]), parameters([model], trainable=True)
@@ -274,8 +264,8 @@ def count_step(family: str, size: Size, method: str, batch: int = BATCH) -> Step
         inner = max(WEIGHT * parameters([layer]) + GRADIENT * parameters([layer], trainable=True) for layer in layers)
         saved[checkpointing] = saved_bytes(lambda m=model: backbone_loss(family, m, size, batch), model)
         flops[checkpointing] = count_flops(lambda m=model: backbone_loss(family, m, size, batch).backward(), grad=True)
-        flops[checkpointing] += text_only
-        dms, readouts = real_dms(model), [0]
+        flops[checkpointing] += observed
+        dms, readouts = real_dms(model).requires_grad_(), [0]
         run = partial(dms_loss, dms, model, size, method, batch)
         saved[checkpointing] += saved_bytes(lambda r=run: r([0]), dms)
         flops[checkpointing] += count_flops(lambda r=run, n=readouts: r(n).backward(), grad=True) + readouts[0]

@@ -46,7 +46,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "mc_seed": (0, 2**63 - 1),
     "subspace_size": (1, float("inf")),
     "kappa": (0.0, float("inf")),
-    "arbitration_rate": (0.0, 0.5),
     "weight_floor": (0.0, 0.49),
     "false_alarm_rate": (0.0, 0.5),
     "scheduler_hidden_size": (1, float("inf")),
@@ -128,25 +127,19 @@ class DMSConfig(_Checked, PreTrainedConfig):
             least 2; from the size of the vocabulary on, all of them. The output layer is the largest thing they read.
         mc_dropout (`float`, defaults to 0.1): dropout probability, 0 to 0.9.
         mc_seed (`int`, defaults to 0): seed of the dropout masks. The same masks serve every sample and call.
-        consistency (`str`, defaults to `"sharpen"`): `"sharpen"` takes weaker evidence of damage where the modalities
-            disagree; `"additive"` adds it to every modality's score as the paper writes it (with two modalities it
-            cancels).
         vision_layers (`list[int]`, *optional*): layers of the vision tower whose token statistics measure typicality
             (0 is the embedding output). Default: the embeddings and four inner layers.
         text_layers (`list[int]`, *optional*): the same for the text-only pass through the first layers of the language
-            model. Default: the embeddings and layer 1.
+            model. Default: the embeddings and layer 1; of an encoder its middle and last layer too.
         subspace_size (`int`, defaults to 64): principal components kept per layer, fewer where the calibration set is
             small.
         kappa (`float`, defaults to 16.0): how strongly the rule reacts to evidence of damage beyond the threshold.
-        arbitration_rate (`float`, defaults to 0.05): where the modalities disagree, the share of clean samples whose
-            evidence of damage would count. The higher, the readier the rule takes sides in a disagreement, and the
-            clearer the disagreement must be: both are as rare on clean samples as `false_alarm_rate`. 0 to 0.5.
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49; where `conflict_prior` decides, 0.01 at most.
         conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
             (`"vision"` or `"text"`). Default: neither, weights stay uniform.
-        false_alarm_rate (`float`, defaults to 0.01): share of clean samples that calibration lets be flagged, 0 to
-            0.5.
+        false_alarm_rate (`float`, defaults to 0.01): share of clean samples that may be flagged for whatever reason, 0
+            to 0.5. Damage of the image, of the text and, with `conflict_prior`, their disagreement share it alike.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
         scheduler_signals (`list[str]`, *optional*): what the MLP of the learned scheduler sees of `"confidence"`,
             `"uncertainty"`, `"consistency"`, `"typicality"` and `"damage"`, which calibration makes of the others.
@@ -169,12 +162,10 @@ class DMSConfig(_Checked, PreTrainedConfig):
     mc_tokens: int = 256
     mc_dropout: float | int = 0.1
     mc_seed: int = 0
-    consistency: Literal["sharpen", "additive"] = "sharpen"
     vision_layers: list[int] | None = None
     text_layers: list[int] | None = None
     subspace_size: int = 64
     kappa: float | int = 16.0
-    arbitration_rate: float | int = 0.05
     weight_floor: float | int = 0.01
     conflict_prior: Literal["vision", "text"] | None = None
     false_alarm_rate: float | int = 0.01
@@ -217,12 +208,18 @@ class DMSConfig(_Checked, PreTrainedConfig):
         if chosen is not None and (not chosen or set(chosen) - set(SIGNALS)):
             raise ValueError(f"DMSConfig.scheduler_signals must be some of {', '.join(SIGNALS)}, got {chosen!r}")
 
-    def layers_of(self, modality: str, depth: int) -> list[int]:
+    @property
+    def alarm_rate(self) -> float:
+        """Share of clean samples that each reason may flag."""
+        return float(self.false_alarm_rate) / (len(MODALITIES) + (self.conflict_prior is not None))
+
+    def layers_of(self, modality: str, depth: int, causal: bool = True) -> list[int]:
         """Layers whose statistics measure typicality, sorted.
 
         Args:
             modality: `"vision"` or `"text"`.
             depth: layers of the vision tower, or of the language model (its encoder, if it has one).
+            causal: whether the language model predicts the next token.
 
         Raises:
             ValueError: if a configured layer does not exist.
@@ -231,8 +228,9 @@ class DMSConfig(_Checked, PreTrainedConfig):
             # middle layers tell most kinds of damage, the embeddings see noise that the first layers already absorb
             default = {0, *(max(1, round(depth * share)) for share in (0.2, 0.4, 0.6, 0.8))}
         else:
-            # the embeddings tell unknown words, the first layer already word order
-            default = {0, 1}
+            # the embeddings tell unknown words; what is likely, a model that predicts tells by its predictions, an
+            # encoder by its deep layers
+            default = {0, 1} if causal else {0, 1, max(1, depth // 2), depth}
         layers = getattr(self, f"{modality}_layers")
         layers = sorted(default if layers is None else layers)
         if layers[-1] > depth:
@@ -243,7 +241,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
 
 
 # fields of earlier versions, with the value that is as things are now
-_RETIRED = {"mc_depth": "head", "scheduler_embeddings": False}
+_RETIRED = {"mc_depth": "head", "scheduler_embeddings": False, "consistency": "sharpen", "arbitration_rate": 0.05}
 _INHERITED = {
     "transformers_version",
     "model_type",

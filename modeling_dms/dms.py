@@ -46,11 +46,15 @@ def read_out(states: Tensor, weight: Tensor, bias: Tensor | None = None, tokens:
 
 @dataclass(frozen=True)
 class ModalitySize:
-    """Sizes of one modality: D of its tokens, L layers whose statistics have F features each."""
+    """Sizes of one modality: D of its tokens, L layers whose statistics have F features each, and what its detector
+    reads: so many numbers, whether the layers beside them, and families of damage."""
 
     token: int
     layers: int
     statistics: int
+    numbers: int
+    families: int
+    reads_layers: bool
 
 
 class UnimodalView(nn.Module):
@@ -107,8 +111,12 @@ class DynamicModalityScheduling(nn.Module):
         super().__init__()
         self.config = config
         self.views = nn.ModuleList(UnimodalView(size.token, config.shared_size) for size in sizes)
-        self.calibration = Calibration(config, [(size.layers, size.statistics) for size in sizes])
-        self.scheduler = ModalityScheduler(config, [m.scheduler_size for m in self.calibration.modalities])
+        self.calibration = Calibration(
+            config,
+            [(size.layers, size.statistics) for size in sizes],
+            [(s.numbers + 2 * s.layers * s.reads_layers, s.families, s.reads_layers) for s in sizes],
+        )
+        self.scheduler = ModalityScheduler(config, len(sizes))
 
     def unimodal(
         self, indices: Sequence[int], features: Sequence[ModalityFeatures], readout: Readout
@@ -140,8 +148,8 @@ class DynamicModalityScheduling(nn.Module):
     def record(self, index: int, features: ModalityFeatures, readout: Readout) -> ModalityRecord:
         """What calibration needs of modality `index`, on the CPU."""
         representations, _, scalars = self.unimodal([index], [features], readout)
-        parts = (features.statistics, scalars[:, 0], representations[:, 0])
-        return ModalityRecord(*(part.detach().float().cpu() for part in parts))
+        parts = (features.statistics, scalars[:, 0], representations[:, 0], features.numbers)
+        return ModalityRecord(*(None if part is None else part.detach().float().cpu() for part in parts))  # type: ignore
 
     def forward(
         self,
@@ -162,48 +170,47 @@ class DynamicModalityScheduling(nn.Module):
         """
         representations, logits, scalars = self.unimodal(range(len(features)), features, readout)
         with torch.no_grad():
-            signals, calibrated = self._signals(features, modality_mask, representations, scalars)
+            signals, standard = self._signals(features, modality_mask, representations, scalars)
             entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
-            weights = self.scheduler(signals, modality_mask, calibrated, entropy)
+            weights = self.scheduler(signals, modality_mask, standard, entropy)
         return DMSOutput(weights, signals, representations, logits)
 
     def _signals(
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
-    ) -> tuple[ModalitySignals, list[Tensor]]:
-        calibration = self.calibration
-        typicality, damage, suspicion, cleanness, calibrated = [], [], [], [], []
+    ) -> tuple[ModalitySignals, Tensor]:
+        """The signals, and confidence, uncertainty and energy over their clean spread, (B, M, 3)."""
+        calibration, rate = self.calibration, self.config.alarm_rate
+        typicality, damage, p_clean, surprisal = [], [], [], []
         shared = [calibration.shared(i, feature.statistics.float()) for i, feature in enumerate(features)]
-        for index, (modality, feature) in enumerate(zip(calibration.modalities, features, strict=True)):
+        for index, (detector, feature) in enumerate(zip(calibration.detectors, features, strict=True)):
             distances = calibration.distances(index, feature.statistics.float())
-            unfamiliarity = modality.unfamiliarity(shared[index])
-            typicality.append(modality.typicality(distances))
-            evidence = modality.damage(distances, scalars[:, index], unfamiliarity)
-            for values, value in zip((damage, suspicion), evidence, strict=True):
-                values.append(value)
-            cleanness.append(modality.cleanness(suspicion[-1]))
-            calibrated.append(modality.scheduler_inputs(distances, scalars[:, index], unfamiliarity))
+            score = detector(calibration.numbers(index, distances, feature.numbers))
+            typicality.append(calibration.modalities[index].typicality(distances))
+            damage.append(score - detector.threshold(rate))
+            p_clean.append(detector.p_clean(score))
+            surprisal.append(torch.zeros_like(score) if feature.surprisal is None else feature.surprisal)
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
             canonical = consistency(torch.stack(shared, 1), modality_mask)
             agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
         present = modality_mask.float()
-        conflict = calibration.agreement.conflict(agreement, modality_mask)
+        # before calibration nothing is known to be odd
+        known = modality_mask & (torch.stack([detector.count for detector in calibration.detectors]) > 0)
         signals = ModalitySignals(
             confidence=scalars[..., 0] * present,
             uncertainty=scalars[..., 1] * present,
             consistency=agreement,
             energy=scalars[..., 2].masked_fill(~modality_mask, 0),
-            # before calibration nothing is known to be atypical
-            typicality=torch.stack(typicality, 1) * present * (calibration.modalities[0].level > 0),
-            damage=torch.stack(damage, 1).masked_fill(~modality_mask, -torch.inf),
-            suspicion=torch.stack(suspicion, 1).masked_fill(~modality_mask, -torch.inf),
-            conflict=conflict,
-            disagreement=conflict + calibration.agreement.threshold - calibration.agreement.arbitration_threshold,
-            cleanness=torch.stack(cleanness, 1) * present,
+            typicality=torch.stack(typicality, 1) * known,
+            surprisal=torch.stack(surprisal, 1) * present,
+            p_clean=torch.stack(p_clean, 1).masked_fill(~known, 1),
+            damage=torch.stack(damage, 1).masked_fill(~known, -torch.inf),
+            conflict=calibration.agreement.conflict(agreement, modality_mask, rate),
         )
-        return signals, calibrated
+        standard = [m.standardize(scalars[:, index]) for index, m in enumerate(calibration.modalities)]
+        return signals, torch.stack(standard, 1)
 
     def losses(
         self,

@@ -12,9 +12,12 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
+from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
 from modeling_dms.calibrate.statistics import Statistics
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.dms import DynamicModalityScheduling, ModalitySize, UnimodalView, read_out
+from modeling_dms.evidence.pixels import PIXEL_STATISTICS
+from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
@@ -50,13 +53,29 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         dms: DMSConfig = config.dms_config
         tower, stack = cast(PreTrainedModel, self._vision_tower()), cast(PreTrainedModel, self._text_stack())
         self._vision_layers = dms.layers_of("vision", len(layers_of(tower)))
-        self._text_layers = dms.layers_of("text", len(layers_of(stack)))
+        self._text_layers = dms.layers_of("text", len(layers_of(stack)), self._is_causal)
         self._token_size = token_size = self.get_input_embeddings().weight.shape[1]
         self.dms = DynamicModalityScheduling(
             dms,
             [
-                ModalitySize(token_size, len(self._vision_layers), 2 * tower.config.hidden_size),
-                ModalitySize(token_size, len(self._text_layers), 2 * stack.config.hidden_size),
+                ModalitySize(
+                    token_size,
+                    len(self._vision_layers),
+                    2 * tower.config.hidden_size,
+                    PIXEL_STATISTICS,
+                    len(IMAGE_FAMILIES),
+                    # what pixels tell of damage the tower's layers do not add to
+                    reads_layers=False,
+                ),
+                ModalitySize(
+                    token_size,
+                    len(self._text_layers),
+                    2 * stack.config.hidden_size,
+                    SURPRISAL_STATISTICS if self._is_causal else 0,
+                    len(TEXT_FAMILIES),
+                    # words that clean texts never hold
+                    reads_layers=True,
+                ),
             ],
         )
         watch_layers(tower, self._vision_layers)
@@ -138,7 +157,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
             raise ValueError(f"modality_ids must lie in [0, {len(MODALITIES)}], got {modality_ids.unique().tolist()}")
         unseen = images is None and embeddings is None
         weighed = given is None and not self._is_static
-        if weighed and images is not None and (images.statistics is None or owner is None):
+        if weighed and images is not None and (images.statistics is None or images.pixels is None or owner is None):
             return None  # encoded by another model, or nobody's
         if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
             return None  # image tokens without an image
@@ -161,6 +180,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         output = None
         # the static baseline has neither signals nor losses; a caller's weights need signals for the losses alone
         if not self._is_static and (labels is not None or given is None):
+            self._check_calibration()
             features = [
                 self._vision_features(images, placeholders, modality_ids, owner),
                 self._text_features(input_ids, embeddings, modality_ids),
@@ -189,6 +209,15 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         return None
 
     # --- checks
+
+    def _check_calibration(self) -> None:
+        """Warns, once, of statistics that an earlier version fitted: its detectors read other numbers."""
+        calibration = self.dms.calibration
+        if not torch.compiler.is_compiling() and calibration.modalities[0].level > 0 and not calibration.is_calibrated:
+            logger.warning_once(
+                "this checkpoint was calibrated by modeling_dms 0.1, whose detectors read other numbers than today's: "
+                "run `model.calibrate` (or `dms calibrate`) again; until then the rule's weights are uniform"
+            )
 
     def _check_padding(self, attention_mask: Tensor | None) -> None:
         """Warns, once, of prompts (B, L) to be gone on from that end in padding."""

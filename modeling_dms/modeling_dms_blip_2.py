@@ -78,7 +78,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         queries = self.query_tokens.expand(len(features), -1, -1)
         tokens = self.qformer(query_embeds=queries, encoder_hidden_states=features, return_dict=True).last_hidden_state
         lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        return Images(outputs, tokens.flatten(0, 1), lengths, image_statistics(states, tokens))
+        pixels = None if self._is_static else self._pixel_statistics(inputs, tokens)
+        return Images(outputs, tokens.flatten(0, 1), lengths, image_statistics(states, tokens), pixels)
 
     @property
     def _is_causal(self) -> bool:

@@ -17,6 +17,9 @@ class DMSMistral3ForConditionalGeneration(SteeredMixin, Mistral3ForConditionalGe
     config_class = DMSMistral3Config
     family = "Mistral 3"
 
+    def _picture_sizes(self, inputs: dict[str, Any]) -> Any:
+        return torch.as_tensor(inputs["image_sizes"]).tolist()
+
     def _parts(self, image_sizes: Any = None, **kwargs: Any) -> list[int]:
         # the last of an odd number of rows or columns of patches is in no token
         return (torch.as_tensor(image_sizes) // self.config.vision_config.patch_size).prod(-1).tolist()

@@ -15,14 +15,14 @@ class ModalitySignals(ModelOutput):
     uncertainty: of Monte Carlo dropout, at least 0.
     consistency: cosine of the modalities' representations, in [-1, 1].
     energy: logsumexp of the unimodal logits.
-    typicality: z = log(max(1, d / q)), how far outside the clean data; 0 until calibrated.
-    damage: calibrated log-odds that the modality is damaged, relative to the threshold: above 0 is flagged; `-inf`
-        until calibrated.
-    conflict: calibrated disagreement relative to its threshold, one number for all modalities: above 0 is flagged.
-    suspicion, disagreement: damage and conflict relative to lower thresholds, which count where both are exceeded: on
-        clean samples that is as rare as clear damage. Suspicion also heeds how unlike the clean samples that
-        calibration remembers a sample is; it is never less than damage.
-    cleanness: how surely the modality is clean, in [0, 1]; 0 where it is absent.
+    typicality: -log(max(1, d / q)), how typical of clean data: 0 within them, the lower the farther outside; 0 until
+        calibrated.
+    surprisal: mean of minus log p of each text token, given those before it, in nats; 0 for images, and where the
+        language model is an encoder-decoder.
+    p_clean: conformal p-value, the share of clean samples that look at least as damaged: of clean ones at most a share
+        a has a p-value of at most a. 1 until calibrated.
+    damage: how far the evidence of damage lies beyond its threshold: above 0 is flagged; `-inf` until calibrated.
+    conflict: disagreement beyond its threshold, one number for all modalities: above 0 is flagged.
     """
 
     confidence: torch.Tensor | None = None
@@ -30,11 +30,10 @@ class ModalitySignals(ModelOutput):
     consistency: torch.Tensor | None = None
     energy: torch.Tensor | None = None
     typicality: torch.Tensor | None = None
+    surprisal: torch.Tensor | None = None
+    p_clean: torch.Tensor | None = None
     damage: torch.Tensor | None = None
-    suspicion: torch.Tensor | None = None
     conflict: torch.Tensor | None = None
-    disagreement: torch.Tensor | None = None
-    cleanness: torch.Tensor | None = None
 
 
 @dataclass

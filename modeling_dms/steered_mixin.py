@@ -84,12 +84,6 @@ class SteeredMixin(DMSMixin):
 
     # --- what differs between the backbones
 
-    def _parts(self, **kwargs: Any) -> list[int] | None:
-        """How many parts of what the vision tower returns are each image's, from the arguments of
-        `get_image_features`: tiles or, where it returns the patches of all images in a row, patches. `None` where the
-        number of its tokens tells it."""
-        return None
-
     def _without_images(self, input_ids: Tensor | None) -> dict[str, Any]:
         """Arguments that the vanilla `forward` wants where there are no images."""
         return {}
@@ -97,13 +91,15 @@ class SteeredMixin(DMSMixin):
     # --- observe
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the vanilla class's; its output also holds `statistics`, what typicality reads of the vision tower."""
+        """As the vanilla class's; its output also holds `statistics`, what typicality reads of the vision tower, and
+        `pixels`, what tells damage."""
         states, outputs = kept_states(
             lambda: super(SteeredMixin, self).get_image_features(*args, **kwargs), self._vision_layers
         )
         if isinstance(outputs, ModelOutput):
             given = {**dict(zip(self._image_parameters, args, strict=False)), **kwargs}
             outputs.statistics = image_statistics(states, outputs.pooler_output, self._parts(**given))
+            outputs.pixels = None if self._is_static else self._pixel_statistics(given, outputs.pooler_output)
         return outputs
 
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:

@@ -80,7 +80,7 @@ def test_an_adapter_that_lacks_weights_is_refused(run, tmp_path):
     folder, _ = run
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     state = load_file(folder / "adapter_model.safetensors")
-    lost = "base_model.model.dms.calibration.modalities.0.suspicion_threshold"
+    lost = "base_model.model.dms.calibration.detectors.0.score_scale"
     del state[lost]
     save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=lost):

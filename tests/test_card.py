@@ -56,8 +56,8 @@ def adapter(tmp_path):
     tiny.build("blip2-opt", scheduler="rule").config.save_pretrained(folder)
     described = {"base_model_name_or_path": BLIP2, "r": 8, "lora_alpha": 16, "modules_to_save": ["dms", "qformer"]}
     (folder / "adapter_config.json").write_text(json.dumps(described))
-    level = {"base_model.model.dms.calibration.modalities.0.level": torch.tensor(1.0)}
-    save_file(level, folder / "adapter_model.safetensors")
+    count = {"base_model.model.dms.calibration.detectors.0.count": torch.tensor(60.0)}
+    save_file(count, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -19,9 +19,12 @@ import typer
 from huggingface_hub.errors import HTTPError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
+from modeling_dms.calibrate.damage import IMAGE_FAMILIES
 from modeling_dms.training.apps import answer
 from modeling_dms.training.cli import app
 from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of
@@ -246,6 +249,7 @@ def test_a_choice_that_there_is_not_is_wrong_usage(given, said, tmp_path):
         (("--dms", '{"false_alarm": 0.1}'), "unknown field of DMSConfig 'false_alarm', did you mean false_alarm_rate"),
         (("--dms", "kappa=3"), "dms must be a JSON object"),
         (("--samples", "49"), "'--samples'"),
+        (("--leave-out", "noise,blurr"), "unknown family 'blurr', did you mean blur"),
     ],
 )
 def test_choices_of_calibration_are_checked_before_data_are_read(given, said, tmp_path):
@@ -344,8 +348,14 @@ def test_any_name_of_a_file_or_folder_is_taken(tmp_path, monkeypatch):
     data = tiny.table(Path(NASTY), 60)
     model, out = shutil.copytree(CHECKPOINTS / "demo-llava", f"{NASTY} model"), f"{NASTY} out"
     shutil.copy(data / "7.png", f"{NASTY}.png")
-    done = invoke("calibrate", "--model", model, "--data", data, "--samples", 50, "--out", out)
+    done = invoke("calibrate", "--model", model, "--data", data, "--samples", 50, "--out", out, "--leave-out", "blur")
     assert done.exit_code == 0, done.output
+    # the table, beside the checkpoint too, and as a picture
+    assert Path(out, "calibration.txt").read_text().rstrip() in done.output
+    with Image.open(Path(out, "calibration.png")) as picture:
+        assert min(picture.size) > 400
+    left_out = load_file(Path(out, "model.safetensors"))["dms.calibration.detectors.0.left_out"]
+    assert left_out.tolist() == [float(family == "blur") for family in IMAGE_FAMILIES]
     done = invoke("predict", "--model", out, "--image", f"{NASTY}.png", "--question", "what color is it?")
     assert done.exit_code == 0, done.output
     few = "--samples 2 --seeds 1 --corruptions image:fog --severities 5 --methods static,rule --split train"

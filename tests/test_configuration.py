@@ -23,7 +23,6 @@ LITERALS = {
     "scheduler": ("uniform", "rule", "learned", "entropy", "energy"),
     "fusion": ("attention", "embedding"),
     "uncertainty": ("mutual_information", "variance"),
-    "consistency": ("sharpen", "additive"),
     "conflict_prior": ("vision", "text", None),
 }
 # field: (accepted values at the edges, refused values just outside)
@@ -38,7 +37,6 @@ INTEGERS = {
 NUMBERS = {
     "mc_dropout": ([0, 0.0, 0.9], [-0.01, 0.91, 1]),
     "kappa": ([0, 0.0, 100], [-0.1]),
-    "arbitration_rate": ([0, 0.5], [-0.1, 0.51]),
     "weight_floor": ([0, 0.49], [-0.01, 0.5, 1]),
     "false_alarm_rate": ([0, 0.5], [-0.01, 0.51]),
     "temperature": ([0.01, 10], [0, 0.0, -1.0]),
@@ -62,12 +60,10 @@ OTHER = {
     "mc_tokens": 7,
     "mc_dropout": 0.25,
     "mc_seed": 5,
-    "consistency": "additive",
     "vision_layers": [0, 3],
     "text_layers": [1],
     "subspace_size": 9,
     "kappa": 1.5,
-    "arbitration_rate": 0.3,
     "weight_floor": 0.02,
     "conflict_prior": "text",
     "false_alarm_rate": 0.2,
@@ -130,13 +126,23 @@ def test_the_defaults_that_the_method_rests_on():
     assert config.fusion == "attention"
     assert config.uncertainty == "mutual_information"
     assert config.normalize_entropy
-    assert config.consistency == "sharpen"
     assert config.conflict_prior is None
     assert 0 < config.weight_floor < 0.2
     losses = ("mwc", "unimodal", "consistency", "schedule")
     assert [getattr(config, f"lambda_{loss}") for loss in losses] == [0.1] * 4
     assert config.modeling_dms_version == __version__
     assert config.model_type == "dms"
+
+
+@bounded
+@given(rate=st.floats(0, 0.5), prior=st.sampled_from(LITERALS["conflict_prior"]))
+def test_all_alarms_together_have_the_false_alarm_rate(rate, prior):
+    config = DMSConfig(false_alarm_rate=rate, conflict_prior=prior)
+    alarms = 2 if prior is None else 3
+
+    assert alarms * config.alarm_rate == pytest.approx(rate)
+    assert isinstance(DMSConfig(false_alarm_rate=0).alarm_rate, float)
+    assert "alarm_rate" not in config.to_dict()
 
 
 # ---- what is refused
@@ -278,11 +284,24 @@ def test_an_unknown_field_is_dropped_with_a_warning_that_names_both_versions(way
     assert config.modeling_dms_version == __version__
 
 
-def test_a_choice_that_is_gone_is_news_only_where_it_was_made(logged):
-    DMSConfig.from_dict({"mc_depth": "head", "modeling_dms_version": "0.1.0"})
+@pytest.mark.parametrize(
+    ("name", "as_now", "others"),
+    [
+        ("mc_depth", "head", ["encoder"]),
+        ("scheduler_embeddings", False, [True]),
+        ("consistency", "sharpen", ["additive"]),
+        ("arbitration_rate", 0.05, [0.0, 0.3]),
+    ],
+)
+def test_a_choice_that_is_gone_is_news_only_where_it_was_made(name, as_now, others, logged):
+    config = DMSConfig.from_dict({name: as_now, "modeling_dms_version": "0.0.9"})
     assert not logged.records
-    DMSConfig.from_dict({"mc_depth": "encoder", "modeling_dms_version": "0.1.0"})
-    assert "mc_depth" in logged.text
+    assert not hasattr(config, name)
+    assert name not in config.to_dict()
+    for other in others:
+        logged.clear()
+        DMSConfig.from_dict({name: other, "modeling_dms_version": "0.0.9"})
+        assert_warned(logged, name, "0.0.9")
 
 
 def test_fields_of_every_transformers_configuration_are_not_unknown(logged):
@@ -306,6 +325,13 @@ def test_fields_of_every_transformers_configuration_are_not_unknown(logged):
 )
 def test_default_layers_of_shallow_and_deep_backbones(modality, depth, layers):
     assert DMSConfig().layers_of(modality, depth) == layers
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, [0, 1, 6, 12]), (3, [0, 1, 3]), (2, [0, 1, 2]), (1, [0, 1])])
+def test_default_layers_of_an_encoder_reach_its_last(depth, layers):
+    assert DMSConfig().layers_of("text", depth, causal=False) == layers
+    assert DMSConfig().layers_of("vision", depth, causal=False) == DMSConfig().layers_of("vision", depth)
+    assert DMSConfig(text_layers=[1]).layers_of("text", depth, causal=False) == [1]
 
 
 @bounded

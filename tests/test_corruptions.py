@@ -19,7 +19,6 @@ from transformers import HfArgumentParser, TrainerState
 
 from modeling_dms.calibrate import damage
 from modeling_dms.training.corruptions import (
-    CALIBRATION_FAMILIES,
     FAMILIES,
     IMAGE_CORRUPTIONS,
     IMAGENET_C,
@@ -31,6 +30,7 @@ from modeling_dms.training.corruptions import (
     corrupt,
     family_of,
     names_in,
+    self_made_families,
 )
 from modeling_dms.training.data import Sample
 
@@ -238,10 +238,17 @@ def test_families_partition_the_names():
             assert {family_of(name) for name in names_in(modality, [family])} == {family}
 
 
-def test_calibrations_families_are_families_here():
-    assert CALIBRATION_FAMILIES == {"image": damage.IMAGE_FAMILIES, "text": damage.TEXT_FAMILIES}
-    for modality, families in CALIBRATION_FAMILIES.items():
-        assert names_in(modality, families)
+def test_every_kind_says_what_it_must_be_unseen_by():
+    for name in NAMES:
+        modality, kind = name.split(":")
+        known = self_made_families(name)
+        assert set(known) <= set(damage.FAMILIES[modality == "text"])
+        assert bool(known) == (kind not in ("missing", "mismatch")), name
+    assert self_made_families("image:imagenet_c/shot_noise") == ("noise",)
+    assert self_made_families("image:dark") == self_made_families("image:imagenet_c/fog") == ("exposure",)
+    assert self_made_families("image:invert") == self_made_families("image:channel_swap") == ("color",)
+    assert self_made_families("text:typos") == ("misspelt",)
+    assert self_made_families("text:shuffle_words") == ("shuffle",)
 
 
 def test_unknown_names_are_told_the_nearest_or_all_that_are_accepted():
@@ -261,19 +268,10 @@ def test_unknown_names_are_told_the_nearest_or_all_that_are_accepted():
 
 def test_the_default_configuration_divides_all_families():
     config = CorruptionConfig()
-    groups = {name: config.group_of(name) for name in NAMES}
-    assert set(groups.values()) == {"seen", "held out"}
-    assert groups["image:imagenet_c/shot_noise"] == groups["text:shuffle_words"] == groups["image:missing"] == "seen"
-    assert groups["image:jigsaw"] == groups["text:typos"] == groups["image:mismatch"] == "held out"
+    for modality, families in FAMILIES.items():
+        divided = [*config.families(modality, "seen"), *config.families(modality, "held out")]
+        assert sorted(divided) == sorted(families)
     ModalityDropout.of([sample()], config)
-
-
-def test_calibrations_families_count_as_seen_even_where_training_does_not_see_them():
-    config = CorruptionConfig(image_families=["digital"], held_out_image_families=["weather"])
-    assert config.group_of("image:imagenet_c/glass_blur") == "seen"
-    assert config.group_of("image:dark") == "other"
-    with pytest.raises(ValueError, match="held_out_image_families: blur seen by calibration"):
-        CorruptionConfig(image_families=["digital"], held_out_image_families=["blur"])
 
 
 @pytest.mark.parametrize(
@@ -299,7 +297,7 @@ def test_the_configuration_is_read_from_the_command_line():
         ["--image_rate", "0.1", "--image_families", "noise", "digital", "--held_out_image_families", "color"]
     )
     assert (config.image_rate, config.image_families) == (0.1, ["noise", "digital"])
-    assert config.group_of("image:jigsaw") == "other"
+    assert config.families("image", "held out") == ["color"]
     assert all(field.metadata["help"] for field in fields(CorruptionConfig))
 
 

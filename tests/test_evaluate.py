@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import load_easy_vqa
@@ -276,7 +277,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(vqa, tmp_path, monkeypatch)
 
 def test_only_the_methods_that_are_missing_are_run(vqa, tmp_path, monkeypatch):
     model, task, samples = vqa
-    rule = Scheduled("rule", ModalityScheduler(model.config.dms_config, [0, 0]))
+    rule = Scheduled("rule", ModalityScheduler(model.config.dms_config, 2))
 
     def run(out, methods, **options):
         return run_grid(model, task, methods, lambda seed: samples, [CLEAN, BLACK], (0,), out, 7, **options)
@@ -315,6 +316,25 @@ def test_what_was_searched_is_not_searched_again(vqa, tmp_path, monkeypatch):
     assert made("static", "mean prior", "energy")[:2] == first
     assert tried == ["mean prior", "energy"]
     assert first[1].vision == GRIDS["mean prior"][2]["vision"]
+
+
+@pytest.mark.parametrize(
+    ("group", "known"), [("unseen image", {"noise", "misspelt"}), ("both", {"noise", "misspelt"}), ("seen", set())]
+)
+def test_detectors_do_not_know_what_is_unseen(vqa, group, known):
+    model, task, samples = vqa
+    detectors, left_out = model.dms.calibration.detectors, set()
+
+    class Watching(Method):
+        def decide(self, model, batch):
+            for detector, names in zip(detectors, FAMILIES, strict=True):
+                left_out.update(name for name, out in zip(names, detector.left_out, strict=True) if out)
+            return super().decide(model, batch)
+
+    condition = Condition("image:imagenet_c/shot_noise+text:typos", group, 3)
+    run_condition(model, task, [Watching()], samples[:2], condition, 0, 2)
+    assert left_out == known
+    assert not any(detector.left_out.any() for detector in detectors)
 
 
 @pytest.fixture(scope="module")

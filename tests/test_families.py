@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
 from modeling_dms import DMSConfig, DMSModelForImageTextToText
 from modeling_dms.auto import CLASSES
-from modeling_dms.observe.pixels import changed_pictures
+from modeling_dms.observe.pictures import changed_pictures
 from modeling_dms.training.data import PromptCollator, Sample
 from modeling_dms.training.evaluate.methods import Scheduled
 from modeling_dms.training.models.calibrate import calibrate

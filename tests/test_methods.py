@@ -315,7 +315,7 @@ def test_scheduled_by_another_scheduler(backbone):
     assert (expected[:1] - 0.5).abs().min() > 1e-4
     assert torch.equal(Scheduled("entropy", other.dms.scheduler).decide(model, prompt), expected)
     assert torch.equal(Scheduled().decide(model, prompt)[:1], torch.full((1, 2), 0.5))
-    hot = ModalityScheduler(dataclasses.replace(other.config.dms_config, temperature=100.0), [0, 0])
+    hot = ModalityScheduler(dataclasses.replace(other.config.dms_config, temperature=100.0), 2)
     assert (Scheduled("entropy", hot).decide(model, prompt)[:1] - 0.5).abs().max() < (expected[:1] - 0.5).abs().max()
     static = tiny.shared(backbone, scheduler="uniform")
     with pytest.raises(ValueError, match="no signals"):
@@ -483,7 +483,8 @@ def test_factor_1_is_static_bit_for_bit(backbone, attention):
     expected = Method().logits(tiny.shared(backbone, "sdpa"), prompt, even)
     found = method.logits(tiny.shared(backbone, "sdpa"), prompt, decision)
     assert torch.equal(found[1:], expected[1:])
-    assert not torch.equal(found[0], expected[0])
+    if "mistral" not in backbone:  # whose sliding window does not reach back to the image
+        assert not torch.equal(found[0], expected[0])
 
 
 @WITH_IMAGES

@@ -132,8 +132,8 @@ def test_a_saved_one_answers_the_same(quantised, batch, tmp_path, kind):
 
 def test_a_quantised_model_is_calibrated(saved, prompts, batch):
     model = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=quantisation("torchao"))
-    for modality in model.dms.calibration.modalities:
-        modality.level.zero_()
+    for detector in model.dms.calibration.detectors:
+        detector.count.zero_()
     assert torch.equal(answer(model, batch)[1], torch.full((40, 2), 0.5))
     calibrate(model, prompts, load_easy_vqa("train"), 60)
     weights = answer(model, batch)[1]

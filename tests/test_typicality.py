@@ -6,16 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_dms.evidence.typicality import (
-    MEMORY,
-    NEIGHBOURS,
     auroc,
+    canonical_coordinates,
     fit_canonical,
     fit_gaussian,
     fit_logistic,
-    fit_memory_bank,
     log_distances,
     token_statistics,
-    unfamiliarity,
     whiten,
 )
 
@@ -267,76 +264,16 @@ def test_canonical_directions_remove_what_hides_the_shared_cause():
     assert torch.corrcoef(torch.stack([found, cause[:, 0]]))[0, 1].abs() > 0.9
 
 
-# ---- familiarity
+def test_canonical_coordinates_are_those_of_the_deepest_layer():
+    features, fitted = low_rank(0, 60), fit_gaussian(low_rank(10, 400), 4)
+    fitted["canonical"] = normal(1, 4, 4)
+    coordinates = canonical_coordinates(features, fitted)
+    changed = features.clone()
+    changed[:, 0] += 100
 
-
-@pytest.mark.parametrize("samples", [NEIGHBOURS + 1, 60, MEMORY, MEMORY + 1, 3 * MEMORY])
-def test_the_memory_bank_holds_clean_samples_up_to_a_bound(samples):
-    shared = normal(0, samples, 4)
-    fitted = fit_memory_bank(shared)
-    bank, kept = fitted["memory_bank"], min(samples, MEMORY)
-
-    assert bank.shape == (MEMORY, 4)
-    assert not bank[kept:].any()
-    places = torch.cdist(bank[:kept], shared, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    assert torch.equal(shared[places], bank[:kept])
-    assert (places.diff() > 0).all()
-    assert places.diff().max() <= -(-samples // kept)
-    assert all(value.isfinite().all() for value in fitted.values())
-    assert (fitted["unfamiliarity_scale"] > 0).all()
-
-
-def test_unfamiliarity_is_the_distance_of_the_nearest_neighbours():
-    clean, shared = normal(0, 60, 4), normal(10, 7, 4)
-    found = unfamiliarity(shared, fit_memory_bank(clean))
-
-    def nearest(sample, others):
-        cosine = torch.cosine_similarity(sample[None], others).sort(descending=True).values[:NEIGHBOURS].mean()
-        distance = (sample - others).norm(dim=1).sort().values[:NEIGHBOURS].mean()
-        return torch.stack([-cosine, distance.log()])
-
-    # what is usual comes from remembered samples, none of which is its own neighbour
-    among = torch.stack([nearest(clean[i], clean[torch.arange(60) != i]) for i in range(60)])
-    for sample in range(7):
-        expected = (nearest(shared[sample], clean) - among.median(0).values) / among.std(0)
-        torch.testing.assert_close(found[sample], expected.clamp(-10, 10), atol=1e-3, rtol=1e-3)
-
-
-def test_unlike_any_clean_sample_is_unfamiliar_and_fresh_clean_ones_are_not():
-    fitted = fit_memory_bank(normal(0, 300, 4))
-
-    assert unfamiliarity(normal(10, 300, 4), fitted).median(0).values.abs().max() < 0.3
-    assert unfamiliarity(5 * normal(10, 300, 4), fitted)[:, 1].median() > 2
-    # as far from the center as clean ones, in a direction of its own
-    aside = torch.cat([normal(0, 300, 4), torch.zeros(300, 4)], 1)
-    assert unfamiliarity(aside.roll(4, 1), fit_memory_bank(aside))[:, 0].median() > 2
-
-
-def test_copies_of_a_sample_are_not_its_neighbours():
-    """Data often hold several questions about one image."""
-    clean, fresh = normal(0, 100, 4), normal(10, 300, 4)
-
-    assert unfamiliarity(clean, fit_memory_bank(clean)).median(0).values.abs().max() < 0.1
-    assert unfamiliarity(fresh, fit_memory_bank(clean.repeat_interleave(4, 0))).median(0).values.abs().max() < 0.5
-
-
-@bounded
-@given(seed=seeds, batch=st.integers(2, 5), samples=st.sampled_from([6, 60, 600]), scale=st.sampled_from([0, 1, 1e18]))
-def test_unfamiliarity_of_a_batch_is_finite_and_equals_that_of_its_rows(seed, batch, samples, scale):
-    fitted, shared = fit_memory_bank(normal(0, samples, 4)), scale * normal(seed, batch, 4)
-    found = unfamiliarity(shared, fitted)
-
-    assert found.shape == (batch, 2)
-    assert found.abs().max() <= 10
-    rows = torch.cat([unfamiliarity(shared[i : i + 1], fitted) for i in range(batch)])
-    torch.testing.assert_close(rows, found, atol=1e-4, rtol=1e-4)
-
-
-def test_unfamiliarity_is_finite_where_nothing_is_remembered_or_shared():
-    fitted = fit_memory_bank(normal(0, 60, 4))
-    assert unfamiliarity(torch.zeros(3, 4), fitted).isfinite().all()
-    assert unfamiliarity(normal(1, 3, 4), {**fitted, "memory_bank": torch.zeros(MEMORY, 4)}).isfinite().all()
-    assert unfamiliarity(normal(1, 3, 4), fit_memory_bank(torch.ones(60, 4))).isfinite().all()
+    assert coordinates.shape == (60, 4)
+    torch.testing.assert_close(coordinates, whiten(features, fitted)[0][:, 1] @ fitted["canonical"])
+    assert torch.equal(canonical_coordinates(changed, fitted), coordinates)
 
 
 # ---- area under the ROC curve

@@ -217,19 +217,27 @@ def calibrate(
         str | None, typer.Option(help="rule, learned, ... instead of the checkpoint's; a vanilla one has the rule.")
     ] = None,
     dms: Annotated[str, typer.Option(help="Other fields of DMSConfig, as a JSON object.")] = "{}",
+    leave_out: Annotated[
+        str, typer.Option(help="Families of self-made damage that it must not know, separated by commas: for studies.")
+    ] = "",
 ) -> None:
     """Fits what clean data look like, so that damage stands out.
 
-    Prints how well each signal tells damage, and writes a checkpoint with the statistics in it.
+    Prints how much damage of each family is seen, and writes a checkpoint with the statistics in it, that table as
+    calibration.txt and as a picture, calibration.png.
     """
+    from modeling_dms.calibrate.damage import FAMILIES
     from modeling_dms.training.finetune.arguments import ModelArguments
     from modeling_dms.training.finetune.calibrate import run_calibration
     from modeling_dms.training.models.loading import check_dms
+    from modeling_dms.training.names import check_names
 
     with _usage():
         choices = {**cast(dict, ModelArguments(model, dms=dms).dms), **({"scheduler": scheduler} if scheduler else {})}
         check_dms(choices)
-    typer.echo(run_calibration(model, data, out, samples, choices))
+        left_out = [family for family in leave_out.split(",") if family]
+        check_names("family", left_out, [name for names in FAMILIES for name in names])
+    typer.echo(run_calibration(model, data, out, samples, choices, left_out))
     typer.echo(f"wrote {out}")
 
 

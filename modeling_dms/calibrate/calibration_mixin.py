@@ -1,18 +1,25 @@
 """`model.calibrate`: streams clean samples, corrupts copies of them, and hands the features to the fit."""
 
-from collections.abc import Iterable
-from functools import partial
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES, corrupt_images, corrupt_texts
-from modeling_dms.calibrate.fit import CalibrationReport, ModalityRecord, fit_calibration
+from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, damaged_pictures, damaged_texts
+from modeling_dms.calibrate.fit import MIN_SAMPLES, CalibrationReport, DamagedRecord, ModalityRecord, fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.observe.pixels import changed_pictures
+from modeling_dms.observe.observation_mixin import of_rows
 from modeling_dms.observe.prompt import TEXT
+
+
+def _check_families(families: Sequence[str]) -> None:
+    known = [name for names in FAMILIES for name in names]
+    if unknown := sorted(set(families) - set(known)):
+        raise ValueError(f"leave_out must be some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
 class CalibrationMixin:
@@ -25,12 +32,12 @@ class CalibrationMixin:
         level: int = 2,
         max_samples: int = 1000,
         show_progress: bool = True,
+        leave_out: Sequence[str] = (),
     ) -> CalibrationReport:
-        """Fits clean statistics and, at level 2, a map from them to "this modality is damaged". No labels, no
-        gradients.
+        """Fits how clean samples look and, at level 2, what tells damage from them. No labels, no gradients.
 
-        What is fitted is stored in buffers of `dms` and travels with the checkpoint, with a short code of up to 512 of
-        the images (canonical coordinates, `subspace_size` numbers each). Only pooled features are kept in memory.
+        What is fitted is stored in buffers of `dms` and travels with the checkpoint: no sample can be made out in it.
+        Only pooled features are kept in memory.
 
         Args:
             dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
@@ -39,81 +46,144 @@ class CalibrationMixin:
             level: 1 or 2.
             max_samples: stop after about so many.
             show_progress: show a progress bar.
+            leave_out: families of self-made damage, of `IMAGE_FAMILIES` or `TEXT_FAMILIES`, that are not fitted, so
+                that they count as unseen in an evaluation.
 
         Returns:
             A report; print it for a table.
 
         Raises:
-            ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, or another
-                level.
+            ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, another level,
+                or an unknown family.
         """
         if level not in (1, 2):
             raise ValueError(f"level must be 1 or 2, got {level!r}")
+        _check_families(leave_out)
+        pixels = self.dms.calibration.pixels
+        before = {name: buffer.clone() for name, buffer in pixels.state_dict().items()}
+        try:
+            clean, damaged, present = self._calibration_data(dataloader, level, max_samples, show_progress)
+            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out)
+        except BaseException:
+            pixels.load_state_dict(before)
+            raise
+
+    @torch.no_grad()
+    def _calibration_data(
+        self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool
+    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor]:
+        """What `fit_calibration` takes. Sets the range of the pixels."""
         generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
         training = {module: module.training for module in self.modules()}
         self.eval()
         clean: list[list[ModalityRecord]] = [[], []]
-        corrupted: list[dict[str, list[ModalityRecord]]] = [{}, {}]
+        damaged: list[dict[str, list[DamagedRecord]]] = [{}, {}]
         present = []
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
-                for batch in dataloader:
-                    records, families, mask = self._calibration_batch(batch, generator)
+                for batch in self._with_pixel_range(dataloader):
+                    records, families, mask = self._calibration_batch(batch, level, generator)
                     present.append(mask)
                     for index in range(len(MODALITIES)):
                         clean[index].append(records[index])
                         for name, record in families[index].items():
-                            corrupted[index].setdefault(name, []).append(record)
+                            damaged[index].setdefault(name, []).append(record)
                     progress.update(len(mask))
-                    if progress.n >= max_samples or sum(map(len, present)) >= max_samples:
+                    if sum(map(len, present)) >= max_samples:
                         break
         finally:
             for module, mode in training.items():
                 module.training = mode
         if not present:
             raise ValueError("the calibration data are empty")
-        return fit_calibration(
-            self.dms.calibration,
+        return (
             [ModalityRecord.cat(records) for records in clean],
-            [{name: ModalityRecord.cat(rows) for name, rows in families.items()} for families in corrupted],
+            [{name: DamagedRecord.cat(rows) for name, rows in families.items()} for families in damaged],
             torch.cat(present),
-            level,
         )
 
-    def _calibration_batch(self, batch: dict[str, Any], generator: torch.Generator):
+    @contextlib.contextmanager
+    def families_left_out(self, families: Sequence[str]) -> Iterator[None]:
+        """Within it the model knows nothing of some families of self-made damage, as if it had been calibrated without
+        them: what resembles them is unseen.
+
+        Raises:
+            ValueError: for an unknown family.
+        """
+        _check_families(families)
+        detectors = self.dms.calibration.detectors
+        before = [detector.left_out.clone() for detector in detectors]
+        for detector, names in zip(detectors, FAMILIES, strict=True):
+            for number, name in enumerate(names):
+                if name in families:
+                    detector.left_out[number] = 1
+        try:
+            yield
+        finally:
+            for detector, kept in zip(detectors, before, strict=True):
+                detector.left_out.copy_(kept)
+
+    def _with_pixel_range(self, dataloader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+        """The same batches, once the first 50 pictures have told which values are black and white."""
+        batches, held, lowest, highest = iter(dataloader), [], [], []
+        for batch in batches:
+            held.append(batch)
+            if batch.get("pixel_values") is not None:
+                pixels = batch["pixel_values"].to(self.device, self.dtype)
+                self._check_images(pixels)
+                for pictures in self._pictures({**batch, "pixel_values": pixels}):
+                    lowest += list(pictures.float().amin((2, 3)))
+                    highest += list(pictures.float().amax((2, 3)))
+            if len(lowest) >= MIN_SAMPLES:
+                break
+        if lowest:
+            low = torch.stack(lowest[:MIN_SAMPLES]).amin(0)
+            pixels = self.dms.calibration.pixels
+            pixels.location.copy_(low)
+            pixels.scale.copy_((torch.stack(highest[:MIN_SAMPLES]).amax(0) - low).clamp_min(1e-6))
+        return itertools.chain(held, batches)
+
+    def _calibration_batch(self, batch: dict[str, Any], level: int, generator: torch.Generator):
         inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         pixel_values = inputs.pop("pixel_values", None)
         ids = inputs.get("modality_ids")
         if ids is None:
             ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
         placeholders = self._placeholders(inputs["input_ids"])
+        images = owner = None
         if pixel_values is not None:
             pixel_values = pixel_values.to(self.dtype)
             self._check_images(pixel_values)
-
-        def vision(pixels: Tensor | None) -> ModalityRecord:
-            images = None if pixels is None else self._observed_images({**inputs, "pixel_values": pixels})
-            owner = None if images is None else images.rows(placeholders)
-            return self.dms.record(0, self._vision_features(images, placeholders, ids, owner), self._readout)
-
-        def text(input_ids: Tensor, is_text: Tensor) -> ModalityRecord:
-            modality_ids = torch.where(is_text, TEXT, 0)
-            features = self._text_features(input_ids, None, modality_ids)
-            return self.dms.record(1, features, self._readout)
-
+            images = self._observed_images({**inputs, "pixel_values": pixel_values})
+            owner = images.rows(placeholders)
         is_text = ids == TEXT
-        records = [vision(pixel_values), text(inputs["input_ids"], is_text)]
-        families: list[dict[str, ModalityRecord]] = [{}, {}]
-        if pixel_values is not None:
-            for name in IMAGE_FAMILIES:
-                damage = partial(corrupt_images, family=name, generator=generator)
-                grid, tower = inputs.get("image_grid_thw"), self.config.vision_config
-                families[0][name] = vision(changed_pictures(pixel_values, damage, grid, tower))
-        for name in TEXT_FAMILIES:
-            families[1][name] = text(*corrupt_texts(inputs["input_ids"], is_text, name, generator))
+        records = [
+            self.dms.record(0, self._vision_features(images, placeholders, ids, owner), self._readout),
+            self.dms.record(1, self._text_features(inputs["input_ids"], None, ids), self._readout),
+        ]
+        damaged: list[dict[str, DamagedRecord]] = [{}, {}]
+        for name in IMAGE_FAMILIES if level == 2 else ():
+            severity = torch.rand(len(ids), generator=generator)
+            numbers = records[0].numbers
+            if images is not None:
+
+                def damage(pictures: Tensor, number: Tensor, name=name, severity=severity) -> Tensor:
+                    return damaged_pictures(pictures, name, severity[owner.cpu()[number]], generator)
+
+                given, pooled = {**inputs, "pixel_values": pixel_values}, images.tokens.split(images.lengths.tolist())
+                numbers = of_rows(self._pixel_statistics(given, pooled, damage), owner, len(ids)).cpu()
+            damaged[0][name] = DamagedRecord(severity, None, numbers)
+        vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
+        vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
+        for name in TEXT_FAMILIES if level == 2 else ():
+            severity = torch.rand(len(ids), generator=generator)
+            input_ids, still = damaged_texts(inputs["input_ids"], is_text, name, severity, vocabulary, generator)
+            features = self._text_features(input_ids, None, torch.where(still, TEXT, 0))
+            seen = [None if part is None else part.float().cpu() for part in (features.statistics, features.numbers)]
+            damaged[1][name] = DamagedRecord(severity, *seen)
         present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if pixel_values is None:
             present[:, 0] = False
         if inputs.get("modality_mask") is not None:
             present = present.cpu() & inputs["modality_mask"].cpu().bool()
-        return records, families, present.cpu()
+        return records, damaged, present.cpu()

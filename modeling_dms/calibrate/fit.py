@@ -1,27 +1,29 @@
 """Fits a `Calibration` from clean samples, without labels.
 
-Level 1 fits clean statistics. Level 2 takes the samples' self-made corruptions (`self_corruption`) and fits a logistic
-map from how far a sample lies outside the clean data to "this modality is damaged". Everything is cross-fitted: no
-sample is judged by statistics it took part in, so a few hundred samples serve for statistics, map and threshold.
+Level 1 fits how clean samples look. Level 2 takes damaged copies of them (`damage`) and fits what tells each family of
+damage from clean. Everything is cross-fitted: no sample is judged by a fit it took part in, so a few hundred samples
+serve for statistics, detectors and thresholds.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling_dms.calibrate.statistics import SCALARS, Agreement, Calibration, ModalityCalibration, with_unfamiliarity
+from modeling_dms.calibrate.damage import FAMILIES
+from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
+from modeling_dms.calibrate.statistics import FARTHEST, Agreement, Calibration, Detector
 from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
 from modeling_dms.evidence.typicality import (
     auroc,
     canonical_coordinates,
-    evidence,
     fit_canonical,
     fit_gaussian,
     fit_logistic,
-    fit_memory_bank,
-    unfamiliarity,
+    log_distances,
     whiten,
 )
 
@@ -30,93 +32,86 @@ MIN_SAMPLES = 50
 FOLDS = 5
 # an area under the ROC curve closer to one half than this counts as uninformative
 UNINFORMATIVE = 0.05
+# of the covariance of clean numbers, towards the identity
+SHRINKAGE = 0.1
+# scores are measured from the point that this share of the clean ones exceeds, by how far those do on average
+TAIL = 0.05
+RIDGE = 1e-3
+
+
+def _cat(records: Sequence[Any]) -> list[Any]:
+    parts = zip(*(vars(record).values() for record in records), strict=True)
+    return [None if part[0] is None else torch.cat(part) for part in parts]
 
 
 @dataclass
 class ModalityRecord:
-    """One modality of n samples: statistics (n, L, F), scalar signals (n, 3) in the order of `SCALARS`, h (n, d_s)."""
+    """One modality of n samples.
+
+    Attributes:
+        statistics: (n, L, F), of its layers.
+        scalars: (n, 3), in the order of `SCALARS`.
+        representations: (n, d_s).
+        numbers: (n, P), see `ModalityFeatures`.
+    """
 
     statistics: Tensor
     scalars: Tensor
     representations: Tensor
+    numbers: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "ModalityRecord":
-        return ModalityRecord(self.statistics[rows], self.scalars[rows], self.representations[rows])
+        return ModalityRecord(*(None if part is None else part[rows] for part in vars(self).values()))  # type: ignore
 
     @staticmethod
     def cat(records: Sequence["ModalityRecord"]) -> "ModalityRecord":
         """The samples of several records, one after the other."""
-        return ModalityRecord(
-            torch.cat([r.statistics for r in records]),
-            torch.cat([r.scalars for r in records]),
-            torch.cat([r.representations for r in records]),
-        )
+        return ModalityRecord(*_cat(records))
 
 
 @dataclass
-class CalibrationReport:
-    """What `calibrate` found. Print it for a table.
+class DamagedRecord:
+    """The same n samples, damaged.
 
     Attributes:
-        samples: clean samples used, by modality.
-        signals: by modality, by signal: `auroc` of clean against self-made corruptions, and `coefficient`, its share
-            of the logistic map (the sum of its absolute coefficients).
-        families: by modality, by corruption family: AUROC of the damage log-odds.
-        false_alarm_rate: the rate asked for.
-        achieved_false_alarm_rate: by modality, measured on clean samples that set neither statistics nor threshold.
-        mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
-        consistency: `"canonical"` or `"representations"`, whichever told them apart better.
+        severity: (n,), from 0 to 1.
+        statistics: as those of [`ModalityRecord`]; `None` where the detector does not read the layers.
+        numbers: likewise.
     """
 
-    samples: dict[str, int] = field(default_factory=dict)
-    signals: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    damage_auroc: dict[str, float] = field(default_factory=dict)
-    families: dict[str, dict[str, float]] = field(default_factory=dict)
-    false_alarm_rate: float = 0.0
-    achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
-    mismatch_auroc: float | None = None
-    consistency: str = "representations"
+    severity: Tensor
+    statistics: Tensor | None
+    numbers: Tensor | None
 
-    def __str__(self) -> str:
-        lines = [f"{'modality':<9} {'signal':<22} {'AUROC':>6} {'coefficient':>12}"]
-        for modality, signals in self.signals.items():
-            for name, row in signals.items():
-                lines.append(f"{modality:<9} {name:<22} {row['auroc']:>6.3f} {row['coefficient']:>12.3f}")
-            lines.append(f"{modality:<9} {'all combined':<22} {self.damage_auroc[modality]:>6.3f}")
-            for name, value in self.families[modality].items():
-                lines.append(f"{modality:<9} {'  on ' + name:<22} {value:>6.3f}")
-        for modality, achieved in self.achieved_false_alarm_rate.items():
-            lines.append(
-                f"{modality}: {self.samples[modality]} clean samples, flagged {achieved:.3f} "
-                f"(asked for {self.false_alarm_rate:.3f})"
-            )
-        if self.mismatch_auroc is not None:
-            lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
-        return "\n".join(lines)
+    @staticmethod
+    def cat(records: Sequence["DamagedRecord"]) -> "DamagedRecord":
+        """The samples of several records, one after the other."""
+        return DamagedRecord(*_cat(records))
 
 
 @torch.no_grad()
 def fit_calibration(
     calibration: Calibration,
     clean: Sequence[ModalityRecord],
-    corrupted: Sequence[dict[str, ModalityRecord]],
+    damaged: Sequence[Mapping[str, DamagedRecord]],
     present: Tensor,
     level: int = 2,
+    leave_out: Sequence[str] = (),
 ) -> CalibrationReport:
-    """Fits all of `calibration` from clean samples and their self-made corruptions.
+    """Fits all of `calibration` from clean samples and damaged copies of them.
 
     Args:
         clean: a record a modality, of the same n samples, on the CPU.
-        corrupted: by modality and family, of the same samples.
+        damaged: by modality and family, of the same samples.
         present: (n, M), which modality each sample has.
-        level: 1 for clean statistics alone, 2 for the map to damage as well.
+        level: 1 for clean statistics alone, 2 for what tells damage as well.
+        leave_out: families that nothing is fitted for; they are reported all the same.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
             then.
     """
-    config = calibration.config
-    report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate))
+    config, target, calibration = calibration.config, calibration, copy.deepcopy(calibration).cpu()
     for index, name in enumerate(MODALITIES):
         rows = present[:, index]
         if int(rows.sum()) < MIN_SAMPLES:
@@ -124,32 +119,51 @@ def fit_calibration(
                 f"the calibration data hold {int(rows.sum())} samples with {name}, at least {MIN_SAMPLES} are needed"
             )
         record = clean[index][rows]
-        if not (record.statistics.isfinite().all() and record.scalars.isfinite().all()):
+        if not all(part is None or bool(part.isfinite().all()) for part in vars(record).values()):
             raise ValueError(f"the calibration data give features of {name} that are not finite")
+    report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate), alarm_rate=config.alarm_rate)
     folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
-    # what each sample looks like to statistics that it took no part in
-    judged: list[Judged] = [Judged(len(folds), corrupted[m]) for m in range(len(MODALITIES))]
-    for fold in range(FOLDS):
-        held = folds == fold
-        for index, fitted in enumerate(_fit_statistics(clean, present & ~held[:, None], config)):
-            judged[index].add(held, fitted, clean[index], corrupted[index])
-    modalities = []
-    for index, (name, fitted) in enumerate(zip(MODALITIES, _fit_statistics(clean, present, config), strict=True)):
-        rows = present[:, index]
-        families = {family: values[rows] for family, values in corrupted[index].items()}
-        seen = judged[index][rows]
-        modalities.append(
-            _fit_modality(fitted, seen, clean[index][rows], families, folds[rows], config, level, report, name)
-        )
-    agreement = Agreement()
+    fits = [_fit_statistics(clean, present & (folds != fold)[:, None], config) for fold in range(FOLDS)]
+    last = _fit_statistics(clean, present, config)
+    for index, name in enumerate(MODALITIES):
+        rows, record, modality = present[:, index], clean[index], calibration.modalities[index]
+        detector = calibration.detectors[index]
+        judges, own = [fit[index] for fit in fits], folds[rows]
+        for buffer, value in last[index].items():
+            getattr(modality, buffer).copy_(value)
+        distances = _distances(record.statistics[rows], judges, own)
+        modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
+        modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
+        modality.scalar_location.copy_(record.scalars[rows].median(0).values)
+        modality.scalar_scale.copy_(record.scalars[rows].std(0).clamp_min(1e-6))
+        modality.level.fill_(float(level))
+        numbers = calibration.numbers(index, distances, None if record.numbers is None else record.numbers[rows])
+        bad, severities = {}, {}
+        for kind, copies in damaged[index].items():
+            severities[kind] = copies.severity[rows]
+            away = None if copies.statistics is None else _distances(copies.statistics[rows], judges, own)
+            bad[kind] = calibration.numbers(index, away, None if copies.numbers is None else copies.numbers[rows])
+        scores = _fit_detector(detector, numbers, bad, own)
+        detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
+        report.samples[name] = int(rows.sum())
+        _report_detection(report, name, detector, scores, severities, config.alarm_rate)
     both = present.all(1)
-    if len(modalities) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        shared = [modality.shared[both] for modality in judged]
+    calibration.agreement.reset()
+    if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
+        shared = []
+        for index in range(2):
+            by_fold = [canonical_coordinates(clean[index].statistics[both], fit[index]) for fit in fits]
+            shared.append(torch.stack(by_fold)[folds[both], torch.arange(int(both.sum()))])
         representations = [record.representations[both] for record in clean]
-        _fit_agreement(agreement, shared, representations, folds[both], config, report)
-    for target, source in zip((*calibration.modalities, calibration.agreement), (*modalities, agreement), strict=True):
-        target.load_state_dict(source.state_dict())
+        _fit_agreement(calibration.agreement, shared, representations, folds[both], report)
+    target.load_state_dict(calibration.state_dict())
     return report
+
+
+def _distances(statistics: Tensor, judges: Sequence[dict[str, Tensor]], folds: Tensor) -> Tensor:
+    """Log distances (n, 2 L) of each sample, by statistics of the folds (n,) that it took no part in."""
+    by_fold = torch.stack([log_distances(statistics, gaussian).flatten(1) for gaussian in judges])
+    return by_fold[folds, torch.arange(len(folds))]
 
 
 def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSConfig) -> list[dict[str, Tensor]]:
@@ -165,143 +179,81 @@ def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSCo
         views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
         for gaussian, canonical in zip(fitted, fit_canonical(views[0], views[1]), strict=True):
             gaussian["canonical"] = canonical
-    # of images alone: to judge texts the same way gained nothing on validation data
-    fitted[0] |= fit_memory_bank(canonical_coordinates(clean[0].statistics[rows[:, 0]], fitted[0]))
     return fitted
 
 
-class Judged:
-    """Distances (n, P) of n samples of one modality and of their corruptions, canonical coordinates (n, K) and
-    unfamiliarity (n, 2), 0 where no samples are remembered."""
-
-    def __init__(self, count: int, families: Iterable[str]):
-        self.count = count
-        self.clean, self.shared, self.unfamiliarity = torch.zeros(0), torch.zeros(0), torch.zeros(count, 2)
-        self.corrupted: dict[str, Tensor] = dict.fromkeys(families, torch.zeros(0))
-
-    def add(
-        self,
-        held: Tensor,
-        fitted: dict[str, Tensor],
-        clean: ModalityRecord,
-        corrupted: dict[str, ModalityRecord],
-    ) -> None:
-        """Fills in the samples `held` (n,), judged by statistics fitted on others."""
-
-        def put(old: Tensor, new: Tensor) -> Tensor:
-            old = old if len(old) else new.new_zeros(self.count, new.shape[1])
-            return old.index_put((held.nonzero()[:, 0],), new)
-
-        self.clean = put(self.clean, evidence(clean.statistics[held], fitted))
-        shared = canonical_coordinates(clean.statistics[held], fitted)
-        self.shared = put(self.shared, shared)
-        if "memory_bank" in fitted:
-            self.unfamiliarity = put(self.unfamiliarity, unfamiliarity(shared, fitted))
-        for family, record in corrupted.items():
-            self.corrupted[family] = put(self.corrupted[family], evidence(record.statistics[held], fitted))
-
-    def __getitem__(self, rows: Tensor) -> "Judged":
-        part = Judged(int(rows.sum()), self.corrupted)
-        part.clean, part.shared, part.unfamiliarity = self.clean[rows], self.shared[rows], self.unfamiliarity[rows]
-        part.corrupted = {family: values[rows] for family, values in self.corrupted.items()}
-        return part
+def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor]) -> None:
+    """What turns numbers (n, P) into scores."""
+    detector.location.copy_(clean.mean(0))
+    # a number that hardly varies on clean data must not turn rounding into damage
+    detector.scale.copy_(clean.std(0).clamp_min(1e-4))
+    standard = ((clean - detector.location) / detector.scale).clamp(-FARTHEST, FARTHEST)
+    covariance = (1 - SHRINKAGE) * torch.cov(standard.T).reshape(clean.shape[1], -1)
+    covariance = covariance + SHRINKAGE * torch.eye(clean.shape[1])
+    detector.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance.double())))
+    for number, numbers in enumerate(damaged):
+        bad = ((numbers - detector.location) / detector.scale).clamp(-FARTHEST, FARTHEST)
+        targets = torch.cat([torch.zeros(len(standard)), torch.ones(len(bad))])
+        balance = torch.where(targets == 1, 0.5 / len(bad), 0.5 / len(standard))
+        coefficients = fit_logistic(torch.cat([standard, bad]), targets, balance, ridge=RIDGE)
+        detector.directions[number], detector.offsets[number] = coefficients[:-1], coefficients[-1]
 
 
-def _fit_modality(
-    fitted: dict[str, Tensor],
-    judged: Judged,
-    clean: ModalityRecord,
-    families: dict[str, ModalityRecord],
-    folds: Tensor,
-    config: DMSConfig,
-    level: int,
-    report: CalibrationReport,
-    name: str,
-) -> ModalityCalibration:
-    _, layers, size = clean.statistics.shape
-    modality = ModalityCalibration(layers, size, config.subspace_size)
-    for buffer, value in fitted.items():
-        getattr(modality, buffer).copy_(value)
-    distances, corrupted = judged.clean, judged.corrupted
-    modality.distance_location.copy_(distances.median(0).values)
-    modality.distance_scale.copy_(distances.std(0).clamp_min(1e-3))
-    modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
-    modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
-    modality.scalar_location.copy_(clean.scalars.median(0).values)
-    modality.scalar_scale.copy_(clean.scalars.std(0).clamp_min(1e-6))
+def _fit_detector(
+    detector: Detector, clean: Tensor, damaged: Mapping[str, Tensor], folds: Tensor
+) -> dict[str, Tensor]:
+    """Fits a detector and returns the scores (n, D + 1) of the damaged samples by fits that they took no part in.
 
-    inputs = modality.detector_inputs(distances, clean.scalars)
-    bad = {f: modality.detector_inputs(corrupted[f], families[f].scalars) for f in families}
-    pooled, sided = torch.cat(list(bad.values())), modality.deviations
-    areas = torch.tensor([auroc(inputs[:, column], pooled[:, column]) for column in range(inputs.shape[1])])
-    informative = (areas - 0.5).abs() > UNINFORMATIVE
-    informative[:sided] &= areas[:sided] > 0.5  # a deviation only ever speaks for damage
-
-    def fit(rows: Tensor) -> Tensor:
-        positives = torch.cat([values[rows] for values in bad.values()])
-        design = torch.cat([inputs[rows], positives]) * informative
-        targets = torch.cat([torch.zeros(int(rows.sum())), torch.ones(len(positives))])
-        balance = torch.where(targets == 1, 0.5 / len(positives), 0.5 / int(rows.sum()))
-        return fit_logistic(design, targets, balance)
-
-    def criteria(values: Tensor, distances: Tensor, coefficients: Tensor | None) -> Tensor:
-        odds = values[:, :sided].amax(1) if coefficients is None else values @ coefficients[:-1] + coefficients[-1]
-        return torch.stack([odds, modality.emptiness(distances)], 1)
-
-    found, bad_found = torch.zeros(len(folds), 2), {family: torch.zeros(len(folds), 2) for family in bad}
+    Args:
+        clean: numbers (n, P).
+        damaged: the same by family, in the order of the detector's; empty at level 1.
+        folds: (n,).
+    """
+    scratch = copy.deepcopy(detector)
+    scores = torch.zeros(len(clean), *detector.score_location.shape)
+    bad = {kind: torch.zeros_like(scores) for kind in damaged}
     for fold in range(FOLDS):
         held = folds == fold
-        coefficients = fit(~held) if level == 2 else None
-        found[held] = criteria(inputs[held], distances[held], coefficients)
-        for family, values in bad.items():
-            bad_found[family][held] = criteria(values[held], corrupted[family][held], coefficients)
-    if level == 2:
-        coefficients = fit(torch.ones_like(folds, dtype=torch.bool))
-        modality.coefficients.copy_(coefficients[:-1] * informative)
-        modality.intercept.copy_(coefficients[-1])
-    modality.level.fill_(float(level))
-    if found[:, 1].isfinite().all():
-        margin = (_joint(found, config.false_alarm_rate) - found.median(0).values).clamp_min(1e-3)
-        if margin[0] > 1e-3:  # else the map found nothing to scale by
-            modality.emptiness_scale.copy_(margin[0] / margin[1])
-        for values in (found, *bad_found.values()):
-            values[:, 1] *= modality.emptiness_scale
-    modality.threshold.copy_(_joint(found, config.false_alarm_rate))
-    rate = max(config.arbitration_rate, config.false_alarm_rate)
-    modality.suspicion_threshold.copy_(_joint(with_unfamiliarity(found, judged.unfamiliarity), rate))
-    alarms = [(found[folds == k] > _joint(found[folds != k], config.false_alarm_rate)).any(1) for k in range(FOLDS)]
-    odds = (found - modality.threshold).amax(1)
-    bad_odds = {family: (values - modality.threshold).amax(1) for family, values in bad_found.items()}
+        _fit_scores(scratch, clean[~held], [numbers[~held] for numbers in damaged.values()])
+        scores[held] = scratch.raw_scores(clean[held])
+        for kind, numbers in damaged.items():
+            bad[kind][held] = scratch.raw_scores(numbers[held])
+    _fit_scores(detector, clean, list(damaged.values()))
+    location = scores.quantile(1 - TAIL, 0)
+    scale = (scores - location).clamp_min(0).sum(0) / (scores > location).sum(0).clamp_min(1)
+    detector.score_location.copy_(location)
+    detector.score_scale.copy_(scale.clamp_min(1e-3))
 
-    shares = modality.coefficients.abs()
-    typicality = auroc(modality.typicality(distances), modality.typicality(torch.cat(list(corrupted.values()))))
-    report.samples[name] = len(folds)
-    report.achieved_false_alarm_rate[name] = float(torch.cat(alarms).float().mean())
-    report.families[name] = {family: auroc(odds, values) for family, values in bad_odds.items()}
-    report.signals[name] = {
-        "typicality": {"auroc": typicality, "coefficient": float(shares[:sided].sum())},
-        **{
-            signal: {"auroc": float(areas[sided + i]), "coefficient": float(modality.coefficients[sided + i])}
-            for i, signal in enumerate(SCALARS[:2])
-        },
-    }
-    report.damage_auroc[name] = auroc(odds, torch.cat(list(bad_odds.values())))
-    return modality
+    def normalised(values: Tensor) -> Tensor:
+        return (values - detector.score_location) / detector.score_scale
+
+    detector.remember(normalised(scores))
+    return {kind: normalised(values) for kind, values in bad.items()}
 
 
-def _joint(values: Tensor, rate: float) -> Tensor:
-    """Thresholds (2,) of two criteria (n, 2), equally rare, of which a share `rate` of the samples exceeds any."""
-    for single in torch.linspace(rate, rate / 2, 11).tolist():
-        thresholds = torch.stack([_upper(column, single) for column in values.unbind(1)])
-        if (values > thresholds).any(1).float().mean() <= rate:
-            break
-    # a criterion that nothing was fitted for is -inf throughout
-    return thresholds.nan_to_num(nan=0.0, neginf=0.0)
-
-
-def _upper(values: Tensor, rate: float) -> Tensor:
-    """The threshold that at most a share `rate` of the values exceeds."""
-    return values.quantile(1 - rate, interpolation="higher")
+def _report_detection(
+    report: CalibrationReport,
+    name: str,
+    detector: Detector,
+    damaged: Mapping[str, Tensor],
+    severities: Mapping[str, Tensor],
+    rate: float,
+) -> None:
+    """Fills in the part of one modality; `damaged` are scores (n, D + 1) by family, `severities` (n,)."""
+    clean = detector.clean[: int(detector.count)]
+    report.achieved_false_alarm_rate[name] = max(1, int(rate * (len(clean) + 1))) / (len(clean) + 1)
+    report.families[name], report.unseen[name] = {}, {}
+    chosen = detector.left_out.clone()
+    for number, (kind, scores) in enumerate(damaged.items()):
+        step = (severities[kind] * SEVERITIES).long().clamp(0, SEVERITIES - 1)
+        for table in (report.families[name], report.unseen[name]):
+            if table is report.unseen[name]:
+                detector.left_out[number] = 1
+            largest = detector.largest(scores)
+            flagged = (largest > detector.threshold(rate)).float()
+            shares = [float(flagged[step == s].mean()) for s in range(SEVERITIES)]
+            table[kind] = Detection(auroc(detector.largest(clean), largest), shares)
+        detector.left_out.copy_(chosen)
 
 
 def _fit_agreement(
@@ -309,7 +261,6 @@ def _fit_agreement(
     shared: Sequence[Tensor],
     representations: Sequence[Tensor],
     folds: Tensor,
-    config: DMSConfig,
     report: CalibrationReport,
 ) -> None:
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
@@ -324,12 +275,7 @@ def _fit_agreement(
     areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}
     best = max(areas, key=lambda kind: areas[kind])
     report.consistency, report.mismatch_auroc = best, areas[best]
-    agreement.location.copy_(matched[best].median())
     agreement.scale.copy_(matched[best].std().clamp_min(1e-6))
-    disagreement = (agreement.location - matched[best]) / agreement.scale
-    agreement.threshold.copy_(_upper(disagreement, config.false_alarm_rate))
-    # disagreement and suspicion together are as rare on clean samples as clear damage is
-    joint = min(0.5, config.false_alarm_rate / max(config.arbitration_rate, 1e-6))
-    agreement.arbitration_threshold.copy_(_upper(disagreement, max(joint, config.false_alarm_rate)))
+    agreement.remember(-matched[best][:, None])
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))

@@ -1,23 +1,21 @@
-"""What calibration knows: clean statistics of each modality (level 1), a map from them to damage (level 2), and how
-far clean pairs agree.
+"""What calibration knows: how each modality looks on clean data, and how far clean pairs agree.
 
-Buffers that travel with the checkpoint, and what is read off them at inference. `calibration_fit` fills them.
+Buffers that travel with the checkpoint, and what is read off them at inference. `fit` fills them.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.evidence.typicality import MEMORY, canonical_coordinates, evidence, unfamiliarity
+from modeling_dms.evidence.typicality import canonical_coordinates, log_distances
 
 
-# buffers of what calibration remembers of clean samples
-REMEMBERED = ("memory_bank", "unfamiliarity_location", "unfamiliarity_scale")
 SCALARS = ("confidence", "uncertainty", "energy")
+# how many clean samples a p-value is counted among, and how far, in clean standard deviations, one number counts
+REMEMBERED, FARTHEST = 1000, 30.0
 
 
 class Statistics(nn.Module):
@@ -52,7 +50,7 @@ class Statistics(nn.Module):
 
 
 class ModalityCalibration(Statistics):
-    """Calibrated statistics of one modality.
+    """Clean statistics of the layers of one modality, and of its scalar signals.
 
     Args:
         layers: L.
@@ -65,21 +63,11 @@ class ModalityCalibration(Statistics):
     basis: Tensor
     variance: Tensor
     residual: Tensor
-    distance_location: Tensor
-    distance_scale: Tensor
     distance_low: Tensor
     distance_high: Tensor
     scalar_location: Tensor
     scalar_scale: Tensor
-    coefficients: Tensor
-    intercept: Tensor
-    emptiness_scale: Tensor
-    threshold: Tensor
-    suspicion_threshold: Tensor
     canonical: Tensor
-    memory_bank: Tensor
-    unfamiliarity_location: Tensor
-    unfamiliarity_scale: Tensor
     level: Tensor
 
     def __init__(self, layers: int, size: int, components: int):
@@ -90,25 +78,11 @@ class ModalityCalibration(Statistics):
                 "basis": (layers, size, components),
                 "variance": (layers, components),
                 "residual": (layers,),
-                "distance_location": (2 * layers + 1,),
-                "distance_scale": (2 * layers + 1,),
-                "distance_low": (2 * layers + 1,),
-                "distance_high": (2 * layers + 1,),
+                "distance_low": (2 * layers,),
+                "distance_high": (2 * layers,),
                 "scalar_location": (len(SCALARS),),
                 "scalar_scale": (len(SCALARS),),
-                "coefficients": (4 * layers + 4,),
-                "intercept": (),
-                # makes a clean sample as far from being called empty as from being called damaged
-                "emptiness_scale": (),
-                # of the log-odds and of emptiness
-                "threshold": (2,),
-                # the same with unfamiliarity, where the modalities disagree
-                "suspicion_threshold": (2,),
                 "canonical": (components, components),
-                # canonical coordinates of clean samples; all zeros if none are remembered
-                "memory_bank": (MEMORY, components),
-                "unfamiliarity_location": (2,),
-                "unfamiliarity_scale": (2,),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
             }
@@ -119,147 +93,166 @@ class ModalityCalibration(Statistics):
         """The clean statistics, as `typicality` takes them."""
         return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual", "canonical")}
 
-    def unfamiliarity(self, shared: Tensor) -> Tensor:
-        """`unfamiliarity` by the memory bank: (B, K) -> (B, 2), 0 where no clean samples are remembered."""
-        return self.memory_bank.any() * unfamiliarity(shared, {name: getattr(self, name) for name in REMEMBERED})
-
     def standardize(self, scalars: Tensor) -> Tensor:
-        """Scalar signals (B, 3) over their clean location and scale."""
-        return (scalars - self.scalar_location) / self.scalar_scale
-
-    def detector_inputs(self, distances: Tensor, scalars: Tensor) -> Tensor:
-        """Inputs of the logistic map: how far too far and too close each distance is, then confidence and uncertainty.
-
-        Args:
-            distances: (B, 2 L + 1) from `evidence`.
-            scalars: (B, 3).
-
-        Returns:
-            (B, 4 L + 4), in clean standard deviations, cut off at 10: one broken feature must not outvote the rest.
-        """
-        deviation = (distances - self.distance_location) / self.distance_scale
-        sided = torch.cat([deviation.clamp(0, 10), (-deviation).clamp(0, 10)], dim=1)
-        return torch.cat([sided, self.standardize(scalars)[:, :2].clamp(-10, 10)], dim=1)
-
-    def scheduler_inputs(self, distances: Tensor, scalars: Tensor, unfamiliarity: Tensor) -> Tensor:
-        """What the learned scheduler sees of this modality: `detector_inputs`, and the standardised energy.
-
-        Where clean samples are remembered, unfamiliarity takes the place of the deviations, filled up with zeros: by
-        deviations a scheduler learns the damage of its training, and takes unknown damage for a clean image beside a
-        wrong context.
-
-        Args:
-            distances: (B, 2 L + 1).
-            scalars: (B, 3).
-            unfamiliarity: (B, 2).
-
-        Returns:
-            (B, `scheduler_size`).
-        """
-        inputs = self.detector_inputs(distances, scalars)
-        # before calibration nothing is known of how far is far
-        sided = inputs[:, : self.deviations] * (self.level > 0)
-        sided = torch.where(self.memory_bank.any(), F.pad(unfamiliarity, (0, self.deviations - 2)), sided)
-        energy = self.standardize(scalars)[:, 2:].clamp(-10, 10)
-        return torch.cat([sided, inputs[:, self.deviations :], energy], dim=1)
-
-    @property
-    def scheduler_size(self) -> int:
-        """How many numbers `scheduler_inputs` returns: 4 L + 5."""
-        return self.coefficients.numel() + 1
-
-    @property
-    def deviations(self) -> int:
-        """How many of the detector's inputs, the first ones, are deviations of distances: 4 L + 2."""
-        return 2 * self.distance_location.numel()
+        """Scalar signals (B, 3) over their clean location and scale, cut off at 10 either way."""
+        return ((scalars - self.scalar_location) / self.scalar_scale).clamp(-10, 10)
 
     def typicality(self, distances: Tensor) -> Tensor:
-        """z = log(max(1, d / q)) over layers and distances, or how far below the closest clean ones.
+        """-log(max(1, d / q)), the lowest over layers and distances; for those below the closest clean ones likewise.
 
         Args:
-            distances: (B, 2 L + 1).
+            distances: (B, 2 L), logarithms.
 
         Returns:
-            (B,).
+            (B,), at most 0.
         """
-        far, near = distances - self.distance_high, self.distance_low - distances
-        return torch.maximum(far, near).clamp_min(0).amax(1)
+        inside = torch.minimum(self.distance_high - distances, distances - self.distance_low)
+        return inside.clamp_max(0).amin(1)
 
-    def criteria(self, distances: Tensor, scalars: Tensor) -> Tensor:
-        """The two criteria of damage: (B, 2).
 
-        The log-odds of damage (level 2) or the largest deviation (level 1); and emptiness, by how much the modality
-        has too little to say that the other one could agree with. Emptiness stands by itself: few of the self-made
-        corruptions leave a modality empty, so a map fitted on all of them would not heed it.
-        """
-        inputs = self.detector_inputs(distances, scalars)
-        odds = inputs @ self.coefficients + self.intercept
-        deviation = inputs[:, : self.deviations].amax(1)
-        first = torch.where(self.level == 2, odds, deviation)
-        return torch.stack([first, self.emptiness(distances)], 1)
+class Conformal(Statistics):
+    """Scores of clean samples that took no part in the fit of what scores them: what a score is compared with.
 
-    def emptiness(self, distances: Tensor) -> Tensor:
-        """How much too short the canonical coordinates are; `-inf` where none were fitted: (B, 2 L + 1) -> (B,)."""
-        short = (self.distance_location[-1] - distances[:, -1]) / self.distance_scale[-1]
-        return torch.where(self.canonical.any(), short * self.emptiness_scale, -torch.inf)
+    Args:
+        columns: C, scores of each sample.
+    """
 
-    def damage(self, distances: Tensor, scalars: Tensor, unfamiliarity: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much the criteria exceed their thresholds; and what counts in a disagreement, where unfamiliarity is
-        added to the first criterion and the thresholds are others: (B,) each.
+    clean: Tensor
+    count: Tensor
+
+    def __init__(self, columns: int, shapes: dict[str, tuple[int, ...]]):
+        super().__init__({**shapes, "clean": (REMEMBERED, columns), "count": ()})
+
+    def remember(self, scores: Tensor) -> None:
+        """Keeps scores (n, C) of clean samples, at most so many."""
+        self.clean.zero_()
+        self.clean[: len(scores)] = scores[:REMEMBERED]
+        self.count.fill_(float(min(len(scores), REMEMBERED)))
+
+    def largest(self, scores: Tensor) -> Tensor:
+        """The one score that counts: (n, C) -> (n,)."""
+        return scores.amax(1)
+
+    def _ordered(self) -> Tensor:
+        """Those of the clean samples, the largest first, and -inf where none is remembered."""
+        places = torch.arange(len(self.clean), device=self.clean.device) < self.count
+        return self.largest(self.clean).masked_fill(~places, -torch.inf).sort(descending=True).values
+
+    def p_clean(self, score: Tensor) -> Tensor:
+        """The conformal p-value: the share of clean samples, this one among them, whose score is as large.
+
+        A clean sample has p <= a with probability a at most (Vovk et al., "Algorithmic Learning in a Random World",
+        2005).
 
         Args:
-            unfamiliarity: (B, 2).
+            score: (B,).
 
         Returns:
-            Above 0 is flagged; `-inf` before calibration. What is damaged is suspicious too.
+            (B,), above 0; 1 before calibration.
         """
-        criteria = self.criteria(distances, scalars)
-        damage = (criteria - self.threshold).amax(1)
-        suspicion = (with_unfamiliarity(criteria, unfamiliarity) - self.suspicion_threshold).amax(1)
-        found = (damage, torch.maximum(damage, suspicion))
-        return tuple(torch.where(self.level > 0, value, -torch.inf) for value in found)  # type: ignore[return-value]
+        above = (self._ordered() >= score[:, None]).sum(1)
+        return ((1 + above) / (1 + self.count)).clamp_max(1)
 
-    def cleanness(self, suspicion: Tensor) -> Tensor:
-        """P(clean) - P(damaged) by the log-odds behind suspicion, or how far it lies below its threshold if that is
-        more: a map that tells little apart calls nothing clean.
-
-        Args:
-            suspicion: (B,).
-
-        Returns:
-            (B,), from 0 to 1.
-        """
-        odds = suspicion + self.suspicion_threshold[0] * (self.level == 2)
-        return torch.maximum(torch.tanh(-odds / 2), -suspicion).clamp(0, 1)
+    def threshold(self, rate: float) -> Tensor:
+        """The score that new clean samples exceed with probability `rate` at most, or as rarely as so few tell: the
+        k-th largest of n, with k = rate * (n + 1). A scalar."""
+        place = (rate * (self.count + 1)).long().clamp_min(1) - 1
+        return self._ordered().gather(0, place[None])[0]
 
 
-def with_unfamiliarity(criteria: Tensor, unfamiliarity: Tensor) -> Tensor:
-    """Criteria of damage (n, 2), the first one plus the unfamiliarity by Euclidean distance, of (n, 2)."""
-    return criteria + F.pad(unfamiliarity[:, 1:], (0, 1))
+class Detector(Conformal):
+    """Tells the damaged samples of one modality from clean ones by numbers that were read of it.
 
+    Scores are the log-odds of each family of self-made damage and, for what resembles none of them, the logarithm of
+    the Mahalanobis distance from the clean samples. Each is measured by how far clean samples reach; the largest
+    counts.
 
-class Agreement(Statistics):
-    """What calibration knows of the consistency of clean pairs."""
+    Args:
+        size: P, numbers of each sample.
+        families: D, of self-made damage.
+        reads_layers: whether the log distances of the layers are the last of the numbers, see [`Calibration.numbers`].
+    """
 
     location: Tensor
     scale: Tensor
-    threshold: Tensor
-    arbitration_threshold: Tensor
+    whitening: Tensor
+    directions: Tensor
+    offsets: Tensor
+    score_location: Tensor
+    score_scale: Tensor
+    left_out: Tensor
+
+    def __init__(self, size: int, families: int, reads_layers: bool):
+        super().__init__(
+            families + 1,
+            {
+                "location": (size,),
+                "scale": (size,),
+                # of the standardised numbers; transforms clean ones into uncorrelated ones
+                "whitening": (size, size),
+                "directions": (families, size),
+                "offsets": (families,),
+                "score_location": (families + 1,),
+                "score_scale": (families + 1,),
+                # 1 for a family whose score does not count
+                "left_out": (families,),
+            },
+        )
+        self.reads_layers = reads_layers
+
+    def raw_scores(self, numbers: Tensor) -> Tensor:
+        """(B, P) -> (B, D + 1), of each family and, last, of the distance, each on its own scale."""
+        standard = ((numbers - self.location) / self.scale).clamp(-FARTHEST, FARTHEST)
+        distance = (standard @ self.whitening.T).pow(2).mean(1, keepdim=True).clamp_min(1e-6).log() / 2
+        return torch.cat([standard @ self.directions.T + self.offsets, distance], 1)
+
+    def largest(self, scores: Tensor) -> Tensor:
+        used = torch.cat([self.left_out == 0, self.left_out.new_ones(1, dtype=torch.bool)])
+        return scores.masked_fill(~used, -torch.inf).amax(1)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The score of damage: (B, P) -> (B,). Numbers that are not known (NaN) are those of the cleanest sample."""
+        unknown = numbers.isnan().any(1)
+        scores = (self.raw_scores(numbers.nan_to_num(0)) - self.score_location) / self.score_scale
+        return self.largest(scores).masked_fill(unknown, -torch.inf)
+
+
+class Agreement(Conformal):
+    """What calibration knows of the consistency of clean pairs; its score is minus the consistency."""
+
+    scale: Tensor
     canonical: Tensor
     informative: Tensor
 
     def __init__(self):
-        names = ("location", "scale", "threshold", "arbitration_threshold", "canonical", "informative")
-        super().__init__(dict.fromkeys(names, ()))
+        # the clean spread, whether the consistency is the canonical one, and whether it tells mismatched pairs at all
+        super().__init__(1, dict.fromkeys(("scale", "canonical", "informative"), ()))
 
-    def conflict(self, consistency: Tensor, modality_mask: Tensor) -> Tensor:
+    def conflict(self, consistency: Tensor, modality_mask: Tensor, rate: float) -> Tensor:
         """Disagreement in clean standard deviations beyond the threshold: (B, M), above 0 is flagged.
 
         `-inf` before calibration, where consistency tells nothing, and where fewer than two modalities are present.
+
+        Args:
+            rate: of clean pairs that are flagged.
         """
-        disagreement = (self.location - consistency) / self.scale - self.threshold
-        known = (self.informative > 0) & (modality_mask.sum(1, keepdim=True) > 1)
+        disagreement = (-consistency - self.threshold(rate)) / self.scale
+        known = (self.informative > 0) & (self.count > 0) & (modality_mask.sum(1, keepdim=True) > 1)
         return torch.where(known, disagreement, -torch.inf)
+
+
+class PixelRange(Statistics):
+    """The lowest and the highest value that clean pictures have in each channel: of black and of white."""
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(self):
+        super().__init__({"location": (3,), "scale": (3,)})
+
+    def unit(self, pictures: Tensor) -> Tensor:
+        """(n, 3, H, W), as the processor scales them -> black is 0 and white is 1."""
+        return (pictures.float() - self.location.view(3, 1, 1)) / self.scale.view(3, 1, 1)
 
 
 class Calibration(nn.Module):
@@ -267,25 +260,39 @@ class Calibration(nn.Module):
 
     Args:
         sizes: (L, F) of each modality.
+        evidence: of each modality, what [`Detector`] takes.
     """
 
     modalities: Sequence[ModalityCalibration]
+    detectors: Sequence[Detector]
 
-    def __init__(self, config: DMSConfig, sizes: Sequence[tuple[int, int]]):
+    def __init__(self, config: DMSConfig, sizes: Sequence[tuple[int, int]], evidence: Sequence[tuple[int, int, bool]]):
         super().__init__()
         self.config = config
         modalities = [ModalityCalibration(*size, config.subspace_size) for size in sizes]
         self.modalities = nn.ModuleList(modalities)  # type: ignore[assignment]
+        self.detectors = nn.ModuleList(Detector(*size) for size in evidence)  # type: ignore[assignment]
         self.agreement = Agreement()
+        self.pixels = PixelRange()
 
     @property
     def is_calibrated(self) -> bool:
         """Whether `calibrate` has run (or a calibrated checkpoint was loaded)."""
-        return all(bool(modality.level > 0) for modality in self.modalities)
+        return all(bool(detector.count > 0) for detector in self.detectors)
 
     def distances(self, index: int, statistics: Tensor) -> Tensor:
-        """`evidence` of modality `index`: (B, L, F) -> (B, 2 L + 1)."""
-        return evidence(statistics, self.modalities[index].fitted)
+        """`log_distances` of modality `index`: (B, L, F) -> (B, 2 L)."""
+        return log_distances(statistics, self.modalities[index].fitted).flatten(1)
+
+    def numbers(self, index: int, distances: Tensor | None, numbers: Tensor | None) -> Tensor:
+        """What the detector of modality `index` reads: (B, P).
+
+        Args:
+            distances: (B, 2 L), of the layers; not needed where it does not read them.
+            numbers: `ModalityFeatures.numbers`.
+        """
+        parts = [numbers, distances if self.detectors[index].reads_layers else None]
+        return torch.cat([part for part in parts if part is not None], 1)
 
     def shared(self, index: int, statistics: Tensor) -> Tensor:
         """`canonical_coordinates` of modality `index`: (B, L, F) -> (B, K)."""

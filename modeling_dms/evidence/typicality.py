@@ -6,12 +6,9 @@ Shapes: n samples, L layers, F = 2 * D features (mean and standard deviation ove
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 EPS = 1e-6
-# how many clean samples are remembered, how many of them a sample is compared with, and how near is a copy of it
-MEMORY, NEIGHBOURS, SAME = 512, 5, 1e-3
 
 
 def token_statistics(states: Tensor, mask: Tensor) -> Tensor:
@@ -71,8 +68,8 @@ def whiten(features: Tensor, gaussian: dict[str, Tensor]) -> tuple[Tensor, Tenso
     """
     standard = (features - gaussian["mean"]) / gaussian["scale"]
     inside = torch.einsum("nlf,lfk->nlk", standard, gaussian["basis"])
-    outside = standard.pow(2).sum(-1) - inside.pow(2).sum(-1)
-    outside = outside.clamp_min(0) / (standard.shape[-1] * gaussian["residual"])
+    beyond = standard - torch.einsum("nlk,lfk->nlf", inside, gaussian["basis"])
+    outside = beyond.pow(2).mean(-1) / gaussian["residual"]
     return inside / gaussian["variance"].sqrt(), outside
 
 
@@ -96,23 +93,6 @@ def log_distances(features: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
     """
     inside, outside = whiten(features, gaussian)
     return torch.stack([inside.pow(2).sum(-1), outside], dim=-1).clamp_min(EPS).log() / 2
-
-
-def evidence(features: Tensor, fitted: dict[str, Tensor]) -> Tensor:
-    """`log_distances` of all layers and, last, the logarithm of the length of the canonical coordinates.
-
-    Of each, too little tells as much as too much: an image in fog looks like a clean one of nothing, but it has
-    nothing to say that a text could agree with.
-
-    Args:
-        features: (n, L, F).
-        fitted: see `canonical_coordinates`.
-
-    Returns:
-        (n, 2 L + 1).
-    """
-    length = canonical_coordinates(features, fitted).pow(2).sum(-1, keepdim=True).clamp_min(EPS).log() / 2
-    return torch.cat([log_distances(features, fitted).flatten(1), length], dim=1)
 
 
 def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -140,57 +120,6 @@ def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tupl
     share = min(1.0, max(int(view.any(0).sum()) for view in (first, second)) / len(first))
     correlation = (correlation - 2 * (share * (1 - share)) ** 0.5).clamp(0, 1).sqrt()
     return left @ u * correlation, right @ v.T * correlation
-
-
-def _nearest(shared: Tensor, bank: Tensor) -> Tensor:
-    """Minus the mean cosine and the log of the mean Euclidean distance of the nearest neighbours in a memory bank:
-    (n, K), (m, K) -> (n, 2), finite. Neither rows of zeros nor the sample itself or a copy of it are neighbours: data
-    often hold several questions about one image."""
-    # matrix products would round small distances differently in a batch and alone
-    distance = torch.cdist(shared, bank, compute_mode="donot_use_mm_for_euclid_dist")
-    others = (distance > SAME) & bank.any(1)
-    cosine = (F.normalize(shared, dim=1) @ F.normalize(bank, dim=1).T).masked_fill(~others, -1)
-    distance = distance.masked_fill(~others, 1 / EPS).topk(NEIGHBOURS, largest=False).values.mean(1)
-    return torch.stack([-cosine.topk(NEIGHBOURS).values.mean(1), distance.clamp(EPS, 1 / EPS).log()], dim=1)
-
-
-def fit_memory_bank(shared: Tensor) -> dict[str, Tensor]:
-    """Remembers clean samples, and how near each other they lie.
-
-    Args:
-        shared: (n, K) canonical coordinates, of which evenly spaced ones are taken if there are more than 512.
-
-    Returns:
-        `memory_bank` (512, K), filled up with zeros; `unfamiliarity_location` and `unfamiliarity_scale` (2,).
-    """
-    count = min(len(shared), MEMORY)
-    some = shared[torch.arange(count) * len(shared) // count]
-    among = _nearest(some, some)
-    return {
-        "memory_bank": F.pad(some, (0, 0, 0, MEMORY - count)),
-        "unfamiliarity_location": among.median(0).values,
-        "unfamiliarity_scale": among.std(0).clamp_min(1e-3),
-    }
-
-
-def unfamiliarity(shared: Tensor, fitted: dict[str, Tensor]) -> Tensor:
-    """How much farther samples lie from their nearest neighbours in the memory bank than clean samples do.
-
-    u = (d - median of clean d) / std of clean d, where d is, of the k = 5 nearest neighbours, minus the mean cosine
-    and the log of the mean Euclidean distance. Distance to the k nearest neighbours: Sun et al., "Out-of-Distribution
-    Detection with Deep Nearest Neighbors", ICML 2022; in canonical coordinates, by both measures and standardised is
-    our own choice. An image of unknown damage that is typical layer by layer still resembles no clean image; one that
-    merely came with another image's text does.
-
-    Args:
-        shared: (n, K), from `canonical_coordinates`.
-        fitted: what `fit_memory_bank` returns.
-
-    Returns:
-        (n, 2), by cosine and by Euclidean distance, cut off at -10 and 10.
-    """
-    deviation = _nearest(shared, fitted["memory_bank"]) - fitted["unfamiliarity_location"]
-    return (deviation / fitted["unfamiliarity_scale"]).clamp(-10, 10)
 
 
 def auroc(negative: Tensor, positive: Tensor) -> float:

@@ -21,30 +21,32 @@ class Images:
         lengths: (I,), how many of them each image has. A backbone that keeps the images of a row together counts them
             as one.
         statistics: (I, L, F), of the chosen layers of the vision tower; `None` if they were not watched.
+        pixels: (I, P), `pixel_statistics`; `None` where nothing asks for them.
     """
 
     outputs: Any
     tokens: Tensor
     lengths: Tensor
     statistics: Tensor | None
+    pixels: Tensor | None = None
 
     @classmethod
     def of(cls, outputs: Any) -> "Images":
         """What `get_image_features` of a DMS class, or of a vanilla one, returned."""
-        pooled, statistics = outputs.pooler_output, getattr(outputs, "statistics", None)
+        pooled, kept = outputs.pooler_output, [getattr(outputs, name, None) for name in ("statistics", "pixels")]
         if isinstance(pooled, Tensor):  # (I, N, D)
             lengths = torch.full((pooled.shape[0],), pooled.shape[1], device=pooled.device)
-            return cls(outputs, pooled.flatten(0, 1), lengths, statistics)
+            return cls(outputs, pooled.flatten(0, 1), lengths, *kept)
         tokens = torch.cat(list(pooled))
-        return cls(outputs, tokens, torch.tensor([len(p) for p in pooled], device=tokens.device), statistics)
+        return cls(outputs, tokens, torch.tensor([len(p) for p in pooled], device=tokens.device), *kept)
 
     def expand(self, count: int) -> "Images":
         """One image for `count` texts: the same features for every pair."""
         if len(self.lengths) == count:
             return self
         repeat = count // len(self.lengths)
-        statistics = None if self.statistics is None else self.statistics.repeat(repeat, 1, 1)
-        return Images(self.outputs, self.tokens.repeat(repeat, 1), self.lengths.repeat(repeat), statistics)
+        kept = [k if k is None else k.repeat(repeat, *[1] * (k.ndim - 1)) for k in (self.statistics, self.pixels)]
+        return Images(self.outputs, self.tokens.repeat(repeat, 1), self.lengths.repeat(repeat), *kept)
 
     def fit(self, placeholders: Tensor) -> bool:
         """Whether the prompts hold the tokens of these images, each image within one row.
@@ -109,25 +111,37 @@ def image_statistics(states: Sequence[Tensor], pooled: Any, parts: Sequence[int]
     return torch.stack([layer.to(layers[0].device) for layer in layers], 1)
 
 
+def of_images(units: Tensor, pooled: Any, parts: Sequence[int] | None = None) -> Tensor:
+    """The mean over the tiles of each image: (tiles, F) -> (I, F); `pooled` and `parts` as `image_statistics`."""
+    # a number of tiles that is not known while the call is traced is told by `parts`
+    if isinstance(pooled, Tensor) or guard_or_false(units.shape[0] == len(pooled)):
+        return units
+    # a row without images has no tile
+    parts = parts_of(units.shape[0], pooled, parts)
+    counts = torch.tensor(parts, device=units.device).clamp_min(1)
+    return torch.stack([part.sum(0) for part in units.split(parts)]) / counts[:, None]
+
+
+def parts_of(units: int, pooled: Any, parts: Sequence[int] | None) -> list[int]:
+    """How many tiles, or patches, of so many each image has: by its share of the image tokens if nothing tells it."""
+    if len(pooled) == 1:
+        return [units]
+    if guard_or_false(units == len(pooled)):
+        return [1] * units
+    if parts is not None:
+        return [*parts]
+    lengths = [len(tokens) for tokens in pooled]
+    return [length * units // max(1, sum(lengths)) for length in lengths]
+
+
 def _of_images(state: Tensor, pooled: Any, parts: Sequence[int] | None) -> Tensor:
     """One layer's statistics: (I, F)."""
-    if isinstance(pooled, Tensor):
-        return _statistics(state)
-    lengths = [len(tokens) for tokens in pooled]
     # a number of tiles that is not known while the call is traced is none of patches in a row
-    in_a_row = state.ndim == 2 or (len(lengths) > 1 and guard_or_false(state.shape[0] == 1))
-    units = state.reshape(-1, state.shape[-1]) if in_a_row else _statistics(state)  # patches, or (tiles, F)
-    if len(lengths) == 1:
-        parts = [len(units)]
-    elif parts is None and len(units) == len(lengths):
-        parts = [1] * len(units)
-    elif parts is None:
-        parts = [length * len(units) // max(1, sum(lengths)) for length in lengths]
-    if in_a_row:
-        return torch.cat([_statistics(part[None]) for part in units.split([*parts])])
-    # a row without images has no tile
-    counts = torch.tensor(parts, device=units.device).clamp_min(1)
-    return torch.stack([part.sum(0) for part in units.split([*parts])]) / counts[:, None]
+    in_a_row = state.ndim == 2 or (len(pooled) > 1 and guard_or_false(state.shape[0] == 1))
+    if isinstance(pooled, Tensor) or not in_a_row:
+        return of_images(_statistics(state), pooled, parts)
+    patches = state.reshape(-1, state.shape[-1])
+    return torch.cat([_statistics(part[None]) for part in patches.split(parts_of(len(patches), pooled, parts))])
 
 
 def _statistics(state: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """What a DMS class observes of a prompt: which positions hold what, and the features of each modality."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from modeling_dms.evidence.pixels import PIXEL_STATISTICS, pixel_statistics
+from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS, surprisal_statistics, token_surprisal
 from modeling_dms.evidence.typicality import token_statistics
-from modeling_dms.observe.images import Images
-from modeling_dms.observe.layers import text_only_states
+from modeling_dms.observe.images import Images, of_images, parts_of
+from modeling_dms.observe.layers import kept_states, text_only_states
+from modeling_dms.observe.pictures import pictures_of
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, compact, take
 
 
@@ -39,6 +44,16 @@ class ObservationMixin:
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
         """The images of a call; `None` without any."""
         raise NotImplementedError
+
+    def _parts(self, **kwargs: Any) -> list[int] | None:
+        """How many parts of what the vision tower returns are each image's, from the arguments of
+        `get_image_features`: tiles or, where it returns the patches of all images in a row, patches. `None` where the
+        number of its tokens tells it."""
+        return None
+
+    def _picture_sizes(self, inputs: dict[str, Any]) -> Sequence[Sequence[int]] | None:
+        """Height and width of each picture, where smaller ones are padded."""
+        return None
 
     @property
     def _is_causal(self) -> bool:
@@ -123,18 +138,42 @@ class ObservationMixin:
         layers = self.dms.calibration.modalities[0].mean.shape
         # not `len`, which is one number for all that a program of `torch.export` is given
         batch, device = placeholders.shape[0], placeholders.device
-        if images is None or images.statistics is None or owner is None:
+        if images is None or images.statistics is None or images.pixels is None or owner is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
             tokens = torch.zeros(batch, 1, self._token_size, device=device)
-            return ModalityFeatures(tokens, mask, torch.zeros(batch, *layers, device=device))
+            numbers = torch.full((batch, PIXEL_STATISTICS), torch.nan, device=device)
+            return ModalityFeatures(tokens, mask, torch.zeros(batch, *layers, device=device), numbers)
         index, mask = compact(placeholders & (modality_ids == VISION))
         number = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders)
         flat = number.gather(1, index).clamp_min(0)  # (B, N), which image token stands at each place
-        statistics = torch.zeros(batch, *images.statistics.shape[1:], device=device)
-        statistics = statistics.index_add_(0, owner, images.statistics.to(device))
-        counts = torch.zeros(batch, device=device).index_add_(0, owner, torch.ones_like(owner, dtype=torch.float32))
-        statistics = statistics / counts.clamp_min(1)[:, None, None]
-        return ModalityFeatures(images.tokens.to(device)[flat], mask, statistics)
+        statistics = of_rows(images.statistics.to(device), owner, batch)
+        numbers = of_rows(images.pixels.to(device), owner, batch)
+        return ModalityFeatures(images.tokens.to(device)[flat], mask, statistics, numbers)
+
+    def _pictures(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """The pictures of a call in groups of one size, (n, 3, H, W) each, as the processor scales them."""
+        layout = inputs.get("image_grid_thw"), self.config.vision_config, self._picture_sizes(inputs)
+        return pictures_of(inputs["pixel_values"], *layout)
+
+    def _pixel_statistics(
+        self, inputs: dict[str, Any], pooled: Any, change: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """`pixel_statistics` of each image: (I, P).
+
+        Args:
+            inputs: of `get_image_features`.
+            pooled: the image tokens, see `image_statistics`.
+            change: is given pictures (n, 3, H, W), black is 0 and white is 1, and the number of the image that each
+                belongs to, (n,), and returns others.
+        """
+        groups, parts = self._pictures(inputs), self._parts(**inputs)
+        # in the model's own precision, however the caller passes them
+        groups = [self.dms.calibration.pixels.unit(pictures.to(self.dtype)) for pictures in groups]
+        if change is not None:
+            sizes = [len(pictures) for pictures in groups]
+            images = torch.arange(len(pooled)).repeat_interleave(torch.tensor(parts_of(sum(sizes), pooled, parts)))
+            groups = [change(*both) for both in zip(groups, images.split(sizes), strict=True)]
+        return of_images(torch.cat([pixel_statistics(pictures) for pictures in groups]), pooled, parts)
 
     def _text_features(
         self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor
@@ -142,9 +181,52 @@ class ObservationMixin:
         index, mask = compact(modality_ids == TEXT)
         if input_ids is not None:
             # an image token need not be in the vocabulary
-            embeddings = self.get_input_embeddings()(input_ids.masked_fill(self._placeholders(input_ids), 0))
+            input_ids = input_ids.masked_fill(self._placeholders(input_ids), 0)
+            embeddings = self.get_input_embeddings()(input_ids)
         tokens = take(cast(Tensor, embeddings), index)
-        attended = mask.clone()
-        attended[:, 0] = True  # a sample without text must not attend to nothing
-        states = text_only_states(lambda: self._run_text(tokens, attended), tokens, self._text_layers)
-        return ModalityFeatures(tokens, mask, torch.stack([token_statistics(state, mask) for state in states], 1))
+        begin = self._begin_of_text
+        read, attended = tokens, mask
+        if begin is not None:
+            token = self.get_input_embeddings()(torch.full((len(mask), 1), begin, device=mask.device))
+            read, attended = torch.cat([token, tokens], 1), F.pad(mask, (1, 0), value=True)
+        # a sample without text must not attend to nothing
+        attended = torch.cat([torch.ones_like(attended[:, :1]), attended[:, 1:]], 1)
+        first = read.shape[1] - tokens.shape[1]
+        numbers = surprisal = None
+        if not self._is_causal:
+            states = text_only_states(lambda: self._run_text(read, attended), read, self._text_layers)
+        else:
+            with torch.no_grad():
+                states, outputs = kept_states(lambda: self._run_text(read, attended), self._text_layers)
+                if input_ids is None:
+                    numbers = torch.full((len(mask), SURPRISAL_STATISTICS), torch.nan, device=mask.device)
+                else:
+                    numbers, surprisal = self._surprisal(outputs.last_hidden_state, input_ids.gather(1, index), mask)
+        statistics = [token_statistics(state[:, first:], mask) for state in states]
+        return ModalityFeatures(tokens, mask, torch.stack(statistics, 1), numbers, surprisal)
+
+    @property
+    def _begin_of_text(self) -> int | None:
+        """What a text is begun with where the language model reads it alone, so that its first token is predicted."""
+        token = self.config.get_text_config(decoder=True).bos_token_id
+        return token if self._is_causal and isinstance(token, int) else None
+
+    def _surprisal(self, states: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`surprisal_statistics` (B, P) of texts that the language model has read alone, and their mean surprisal
+        (B,).
+
+        Args:
+            states: (B, N or N + 1, D), what the output layer reads, from the token on that begins the text.
+            targets, mask: (B, N).
+        """
+        ahead = targets.shape[1] - states.shape[1] + 1  # 1 where nothing comes before the first token
+        targets, mask = targets[:, ahead:], mask[:, ahead:]
+        tokens = token_surprisal(states[:, :-1], targets, mask, self._readout)
+        return surprisal_statistics(tokens, mask), tokens[0].sum(1) / mask.sum(1).clamp_min(1)
+
+
+def of_rows(values: Tensor, owner: Tensor, batch: int) -> Tensor:
+    """The mean over the images of each row: (I, ...), (I,) -> (B, ...); 0 in a row without."""
+    total = torch.zeros(batch, *values.shape[1:], device=values.device).index_add_(0, owner, values)
+    counts = torch.zeros(batch, device=values.device).index_add_(0, owner, torch.ones_like(owner, dtype=values.dtype))
+    return total / counts.clamp_min(1).view(-1, *[1] * (values.ndim - 1))

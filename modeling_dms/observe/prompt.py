@@ -20,11 +20,16 @@ class ModalityFeatures:
         tokens: (B, N, D), in the language model's space.
         mask: (B, N), True for real tokens.
         statistics: (B, L, F), mean and standard deviation over tokens of the chosen layers.
+        numbers: (B, P), what tells damage beside the layers: `pixel_statistics` or `surprisal_statistics`, NaN where
+            they cannot be known; `None` where there are none.
+        surprisal: (B,), the mean of a text's tokens in nats; `None` where nothing predicts them.
     """
 
     tokens: Tensor
     mask: Tensor
     statistics: Tensor
+    numbers: Tensor | None = None
+    surprisal: Tensor | None = None
 
 
 @dataclass

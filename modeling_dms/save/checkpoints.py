@@ -57,15 +57,26 @@ class CheckpointMixin:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
-        if info["mismatched_keys"] and not may_differ:
+        # what an earlier version's calibration lacks, or has in another shape, is no damage of the checkpoint
+        of_calibration = "dms.calibration."
+        mismatched = sorted(key for key in info["mismatched_keys"] if not key[0].startswith(of_calibration))
+        if mismatched and not may_differ:
+            hint = ""
+            if mismatched[0][0] == "dms.scheduler.hidden.weight":
+                hint = (
+                    "; a learned scheduler of version 0.1 saw other signals: train it again, or start anew with "
+                    "`ignore_mismatched_sizes=True`"
+                )
             raise ValueError(
                 f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
-                f"shape, the model's): {sorted(info['mismatched_keys'])[:8]}"
+                f"shape, the model's): {mismatched[:8]}{hint}"
             )
         missing = set(info["missing_keys"])
         own = {f"dms.{name}" for name in model.dms.state_dict()}
         # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
         anew = {name for name in own if name.startswith("dms.scheduler.")}
+        if "dms.calibration.detectors.0.count" in missing:
+            anew |= {name for name in own if name.startswith(of_calibration)}
         new = own if own <= missing else anew
         if missing - new and not wants_info:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Signals -> modality weights."""
 
-from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,9 @@ from modeling_dms.outputs import ModalitySignals
 # of a score stays within the second: two of opposite signs decide where the rule is silent or undecided, but cannot
 # overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
+# Among damaged modalities one whose evidence is stronger by so much than the least has nothing to say: scores are in
+# units of how far clean ones reach, of whom an exponential tail leaves e^-10 there.
+GARBAGE_LEAD = 10.0
 # A damaged modality still tells a little, hence `weight_floor`. One that is not believed in a conflict is another
 # sample's: its floor is no higher than this.
 CONFLICT_FLOOR = 0.01
@@ -77,34 +79,39 @@ class ModalityScheduler(nn.Module):
 
     Args:
         config: a [`DMSConfig`].
-        calibrated: of each modality, how many calibrated inputs the learned scheduler gets, see
-            `ModalityCalibration.scheduler_inputs`.
+        modalities: M.
     """
 
-    # consistency, typicality, damage, conflict
-    SIGNALS = 4
+    # what the learned scheduler sees of each modality, and which of the signals that may be left out that is
+    SEEN: ClassVar[dict[str, str]] = {
+        "consistency": "consistency",
+        "typicality": "typicality",
+        "damage": "damage",
+        "conflict": "consistency",
+        "confidence": "confidence",
+        "uncertainty": "uncertainty",
+        "energy": "confidence",
+    }
 
-    def __init__(self, config: DMSConfig, calibrated: Sequence[int]):
+    def __init__(self, config: DMSConfig, modalities: int):
         super().__init__()
         self.config = config
         if config.scheduler == "learned":
-            modalities = len(calibrated)
-            size = sum(calibrated) + modalities * self.SIGNALS
-            self.hidden = nn.Linear(size, config.scheduler_hidden_size)
+            self.hidden = nn.Linear(modalities * len(self.SEEN), config.scheduler_hidden_size)
             self.output = ZeroLinear(config.scheduler_hidden_size, modalities)
 
     def forward(
         self,
         signals: ModalitySignals,
         modality_mask: Tensor,
-        calibrated: Sequence[Tensor],
+        standard: Tensor,
         entropy: Tensor,
     ) -> Tensor:
         """
         Args:
             signals: (B, M) each.
             modality_mask: (B, M), True where present.
-            calibrated: (B, P_m) each, see `ModalityCalibration.scheduler_inputs`.
+            standard: confidence, uncertainty and energy over their clean spread, (B, M, 3).
             entropy: unimodal predictive entropy, (B, M).
 
         Returns:
@@ -121,57 +128,43 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
         scores, conflict = rule_scores(signals, modality_mask, self.config)
         if self.config.scheduler == "learned":
-            correction = self._correction(signals, modality_mask, calibrated)
+            correction = self._correction(signals, modality_mask, standard)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
         floor = torch.full_like(scores[:, :1], self.config.weight_floor, dtype=torch.float32)
         floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
         return weights_from_scores(scores, modality_mask, floor)
 
-    def _correction(self, signals: ModalitySignals, modality_mask: Tensor, calibrated: Sequence[Tensor]) -> Tensor:
+    def _correction(self, signals: ModalitySignals, modality_mask: Tensor, standard: Tensor) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""
-        names = ("consistency", "typicality", "damage", "conflict")
-        rows = torch.stack([signals[name].clamp(-10, 10) for name in names], dim=-1)
-        rows = rows * self._seen([*names[:3], "consistency"], rows.device)
-        rows = rows * modality_mask[..., None]
-        own = []
-        for index, value in enumerate(calibrated):
-            kinds = ["typicality"] * (value.shape[1] - 3) + ["confidence", "uncertainty", "confidence"]
-            own.append(value * self._seen(kinds, value.device) * modality_mask[:, [index]])
-        inputs = torch.cat([rows.flatten(1), *own], dim=1).detach()
-        return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
-
-    def _seen(self, kinds: Sequence[str], device: torch.device) -> Tensor:
-        """1 for inputs of the signals that the MLP may see, 0 for others."""
+        names = [name for name in self.SEEN if name in ("consistency", "typicality", "damage", "conflict")]
+        rows = torch.cat([torch.stack([signals[name].clamp(-10, 10) for name in names], -1), standard], -1)
         chosen = SIGNALS if self.config.scheduler_signals is None else self.config.scheduler_signals
-        return torch.tensor([float(kind in chosen) for kind in kinds], device=device)
+        seen = torch.tensor([float(kind in chosen) for kind in self.SEEN.values()], device=rows.device)
+        inputs = (rows * seen * modality_mask[..., None]).flatten(1).detach()
+        return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
 
 
 def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> tuple[Tensor, Tensor]:
     """Scores of the training-free rule: minus the evidence of damage beyond a threshold; 0 for nothing suspicious.
 
-    The damage log-odds already combine alpha * confidence, beta * uncertainty and the typicalities, with coefficients
-    that calibration fitted. Consistency sharpens: where the modalities agree only clear damage counts; where they
-    disagree, one of them must be wrong, and the lower threshold of `arbitration_rate` decides which. Where even that
-    finds nothing, `conflict_prior` decides, if it is set. Where both are damaged the scores are equal: how much
-    evidence there is does not tell which of them is worse. This is our own choice.
+    Where all are damaged, how much evidence there is does not tell which of them is worse, and the scores are equal,
+    but for what is as far from all clean data as garbage is. Where none is damaged but they disagree,
+    `conflict_prior` decides, if it is set. This is our own choice.
 
     Returns:
         (B, M), and where `conflict_prior` decides, (B,) bool.
     """
-    evidence = cast(Tensor, signals.damage)
-    if config.consistency == "sharpen":
-        evidence = torch.where(signals.disagreement > 0, cast(Tensor, signals.suspicion), evidence)
-    clean = ((evidence <= 0) | ~modality_mask).all(1)
-    own = torch.eye(evidence.shape[1], dtype=torch.bool, device=evidence.device)
-    evidence = saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
-    # as far as another one is clean
-    evidence = evidence * cast(Tensor, signals.cleanness)[:, None].masked_fill(own, 0).amax(2)
-    if config.consistency == "additive":
-        return signals.consistency - evidence, torch.zeros_like(modality_mask[:, 0])
+    damage = cast(Tensor, signals.damage)
+    clean = (damage <= 0) | ~modality_mask
+    evidence = damage.clamp_min(0)
+    least = evidence.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
+    # beside a clean one all evidence counts
+    evidence = evidence - torch.where(least > 0, least + GARBAGE_LEAD, 0)
+    scores = -saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
     if config.conflict_prior is None:
-        return -evidence, torch.zeros_like(modality_mask[:, 0])
+        return scores, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)
-    favour = torch.zeros_like(evidence)
+    favour = torch.zeros_like(scores)
     conflict = saturate(config.kappa * signals.conflict[:, believed].clamp_min(0), EVIDENCE_LIMIT)
-    favour[:, believed] = torch.where(clean, conflict, 0)
-    return favour - evidence, favour[:, believed] > 0
+    favour[:, believed] = torch.where(clean.all(1), conflict, 0)
+    return scores + favour, favour[:, believed] > 0

@@ -49,7 +49,9 @@ BARS = {
     "confidence": Bar(0, 1, "high is good: sure of an answer from this input alone"),
     "uncertainty": Bar(0, 0.01, "low is good: how much that varies under dropout"),
     "consistency": Bar(-1, 1, "high is good: image and context say the same"),
-    "typicality": Bar(0, 4, "0 is good: how far outside of clean inputs"),
+    "typicality": Bar(-4, 0, "0 is good: the lower, the farther outside of clean inputs"),
+    "surprisal": Bar(0, 20, "low is good: how unlikely the words of the context are"),
+    "p_clean": Bar(0, 1, "high is good: share of clean inputs that look as damaged"),
     "damage": Bar(-10, 10, "below 0 is good: above it the alarm is raised"),
 }
 
@@ -124,23 +126,21 @@ def explain(dms: Answer) -> str:
         return f"There is no {MODALITIES[absent]}: the {MODALITIES[1 - absent]} alone is heard."
     if not dms.signals:
         return "The scheduler is uniform: this is the static model."
-    signals, worse = dms.signals, dms.weights.index(min(dms.weights))
-    this, other = MODALITIES[worse], MODALITIES[1 - worse]
-    if min(signals["damage"]) == -math.inf:
+    damage = dms.signals["damage"]
+    if min(damage) == -math.inf:
         return "Not calibrated: DMS does not know what clean inputs look like."
-    # as the rule does: where the two disagree, weaker evidence counts
-    evidence = signals["suspicion" if signals["disagreement"][0] > 0 else "damage"]
-    heard = f"DMS hears the {other} with {max(dms.weights):.2f}."
-    if min(evidence) > 0:
+    most = max(dms.weights)
+    heard = "DMS takes no side."
+    if most > 0.5:
+        heard = f"DMS hears the {MODALITIES[dms.weights.index(most)]} with {most:.2f}."
+    if min(damage) > 0:
         return f"Both look damaged: {heard}"
-    if signals["damage"][worse] > 0:
-        return f"The {this} looks damaged: {heard}"
-    if evidence[worse] > 0:
-        return f"Image and context disagree, and the {this} looks less clean: {heard}"
-    if max(dms.weights) > 0.5:  # another scheduler than the rule, or a side to believe
+    if max(damage) > 0:
+        return f"The {MODALITIES[damage.index(max(damage))]} looks damaged: {heard}"
+    if dms.signals["conflict"][0] > 0:
+        return f"Image and context look clean but disagree: {heard}"
+    if most > 0.5:  # by another scheduler than the rule
         return heard
-    if signals["conflict"][0] > 0:
-        return "Image and context look clean but disagree: DMS takes no side."
     return "Nothing looks damaged: DMS answers as the static model does."
 
 
@@ -164,7 +164,7 @@ def _bar(bar: Bar, value: float, modality: str, alarm: bool) -> str:
     zero, end = ((min(max(x, bar.low), bar.high) - bar.low) / (bar.high - bar.low) * 100 for x in (0, value))
     color = "alarm" if alarm else modality
     style = f"left:{min(zero, end):.1f}%;width:{abs(end - zero):.1f}%"
-    digits = 4 if bar.high < 0.1 else 2
+    digits = 4 if bar.high - bar.low < 0.1 else 2
     return (
         f'<span class="track"><i class="{color}" style="{style}"></i><b style="left:{zero:.1f}%"></b></span>'
         f'<span class="value">{value:.{digits}f}</span>'

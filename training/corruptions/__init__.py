@@ -2,11 +2,11 @@
 
 from modeling_dms.training.corruptions.dropout import EpochCallback, ModalityDropout
 from modeling_dms.training.corruptions.families import (
-    CALIBRATION_FAMILIES,
     FAMILIES,
     CorruptionConfig,
     family_of,
     names_in,
+    self_made_families,
 )
 from modeling_dms.training.corruptions.imagenet_c import IMAGENET_C
 from modeling_dms.training.corruptions.images import IMAGE_CORRUPTIONS
@@ -15,7 +15,6 @@ from modeling_dms.training.corruptions.text import TEXT_CORRUPTIONS
 
 
 __all__ = [
-    "CALIBRATION_FAMILIES",
     "FAMILIES",
     "IMAGENET_C",
     "IMAGE_CORRUPTIONS",
@@ -27,4 +26,5 @@ __all__ = [
     "corrupt",
     "family_of",
     "names_in",
+    "self_made_families",
 ]

@@ -57,9 +57,8 @@ def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_
     finally:
         handle.remove()
     signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
-    calibrated = [torch.cat(parts) for parts in zip(*(row[2] for row in rows), strict=True)]
-    mask, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 3))
-    return [ModalitySignals(**signals), mask, calibrated, entropy]
+    mask, standard, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 2, 3))
+    return [ModalitySignals(**signals), mask, standard, entropy]
 
 
 def fit_scheduler(
@@ -79,19 +78,18 @@ def fit_scheduler(
         target: (n, M), target weights.
         choices: fields of DMSConfig.
     """
-    signals, mask, calibrated, entropy = recorded
+    signals, mask, standard, entropy = recorded
     config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        scheduler = ModalityScheduler(config, [value.shape[1] for value in calibrated])
+        scheduler = ModalityScheduler(config, mask.shape[1])
     optimizer = torch.optim.AdamW(scheduler.parameters(), lr=learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(target), (batch_size,), generator=generator)
         some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
-        own = [value[rows] for value in calibrated]
-        weights = scheduler(some, mask[rows], own, entropy[rows])
+        weights = scheduler(some, mask[rows], standard[rows], entropy[rows])
         loss = schedule_loss(weights, target[rows], mask[rows]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,5 +1,6 @@
 """Runs methods over samples, corruptions and seeds: every method sees the same samples and the same draws."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.corruptions import corrupt, self_made_families
 from modeling_dms.training.data import Sample
 from modeling_dms.training.data.samples import image_key
 from modeling_dms.training.evaluate.methods import Batch, Fixed, Method
@@ -49,6 +50,13 @@ class Condition:
     def kinds(self) -> list[str]:
         """The names of all corruptions, one after the other."""
         return [] if self.name == "clean" else self.name.split("+")
+
+    @property
+    def unseen_families(self) -> list[str]:
+        """Of calibration's self-made damage, those that the detectors must not know, so that the corruptions are
+        unseen; none in the group `"seen"`."""
+        names = [] if self.group == "seen" else self.kinds
+        return [family for name in names for family in self_made_families(name)]
 
     def lacks(self, sample: Sample) -> str | None:
         """What a sample needs to be measured under this condition and does not have: it would stay as it is, and look
@@ -189,10 +197,25 @@ def run_condition(
     seed: int,
     batch_size: int,
 ) -> list[Cell]:
-    """All methods under one condition, in all processes.
+    """All methods under one condition, in all processes. Of an unseen corruption the model's detectors do not know the
+    family.
 
     Batches are the same whatever the number of processes, which take turns: so are the results, to the last digit.
     """
+    vanilla = not hasattr(model, "families_left_out")
+    with contextlib.nullcontext() if vanilla else model.families_left_out(condition.unseen_families):
+        return _run_condition(model, task, methods, samples, condition, seed, batch_size)
+
+
+def _run_condition(
+    model: PreTrainedModel,
+    task: Task,
+    methods: Sequence[Method],
+    samples: Sequence[Sample],
+    condition: Condition,
+    seed: int,
+    batch_size: int,
+) -> list[Cell]:
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)
     chosen = methods_of(methods, condition)

@@ -1,5 +1,6 @@
 """`dms calibrate`: a checkpoint calibrated and saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from modeling_dms.save.staging import check_writable
 from modeling_dms.training.data.collator import PromptCollator
 from modeling_dms.training.data.samples import UNASKABLE, UNREADABLE, kept, split_readable
 from modeling_dms.training.data.sources import load_sources
+from modeling_dms.training.finetune.curves import draw_detection
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import folders_of, load, room_for_prompts
 from modeling_dms.training.publish.card import replacing
@@ -22,11 +24,15 @@ def check_base(name: str, out: Path) -> None:
         raise ValueError(f"{out} is the base that the adapter is built on: save it in another folder")
 
 
-def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dict | None = None) -> Any:
-    """Calibrates a checkpoint on `count` clean training images of `data` and saves it; an adapter as an adapter.
+def run_calibration(
+    name: str, data: str, out: Path, count: int = 1000, dms: dict | None = None, leave_out: Sequence[str] = ()
+) -> Any:
+    """Calibrates a checkpoint on `count` clean training images of `data` and saves it, an adapter as an adapter, with
+    what it sees of damage in `calibration.txt` and `calibration.png`.
 
     Args:
         dms: fields of DMSConfig, instead of the checkpoint's.
+        leave_out: families of self-made damage that it must not know.
 
     Returns:
         The report, which can be printed.
@@ -44,10 +50,12 @@ def run_calibration(name: str, data: str, out: Path, count: int = 1000, dms: dic
         check_base(name, out)
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     samples = kept(samples, collator.split_askable, UNASKABLE)
-    report = calibrate(model, collator, samples, count)
+    report = calibrate(model, collator, samples, count, leave_out=leave_out)
     with replacing(out) as folder:
         model.save_pretrained(folder)
         if (folder / "adapter_config.json").exists():
             model.base_model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
+        (folder / "calibration.txt").write_text(f"{report}\n", encoding="utf-8")
+        draw_detection(report, folder / "calibration.png")
     return report

@@ -1,10 +1,14 @@
-"""The curves of a run: losses, and the weights of each modality."""
+"""The pictures of a run: losses and weights over its steps, and what a calibration sees of damage."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modeling_dms.configuration.configuration_dms import MODALITIES
 
+
+if TYPE_CHECKING:
+    from modeling_dms.calibrate.report import CalibrationReport
 
 COLORS = {"vision": "#3b6fb6", "text": "#d98324"}
 
@@ -39,5 +43,42 @@ def draw_curves(history: Sequence[dict], path: Path) -> None:
     right.set_visible(bool(right.lines))  # a stage that aligns image tokens weighs nothing
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_detection(report: "CalibrationReport", path: Path) -> None:
+    """Draws the shares of self-made damage that a calibration flags, by family and severity: as the detectors are, and
+    with each family left out, which says what unknown damage meets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sides = [(name, families) for name, families in report.families.items() if families]
+    height = 1.3 + 0.36 * sum(len(families) for _, families in sides) + 0.5 * len(sides)
+    figure, axes = pyplot.subplots(
+        max(1, len(sides)),
+        2,
+        figsize=(8.5, height),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=[len(families) for _, families in sides] or [1],
+    )
+    for (first, second), (name, families) in zip(axes, sides, strict=False):
+        for axis, found, title in ((first, families, "known"), (second, report.unseen[name], "left out")):
+            shares = [detection.flagged for detection in found.values()]
+            axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            for row, line in enumerate(shares):
+                for column, share in enumerate(line):
+                    color = "white" if share > 0.6 else "black"
+                    axis.text(column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
+            axis.set_xticks(range(len(shares[0])), range(1, len(shares[0]) + 1))
+            axis.set_yticks(range(len(found)), [kind.replace("_", " ") for kind in found])
+            axis.tick_params(length=0)
+            axis.set(title=f"{name}, the family is {title}", xlabel="severity")
+    for axis in axes[len(sides) :].flat:  # clean statistics alone
+        axis.set_visible(False)
+    figure.suptitle(f"Share of damaged inputs flagged, where {report.false_alarm_rate:.1%} of clean ones may be")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -18,6 +18,7 @@ def calibrate(
     count: int,
     show_progress: bool = True,
     level: int = 2,
+    leave_out: Sequence[str] = (),
 ) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on samples of distinct images, evenly spread over the data:
     the first ones of a sorted set would be of one kind.
@@ -49,4 +50,4 @@ def calibrate(
         )
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
-    return model.calibrate(batches, level, count, show_progress)
+    return model.calibrate(batches, level, count, show_progress, leave_out)

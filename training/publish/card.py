@@ -315,7 +315,7 @@ def _is_calibrated(folder: Path) -> bool:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
-                if re.search(r"\bdms\.(.*\.)?calibration\.modalities\.0\.level$", name):
+                if re.search(r"\bdms\.(.*\.)?calibration\.detectors\.0\.count$", name):
                     return bool(weights.get_tensor(name) > 0)
     return False
 

@@ -1,14 +1,30 @@
 """Pixels as pictures, in whatever layout a processor gives them to its model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def pictures_of(pixel_values: Tensor, *layout: Any) -> list[Tensor]:
+    """The pictures in groups of one size, (n, 3, H, W) each, one after the other; `layout` as `changed_pictures`."""
+    found: list[Tensor] = []
+
+    def keep(pictures: Tensor) -> Tensor:
+        found.append(pictures)
+        return pictures
+
+    changed_pictures(pixel_values, keep, *layout)
+    return found
+
+
 def changed_pictures(
-    pixel_values: Tensor, change: Callable[[Tensor], Tensor], grid: Tensor | None = None, vision: Any = None
+    pixel_values: Tensor,
+    change: Callable[[Tensor], Tensor],
+    grid: Tensor | None = None,
+    vision: Any = None,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Applies `change` to pictures (n, 3, H, W) and gives the pixels back in their own layout.
 
@@ -17,9 +33,16 @@ def changed_pictures(
             patches (P, 3 * t * p * p) in the order of Qwen's processors.
         grid: (I, 3), frames, rows and columns of patches of each image, for flattened patches.
         vision: the vision tower's configuration, for the same.
+        sizes: height and width of each picture, where smaller ones are padded on the right and below.
     """
-    if pixel_values.ndim == 4:
+    if pixel_values.ndim == 4 and sizes is None:
         return change(pixel_values)
+    if pixel_values.ndim == 4:
+        out = pixel_values.clone()
+        for number, (height, width) in enumerate(sizes):
+            own = slice(number, number + 1), slice(None), slice(height), slice(width)
+            out[own] = change(pixel_values[own])
+        return out
     if pixel_values.ndim == 5:
         pictures = pixel_values.flatten(0, 1)
         there = pictures.flatten(1).any(1)

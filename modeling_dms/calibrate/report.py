@@ -1,0 +1,74 @@
+"""What `calibrate` says of a model and its data."""
+
+from dataclasses import dataclass, field
+
+
+SEVERITIES = 5  # steps of a report
+# a family of which fewer are flagged even at the strongest step is one that the detector is blind to
+BLIND = 0.5
+
+
+@dataclass
+class Detection:
+    """How well a family of self-made damage is told from clean samples.
+
+    Attributes:
+        auroc: area under the ROC curve of the detector's score.
+        flagged: share of the damaged samples that is flagged, by five steps of severity, mild to strong.
+    """
+
+    auroc: float
+    flagged: list[float]
+
+
+@dataclass
+class CalibrationReport:
+    """What `calibrate` found. Print it for a table.
+
+    Attributes:
+        samples: clean samples used, by modality.
+        families: by modality, by family of damage: a [`Detection`] by the fitted detector.
+        unseen: the same by one that this family was left out of.
+        false_alarm_rate: the rate asked for, of all alarms together.
+        alarm_rate: the part of it that each modality has.
+        achieved_false_alarm_rate: by modality, the share of new clean samples that its threshold flags on average: not
+            above its part of the rate asked for, unless there are too few samples for that.
+        mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
+        consistency: `"canonical"` or `"representations"`, whichever told them apart better.
+    """
+
+    samples: dict[str, int] = field(default_factory=dict)
+    families: dict[str, dict[str, Detection]] = field(default_factory=dict)
+    unseen: dict[str, dict[str, Detection]] = field(default_factory=dict)
+    false_alarm_rate: float = 0.0
+    alarm_rate: float = 0.0
+    achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
+    mismatch_auroc: float | None = None
+    consistency: str = "representations"
+
+    def blind(self, modality: str) -> list[str]:
+        """The families of which even strong damage is mostly not flagged."""
+        return [name for name, found in self.families.get(modality, {}).items() if found.flagged[-1] < BLIND]
+
+    def __str__(self) -> str:
+        steps = " ".join(f"{step:>4}" for step in range(1, SEVERITIES + 1))
+        lines = [f"{'':<9} {'':<14} {'share flagged at severity':<26} {'':>6}   when left out of calibration"]
+        lines += [f"{'modality':<9} {'damage':<14} {steps}   {'AUROC':>6}   {steps}   {'AUROC':>6}"]
+        for modality, families in self.families.items():
+            for name, found in families.items():
+                shown = [
+                    " ".join(f"{share:>4.2f}" for share in row.flagged) + f"   {row.auroc:>6.3f}"
+                    for row in (found, self.unseen[modality][name])
+                ]
+                lines.append(f"{modality:<9} {name:<14} {'   '.join(shown)}")
+        for modality, achieved in self.achieved_false_alarm_rate.items():
+            lines.append(
+                f"{modality}: by {self.samples[modality]} clean samples, {achieved:.2%} of new ones are flagged "
+                f"({self.alarm_rate:.2%} asked for)"
+            )
+        for modality in self.families:
+            if self.blind(modality):
+                lines.append(f"{modality}: mostly blind to {', '.join(self.blind(modality))}")
+        if self.mismatch_auroc is not None:
+            lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
+        return "\n".join(lines)
