@@ -311,6 +311,8 @@ def test_public_names_are_on_the_api_pages(module):
     "name",
     [
         "evidence.unimodal",
+        "evidence.pixels",
+        "evidence.surprisal",
         "evidence.typicality",
         "calibrate.statistics",
         "weigh.scheduler",
