@@ -21,7 +21,7 @@ from study import MODELS, chosen, read
 from torch import nn
 from tqdm.auto import tqdm
 
-from modeling_dms.calibrate.fit import DamagedRecord, fit_calibration
+from modeling_dms.calibrate.fit import fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.steer.bias import key_bias
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
@@ -93,16 +93,11 @@ def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], mo
 
     def recalibrated(count: int = CALIBRATION, level: int = 2) -> nn.Module:
         kept, rows = copy.deepcopy(model.dms), torch.arange(min(count, len(present)))
-        families = [{name: _of(record, rows) for name, record in own.items()} for own in damaged]
+        families = [{name: record[rows] for name, record in own.items()} for own in damaged]
         fit_calibration(kept.calibration, [record[rows] for record in clean], families, present[rows], level)
         return kept
 
     return recalibrated
-
-
-def _of(record: DamagedRecord, rows: torch.Tensor) -> DamagedRecord:
-    """Some of the samples."""
-    return DamagedRecord(*(None if part is None else part[rows] for part in vars(record).values()))
 
 
 def variants_of(model: Any, collator: PromptCollator, task: VisualQuestionAnswering) -> list[Variant]:

@@ -165,10 +165,11 @@ class CalibrationMixin:
         for name in IMAGE_FAMILIES if level == 2 else ():
             severity = torch.rand(len(ids), generator=generator)
             numbers = records[0].numbers
-            if images is not None:
+            if images is not None and owner is not None:
+                of_image = severity[owner.cpu()]
 
-                def damage(pictures: Tensor, number: Tensor, name=name, severity=severity) -> Tensor:
-                    return damaged_pictures(pictures, name, severity[owner.cpu()[number]], generator)
+                def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
+                    return damaged_pictures(pictures, name, of_image[number], generator)
 
                 given, pooled = {**inputs, "pixel_values": pixel_values}, images.tokens.split(images.lengths.tolist())
                 numbers = of_rows(self._pixel_statistics(given, pooled, damage), owner, len(ids)).cpu()

@@ -102,7 +102,7 @@ def _blur(picture: Tensor, severity: float, generator: Generator) -> Tensor:
     angle = torch.tensor(_between(0, torch.pi, generator))
     down, right = float(angle.sin()), float(angle.cos())
     steps = (torch.linspace(-0.5, 0.5, length) * length).tolist()
-    return sum(_moved(picture, round(step * down), round(step * right)) for step in steps) / length
+    return torch.stack([_moved(picture, round(step * down), round(step * right)) for step in steps]).mean(0)
 
 
 def _occlusion(picture: Tensor, severity: float, generator: Generator) -> Tensor:

@@ -44,6 +44,10 @@ def _cat(records: Sequence[Any]) -> list[Any]:
     return [None if part[0] is None else torch.cat(part) for part in parts]
 
 
+def _of_rows(record: Any, rows: Tensor) -> list[Any]:
+    return [None if part is None else part[rows] for part in vars(record).values()]
+
+
 @dataclass
 class ModalityRecord:
     """One modality of n samples.
@@ -61,7 +65,7 @@ class ModalityRecord:
     numbers: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "ModalityRecord":
-        return ModalityRecord(*(None if part is None else part[rows] for part in vars(self).values()))  # type: ignore
+        return ModalityRecord(*_of_rows(self, rows))
 
     @staticmethod
     def cat(records: Sequence["ModalityRecord"]) -> "ModalityRecord":
@@ -82,6 +86,9 @@ class DamagedRecord:
     severity: Tensor
     statistics: Tensor | None
     numbers: Tensor | None
+
+    def __getitem__(self, rows: Tensor) -> "DamagedRecord":
+        return DamagedRecord(*_of_rows(self, rows))
 
     @staticmethod
     def cat(records: Sequence["DamagedRecord"]) -> "DamagedRecord":
@@ -137,12 +144,13 @@ def fit_calibration(
         modality.scalar_location.copy_(record.scalars[rows].median(0).values)
         modality.scalar_scale.copy_(record.scalars[rows].std(0).clamp_min(1e-6))
         modality.level.fill_(float(level))
-        numbers = calibration.numbers(index, distances, None if record.numbers is None else record.numbers[rows])
+        numbers = calibration.numbers(index, distances, record[rows].numbers)
         bad, severities = {}, {}
         for kind, copies in damaged[index].items():
-            severities[kind] = copies.severity[rows]
-            away = None if copies.statistics is None else _distances(copies.statistics[rows], judges, own)
-            bad[kind] = calibration.numbers(index, away, None if copies.numbers is None else copies.numbers[rows])
+            copies = copies[rows]
+            severities[kind] = copies.severity
+            away = None if copies.statistics is None else _distances(copies.statistics, judges, own)
+            bad[kind] = calibration.numbers(index, away, copies.numbers)
         scores = _fit_detector(detector, numbers, bad, own)
         detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
         report.samples[name] = int(rows.sum())
@@ -183,7 +191,7 @@ def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSCo
 
 
 def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor]) -> None:
-    """What turns numbers (n, P) into scores."""
+    """What turns numbers (n, P) into scores; the search begins where the detector is."""
     detector.location.copy_(clean.mean(0))
     # a number that hardly varies on clean data must not turn rounding into damage
     detector.scale.copy_(clean.std(0).clamp_min(1e-4))
@@ -195,7 +203,8 @@ def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor]) ->
         bad = ((numbers - detector.location) / detector.scale).clamp(-FARTHEST, FARTHEST)
         targets = torch.cat([torch.zeros(len(standard)), torch.ones(len(bad))])
         balance = torch.where(targets == 1, 0.5 / len(bad), 0.5 / len(standard))
-        coefficients = fit_logistic(torch.cat([standard, bad]), targets, balance, ridge=RIDGE)
+        start = torch.cat([detector.directions[number], detector.offsets[number, None]])
+        coefficients = fit_logistic(torch.cat([standard, bad]), targets, balance, ridge=RIDGE, start=start)
         detector.directions[number], detector.offsets[number] = coefficients[:-1], coefficients[-1]
 
 
@@ -209,6 +218,8 @@ def _fit_detector(
         damaged: the same by family, in the order of the detector's; empty at level 1.
         folds: (n,).
     """
+    detector.reset()
+    _fit_scores(detector, clean, list(damaged.values()))
     scratch = copy.deepcopy(detector)
     scores = torch.zeros(len(clean), *detector.score_location.shape)
     bad = {kind: torch.zeros_like(scores) for kind in damaged}
@@ -218,7 +229,6 @@ def _fit_detector(
         scores[held] = scratch.raw_scores(clean[held])
         for kind, numbers in damaged.items():
             bad[kind][held] = scratch.raw_scores(numbers[held])
-    _fit_scores(detector, clean, list(damaged.values()))
     location = scores.quantile(1 - TAIL, 0)
     scale = (scores - location).clamp_min(0).sum(0) / (scores > location).sum(0).clamp_min(1)
     detector.score_location.copy_(location)

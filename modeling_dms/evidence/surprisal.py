@@ -37,20 +37,20 @@ def token_surprisal(states: Tensor, targets: Tensor, mask: Tensor, readout: Call
     Returns:
         (3, B, N), float32; 0 where there is no token.
     """
-    found, elsewhere = [], torch.full(targets.shape, -torch.inf, device=states.device)
-    # the number of chunks of a traced program would hang on the input's size
-    size = targets.shape[1] if torch.compiler.is_compiling() else max(1, _CHUNK // max(1, targets.shape[0]))
-    for start in range(0, targets.shape[1], max(1, size)):
-        places = slice(start, start + size)
+    chunks = [slice(None)]
+    if not torch.compiler.is_compiling():  # the number of chunks of a traced program would hang on the input's size
+        size = max(1, _CHUNK // max(1, targets.shape[0]))
+        chunks = [slice(start, start + size) for start in range(0, targets.shape[1], size)]
+    found = []
+    elsewhere = torch.full_like(targets, -torch.inf, dtype=torch.float32)
+    for places in chunks:
         logarithms = readout(states[:, places]).float().log_softmax(-1).clamp_min(_LEAST)  # (B, n, K)
         surprisal = -logarithms.gather(-1, targets[:, places, None])[..., 0]
         found.append(torch.stack([surprisal, surprisal - torch.special.entr(logarithms.exp()).sum(-1)]))
         here = logarithms.gather(-1, targets[:, None].expand(-1, logarithms.shape[1], -1))  # (B, n, N)
         here = here.masked_fill(~mask[:, places, None], -torch.inf)
         elsewhere = torch.cat([elsewhere[:, None], here], 1).logsumexp(1)
-    if not found:
-        return torch.zeros(3, *targets.shape, device=states.device)
-    own = torch.cat(found, 2)
+    own = torch.cat(found, 2) if found else elsewhere.new_zeros(2, *targets.shape)
     misplacement = own[:1] + elsewhere - mask.sum(1, keepdim=True).clamp_min(1).log()
     return torch.cat([own, misplacement]).masked_fill(~mask, 0)
 

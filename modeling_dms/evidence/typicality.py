@@ -132,7 +132,12 @@ def auroc(negative: Tensor, positive: Tensor) -> float:
 
 
 def fit_logistic(
-    inputs: Tensor, targets: Tensor, sample_weights: Tensor, ridge: float = 1e-2, steps: int = 50
+    inputs: Tensor,
+    targets: Tensor,
+    sample_weights: Tensor,
+    ridge: float = 1e-2,
+    steps: int = 50,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Ridge logistic regression by Newton's method.
 
@@ -141,6 +146,7 @@ def fit_logistic(
         targets: (n,), 0 or 1.
         sample_weights: (n,), summing to 1.
         ridge: weight of the squared coefficients (the intercept is free).
+        start: (P + 1,), where the search begins; what it finds does not hang on it.
 
     Returns:
         (P + 1,), the coefficients and, last, the intercept.
@@ -149,7 +155,7 @@ def fit_logistic(
     targets, sample_weights = targets.double(), sample_weights.double()
     penalty = torch.full((design.shape[1],), ridge, dtype=torch.double)
     penalty[-1] = 1e-8
-    coefficients = torch.zeros(design.shape[1], dtype=torch.double)
+    coefficients = torch.zeros(design.shape[1], dtype=torch.double) if start is None else start.double()
 
     def objective(value: Tensor) -> Tensor:
         logits = design @ value

@@ -136,9 +136,11 @@ def parts_of(units: int, pooled: Any, parts: Sequence[int] | None) -> list[int]:
 
 def _of_images(state: Tensor, pooled: Any, parts: Sequence[int] | None) -> Tensor:
     """One layer's statistics: (I, F)."""
+    if isinstance(pooled, Tensor):
+        return _statistics(state)
     # a number of tiles that is not known while the call is traced is none of patches in a row
     in_a_row = state.ndim == 2 or (len(pooled) > 1 and guard_or_false(state.shape[0] == 1))
-    if isinstance(pooled, Tensor) or not in_a_row:
+    if not in_a_row:
         return of_images(_statistics(state), pooled, parts)
     patches = state.reshape(-1, state.shape[-1])
     return torch.cat([_statistics(part[None]) for part in patches.split(parts_of(len(patches), pooled, parts))])

@@ -179,15 +179,19 @@ class ObservationMixin:
         self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor
     ) -> ModalityFeatures:
         index, mask = compact(modality_ids == TEXT)
+        begin = self._begin_of_text
+        if begin is not None and torch.compiler.is_compiling():
+            # as long as the prompt, which holds more than its text: one position is free for what begins the text,
+            # and the length stays one that a traced program can reason about
+            index, mask = index[:, :-1], mask[:, :-1]
         if input_ids is not None:
             # an image token need not be in the vocabulary
             input_ids = input_ids.masked_fill(self._placeholders(input_ids), 0)
             embeddings = self.get_input_embeddings()(input_ids)
         tokens = take(cast(Tensor, embeddings), index)
-        begin = self._begin_of_text
         read, attended = tokens, mask
         if begin is not None:
-            token = self.get_input_embeddings()(torch.full((len(mask), 1), begin, device=mask.device))
+            token = self.get_input_embeddings()(torch.full((mask.shape[0], 1), begin, device=mask.device))
             read, attended = torch.cat([token, tokens], 1), F.pad(mask, (1, 0), value=True)
         # a sample without text must not attend to nothing
         attended = torch.cat([torch.ones_like(attended[:, :1]), attended[:, 1:]], 1)
@@ -199,7 +203,7 @@ class ObservationMixin:
             with torch.no_grad():
                 states, outputs = kept_states(lambda: self._run_text(read, attended), self._text_layers)
                 if input_ids is None:
-                    numbers = torch.full((len(mask), SURPRISAL_STATISTICS), torch.nan, device=mask.device)
+                    numbers = torch.full((mask.shape[0], SURPRISAL_STATISTICS), torch.nan, device=mask.device)
                 else:
                     numbers, surprisal = self._surprisal(outputs.last_hidden_state, input_ids.gather(1, index), mask)
         statistics = [token_statistics(state[:, first:], mask) for state in states]
@@ -221,7 +225,9 @@ class ObservationMixin:
         """
         ahead = targets.shape[1] - states.shape[1] + 1  # 1 where nothing comes before the first token
         targets, mask = targets[:, ahead:], mask[:, ahead:]
-        tokens = token_surprisal(states[:, :-1], targets, mask, self._readout)
+        # a copy: whether a part of a tensor can be flattened as it lies would hang on its sizes
+        states = states[:, :-1].clone(memory_format=torch.contiguous_format)
+        tokens = token_surprisal(states, targets, mask, self._readout)
         return surprisal_statistics(tokens, mask), tokens[0].sum(1) / mask.sum(1).clamp_min(1)
 
 

@@ -37,7 +37,7 @@ def changed_pictures(
     """
     if pixel_values.ndim == 4 and sizes is None:
         return change(pixel_values)
-    if pixel_values.ndim == 4:
+    if pixel_values.ndim == 4 and sizes is not None:
         out = pixel_values.clone()
         for number, (height, width) in enumerate(sizes):
             own = slice(number, number + 1), slice(None), slice(height), slice(width)

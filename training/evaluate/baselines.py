@@ -203,7 +203,7 @@ def _config(model: PreTrainedModel, **choices: Any) -> Any:
 
 def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
     """A scheduler without parameters, of the model's configuration but for some choices."""
-    return ModalityScheduler(_config(model, **choices), [0] * len(MODALITIES))
+    return ModalityScheduler(_config(model, **choices), len(MODALITIES))
 
 
 def _choices(method: Method, name: str) -> list[Method]:

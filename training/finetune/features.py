@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 
-_Features = tuple[Tensor, Tensor, Tensor]
+# hidden states, image tokens, statistics of the layers, and of the pixels where the model looks at them
+_Features = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class FeatureCache:
@@ -45,22 +46,24 @@ class FeatureCache:
                     outputs.last_hidden_state[position],
                     outputs.pooler_output[position],
                     outputs.statistics[position],
+                    None if outputs.pixels is None else outputs.pixels[position],
                 )
                 rows[index] = row
                 if keys[index] is not None:
                     self._keep(keys[index], row)
-        last, pooled, statistics = zip(*(rows[index] for index in range(len(keys))), strict=True)
+        last, pooled, statistics, pixels = zip(*(rows[index] for index in range(len(keys))), strict=True)
         # in some families a sequence of (N, D), whose N may differ
         pooled = torch.stack(pooled) if self._stacked else pooled
         encoded = self._kind(last_hidden_state=torch.stack(last), pooler_output=pooled)
         encoded.statistics = torch.stack(statistics)
+        encoded.pixels = None if pixels[0] is None else torch.stack(pixels)
         return encoded
 
     def _keep(self, key: Hashable, row: _Features) -> None:
         if key in self._kept:  # twice in this batch
             return
         # clones: a slice would keep the whole batch alive
-        row = (row[0].clone(), row[1].clone(), row[2].clone())
+        row = tuple(None if tensor is None else tensor.clone() for tensor in row)  # type: ignore[assignment]
         self._kept[key] = row
         self.used += _bytes(row)
         while self.used > self.size and self._kept:
@@ -80,4 +83,4 @@ def _without_dropout(model: Any, pixel_values: Tensor) -> Any:
 
 
 def _bytes(row: _Features) -> int:
-    return sum(tensor.nbytes for tensor in row)
+    return sum(tensor.nbytes for tensor in row if tensor is not None)
