@@ -184,3 +184,17 @@ def test_another_base_is_refused(run, recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown base 'llava', expected one of "):
         release(folder, "llava", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_version_0_1_calibrated_is_not_calibrated(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "old")
+    file = tmp_path / "old" / "adapter_model.safetensors"
+    new = ("detectors.", "pixels.", "agreement.count", "agreement.clean", "canonical")
+    state = load_file(file)
+    old = {n: v for n, v in state.items() if not any(f"dms.calibration.{part}" in n for part in new)}
+    assert len(old) < len(state)
+    old["base_model.model.dms.calibration.modalities.0.memory_bank"] = torch.ones(512, 64)
+    save_file(old, file, {"format": "pt"})
+    model, _ = load(tmp_path / "old")
+    assert not model.dms.calibration.is_calibrated
