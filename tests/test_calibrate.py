@@ -539,6 +539,11 @@ def test_a_p_value_counts_the_clean_samples_that_look_as_damaged():
     conformal.remember(torch.arange(9.0)[:, None])
     torch.testing.assert_close(conformal.p_clean(scores), torch.tensor([9, 7, 9, 8]) / 10)
     assert conformal.p_clean(torch.tensor([torch.inf, -torch.inf])).tolist() == pytest.approx([0.1, 1.0])
+    # of more than it has room for, some from the first to the last
+    many = Conformal(1, {})
+    many.remember(torch.arange(2500.0)[:, None])
+    assert int(many.count) == 1000
+    assert float(many.threshold(0.5)) == pytest.approx(1250, abs=5)
     # the k-th largest of 9 with k = 10 * rate, and the largest where that is below 1
     for rate, value in ((0.1, 8.0), (0.3, 6.0), (0.31, 6.0), (0.01, 8.0), (0.0, 8.0)):
         assert float(conformal.threshold(rate)) == value

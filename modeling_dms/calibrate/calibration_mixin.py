@@ -46,8 +46,8 @@ class CalibrationMixin:
             level: 1 or 2.
             max_samples: stop after about so many.
             show_progress: show a progress bar.
-            leave_out: families of self-made damage, of `IMAGE_FAMILIES` or `TEXT_FAMILIES`, that are not fitted, so
-                that they count as unseen in an evaluation.
+            leave_out: families of self-made damage, of `IMAGE_FAMILIES` or `TEXT_FAMILIES`, that the detectors
+                must not know, so that they count as unseen in an evaluation.
 
         Returns:
             A report; print it for a table.

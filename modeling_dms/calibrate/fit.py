@@ -112,7 +112,7 @@ def fit_calibration(
         damaged: by modality and family, of the same samples.
         present: (n, M), which modality each sample has.
         level: 1 for clean statistics alone, 2 for what tells damage as well.
-        leave_out: families that nothing is fitted for; they are reported all the same.
+        leave_out: families whose scores do not count; they are reported all the same.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed

@@ -124,10 +124,11 @@ class Conformal(Statistics):
         super().__init__({**shapes, "clean": (REMEMBERED, columns), "count": ()})
 
     def remember(self, scores: Tensor) -> None:
-        """Keeps scores (n, C) of clean samples, at most so many."""
+        """Keeps scores (n, C) of clean samples, of more than it has room for some that are evenly spread."""
+        kept = min(len(scores), REMEMBERED)
         self.clean.zero_()
-        self.clean[: len(scores)] = scores[:REMEMBERED]
-        self.count.fill_(float(min(len(scores), REMEMBERED)))
+        self.clean[:kept] = scores[torch.arange(kept) * len(scores) // max(1, kept)]
+        self.count.fill_(float(kept))
 
     def largest(self, scores: Tensor) -> Tensor:
         """The one score that counts: (n, C) -> (n,)."""

@@ -202,20 +202,6 @@ def run_condition(
 
     Batches are the same whatever the number of processes, which take turns: so are the results, to the last digit.
     """
-    vanilla = not hasattr(model, "families_left_out")
-    with contextlib.nullcontext() if vanilla else model.families_left_out(condition.unseen_families):
-        return _run_condition(model, task, methods, samples, condition, seed, batch_size)
-
-
-def _run_condition(
-    model: PreTrainedModel,
-    task: Task,
-    methods: Sequence[Method],
-    samples: Sequence[Sample],
-    condition: Condition,
-    seed: int,
-    batch_size: int,
-) -> list[Cell]:
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)
     chosen = methods_of(methods, condition)
@@ -236,7 +222,9 @@ def _run_condition(
         by_weights: dict[str, tuple[list[dict[str, Any]], float]] = {}
         for method in chosen:
             began = time.perf_counter()
-            decision = method.decide(model, batch)
+            vanilla = not hasattr(model, "families_left_out")
+            with contextlib.nullcontext() if vanilla else model.families_left_out(condition.unseen_families):
+                decision = method.decide(model, batch)
             deciding = time.perf_counter() - began
             weights = None if (given := method.weights(decision)) is None else given.tolist()
             # methods that have weights answer by these alone
