@@ -183,7 +183,7 @@ def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts
         torch.randn(batch, n, size.text["hidden_size"], dtype=torch.bfloat16, requires_grad=method == "full")
         for n in (size.image_tokens, CONTEXT)
     ]
-    features = features_of(dms, tokens)
+    features = features_of(dms, tokens, in_prompt=False)
     present = torch.ones(batch, 2, dtype=torch.bool)
     output = dms(features, present, readout)
     labels = torch.zeros(batch, ANSWER, dtype=torch.long)

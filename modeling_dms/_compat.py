@@ -5,6 +5,7 @@ anything. Knows nothing of this package.
 """
 
 import importlib.metadata
+from typing import Any
 
 from packaging.version import Version
 
@@ -36,3 +37,8 @@ CACHE = "cache" if _TRANSFORMERS >= (5, 24) else "past_key_values"
 
 # Whether `generate` repeats images that are encoded already for every beam. Remove with transformers < 5.24.
 EXPANDS_IMAGES = _TRANSFORMERS >= (5, 24)
+
+
+def cache_of(inputs: dict[str, Any]) -> Any:
+    """The cache of a call, whichever of its names the library uses: in 5.20 continuous batching has the later one."""
+    return inputs.get("past_key_values") if inputs.get("cache") is None else inputs["cache"]

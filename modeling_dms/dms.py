@@ -46,15 +46,18 @@ def read_out(states: Tensor, weight: Tensor, bias: Tensor | None = None, tokens:
 
 @dataclass(frozen=True)
 class ModalitySize:
-    """Sizes of one modality: D of its tokens, L layers whose statistics have F features each, and what its detector
-    reads: so many numbers, whether the layers beside them, and families of damage."""
+    """Sizes of one modality: D of its tokens, L layers whose statistics have F features each, F of its content, and
+    what its detector reads: so many numbers, whether the layers beside them, and families of damage. At last, whether
+    it is also read within the prompt."""
 
     token: int
     layers: int
     statistics: int
+    content: int
     numbers: int
     families: int
     reads_layers: bool
+    in_prompt: bool = False
 
 
 class UnimodalView(nn.Module):
@@ -115,6 +118,8 @@ class DynamicModalityScheduling(nn.Module):
             config,
             [(size.layers, size.statistics) for size in sizes],
             [(s.numbers + 2 * s.layers * s.reads_layers, s.families, s.reads_layers) for s in sizes],
+            [size.content for size in sizes],
+            next((index for index, size in enumerate(sizes) if size.in_prompt), None),
         )
         self.scheduler = ModalityScheduler(config, len(sizes))
 
@@ -148,7 +153,7 @@ class DynamicModalityScheduling(nn.Module):
     def record(self, index: int, features: ModalityFeatures, readout: Readout) -> ModalityRecord:
         """What calibration needs of modality `index`, on the CPU."""
         representations, _, scalars = self.unimodal([index], [features], readout)
-        parts = (features.statistics, scalars[:, 0], representations[:, 0], features.numbers)
+        parts = (features.statistics, scalars[:, 0], representations[:, 0], features.content, features.numbers)
         return ModalityRecord(*(None if part is None else part.detach().float().cpu() for part in parts))  # type: ignore
 
     def forward(
@@ -181,35 +186,32 @@ class DynamicModalityScheduling(nn.Module):
         self, features: Sequence[ModalityFeatures], modality_mask: Tensor, representations: Tensor, scalars: Tensor
     ) -> tuple[ModalitySignals, Tensor]:
         """The signals, and confidence, uncertainty and energy over their clean spread, (B, M, 3)."""
-        calibration, rate = self.calibration, self.config.alarm_rate
-        typicality, damage, p_clean, surprisal = [], [], [], []
-        shared = [calibration.shared(i, feature.statistics.float()) for i, feature in enumerate(features)]
-        for index, (detector, feature) in enumerate(zip(calibration.detectors, features, strict=True)):
-            distances = calibration.distances(index, feature.statistics.float())
-            score = detector(calibration.numbers(index, distances, feature.numbers))
-            typicality.append(calibration.modalities[index].typicality(distances))
-            damage.append(score - detector.threshold(rate))
-            p_clean.append(detector.p_clean(score))
-            surprisal.append(torch.zeros_like(score) if feature.surprisal is None else feature.surprisal)
+        calibration = self.calibration
+        judged = [calibration.judge(index, feature) for index, feature in enumerate(features)]
+        typicality, damage, p_clean = (torch.stack(found, 1) for found in zip(*judged, strict=True))
+        nothing = torch.zeros_like(scalars[:, 0, 0])
+        surprisal = [nothing if feature.surprisal is None else feature.surprisal for feature in features]
         agreement = consistency(representations, modality_mask)
         if len(features) == 2:
+            shared = [calibration.agreement.shared(index, feature.content) for index, feature in enumerate(features)]
             canonical = consistency(torch.stack(shared, 1), modality_mask)
             agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
         present = modality_mask.float()
         # before calibration nothing is known to be odd
-        known = modality_mask & (torch.stack([detector.count for detector in calibration.detectors]) > 0)
+        counts = torch.stack([detector.count for detector in calibration.detectors[: len(features)]])
+        known = modality_mask & (counts > 0)
         signals = ModalitySignals(
             confidence=scalars[..., 0] * present,
             uncertainty=scalars[..., 1] * present,
             consistency=agreement,
             energy=scalars[..., 2].masked_fill(~modality_mask, 0),
-            typicality=torch.stack(typicality, 1) * known,
+            typicality=typicality * known,
             surprisal=torch.stack(surprisal, 1) * present,
-            p_clean=torch.stack(p_clean, 1).masked_fill(~known, 1),
-            damage=torch.stack(damage, 1).masked_fill(~known, -torch.inf),
-            conflict=calibration.agreement.conflict(agreement, modality_mask, rate),
+            p_clean=p_clean.masked_fill(~known, 1),
+            damage=damage.masked_fill(~known, -torch.inf),
+            conflict=calibration.agreement.conflict(agreement, modality_mask, self.config.alarm_rate),
         )
-        standard = [m.standardize(scalars[:, index]) for index, m in enumerate(calibration.modalities)]
+        standard = [calibration.modalities[index].standardize(scalars[:, index]) for index in range(len(features))]
         return signals, torch.stack(standard, 1)
 
     def losses(

@@ -21,7 +21,8 @@ from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
-from modeling_dms.observe.prompt import VISION, Schedule
+from modeling_dms.observe.prefill import Reading
+from modeling_dms.observe.prompt import VISION, Prompt, Schedule
 from modeling_dms.outputs import dms_output
 from modeling_dms.save.checkpoints import CheckpointMixin
 from modeling_dms.steer.bias import first_attended, key_bias
@@ -62,6 +63,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
                     token_size,
                     len(self._vision_layers),
                     2 * tower.config.hidden_size,
+                    2 * tower.config.hidden_size,
                     PIXEL_STATISTICS,
                     len(IMAGE_FAMILIES),
                     # what pixels tell of damage the tower's layers do not add to
@@ -71,10 +73,12 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
                     token_size,
                     len(self._text_layers),
                     2 * stack.config.hidden_size,
+                    2 * token_size,
                     SURPRISAL_STATISTICS if self._is_causal else 0,
                     len(TEXT_FAMILIES),
                     # words that clean texts never hold
                     reads_layers=True,
+                    in_prompt=self._is_causal,
                 ),
             ],
         )
@@ -116,14 +120,14 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
     def _is_static(self) -> bool:
         return self.config.dms_config.scheduler == "uniform"
 
-    def _schedule(
+    def _prompt(
         self,
         inputs: dict[str, Any],
         images: Images | None,
         own: dict[str, Tensor | None],
         labels: Tensor | None = None,
-    ) -> Schedule | None:
-        """Modality weights of a prompt; `None` where nothing tells its modalities apart.
+    ) -> Prompt | None:
+        """Where the modalities of prompts are; `None` where nothing tells.
 
         Args:
             inputs: of `forward`.
@@ -131,7 +135,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
             labels: of the losses.
 
         Raises:
-            ValueError: for inputs that do not fit together.
+            ValueError: for inputs that do not fit together, or a sample of which there is nothing.
         """
         input_ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         mask, modality_ids, given = inputs.get("attention_mask"), own["modality_ids"], own["modality_weights"]
@@ -174,21 +178,37 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
                 f"modality_mask must be (batch, modality) {tuple(present.shape)}, got {tuple(modality_mask.shape)}"
             )
         modality_mask = present if modality_mask is None else modality_mask.bool().to(present.device) & present
-        weights = uniform_weights(modality_mask)
+        uniform_weights(modality_mask)  # raises for a sample without any
         if given is not None:
-            weights = self._check_weights(given, modality_mask)
-        output = None
-        # the static baseline has neither signals nor losses; a caller's weights need signals for the losses alone
-        if not self._is_static and (labels is not None or given is None):
+            given = self._check_weights(given, modality_mask)
+        return Prompt(input_ids, embeddings, mask, modality_ids, modality_mask, placeholders, images, owner, given)
+
+    def _schedule(self, prompt: Prompt, signals: bool, reading: Reading | None = None) -> Schedule:
+        """Modality weights of prompts.
+
+        Args:
+            signals: whether any are wanted. The static baseline has neither signals nor losses; a caller's weights
+                need signals for the losses alone.
+            reading: what the language model has made of the prompts; `None` where it has not read them yet.
+        """
+        output, weights = None, prompt.given
+        if signals:
             self._check_calibration()
-            features = [
-                self._vision_features(images, placeholders, modality_ids, owner),
-                self._text_features(input_ids, embeddings, modality_ids),
-            ]
-            output = self.dms(features, modality_mask, self._readout, None if given is None else weights)
+            if reading is None:
+                text = self._text_features(prompt.input_ids, prompt.embeddings, prompt.modality_ids)
+            else:
+                text = self._text_in_prompt(prompt, reading)
+                rows = self.dms.calibration.suspicious(text).nonzero()[:, 0]
+                if len(rows):
+                    ids = cast(Tensor, prompt.input_ids)[rows]
+                    text.closer = (rows, self._text_features(ids, None, prompt.modality_ids[rows]))
+            features = [self._vision_features(prompt), text]
+            output = self.dms(features, prompt.modality_mask, self._readout, prompt.given)
             weights = output.weights
-        schedule = Schedule(modality_ids, modality_mask, weights, output)
-        schedule.bias = self._key_bias(weights, modality_ids, mask)
+        if weights is None:
+            weights = uniform_weights(prompt.modality_mask)
+        schedule = Schedule(prompt.modality_ids, prompt.modality_mask, weights, output)
+        schedule.bias = self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)
         return schedule
 
     def _key_bias(self, weights: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:

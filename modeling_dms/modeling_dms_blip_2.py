@@ -15,7 +15,7 @@ from modeling_dms.dms import read_out
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.observe.images import Images, check_image_size, image_statistics
 from modeling_dms.observe.layers import kept_states
-from modeling_dms.observe.prompt import TEXT, VISION, Schedule
+from modeling_dms.observe.prompt import TEXT, VISION, Prompt, Schedule
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.qformer_mixin import QFORMER, QFormerMixin
 from modeling_dms.steer.bias import relative_weights
@@ -116,7 +116,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             "modality_weights": modality_weights,
         }
         inputs = {"inputs_embeds": embeddings.expand(pairs, -1, -1)}
-        return cast(Schedule, self._schedule(inputs, images.expand(pairs), own))
+        prompt = cast(Prompt, self._prompt(inputs, images.expand(pairs), own))
+        return self._schedule(prompt, signals=not self._is_static and modality_weights is None)
 
     @torch.no_grad()
     def get_modality_weights(

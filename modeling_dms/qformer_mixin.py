@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_dms.observe.images import Images, check_image_size
+from modeling_dms.observe.prefill import Prefill, settled
+from modeling_dms.observe.prompt import OWN, Schedule
 from modeling_dms.outputs import with_weights
 from modeling_dms.steer.bias import embedding_scale
 from modeling_dms.steer.masks import steered
-from modeling_dms.steered_mixin import OWN, SteeredMixin
+from modeling_dms.steered_mixin import SteeredMixin
 
 
 QFORMER = ("query_tokens", "qformer", "language_projection")
@@ -92,21 +94,23 @@ class QFormerMixin(SteeredMixin):
         if attention_mask is None:
             attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        schedule = self._schedule(inputs, images, own)
-        if schedule is None:
-            self._warn_unobserved()
+        schedule = self._weighed(inputs, images, own)
         if images is None:
             self._check_unused(input_ids)
         else:
             placeholders = self._placeholders_of(input_ids, embeddings)
             embeddings = embeddings.masked_scatter(placeholders[..., None], images.tokens.to(embeddings))
-        if schedule is not None and self.config.dms_config.fusion == "embedding":
+        if isinstance(schedule, Schedule) and self.config.dms_config.fusion == "embedding":
             embeddings = embeddings * embedding_scale(schedule.weights, schedule.modality_ids)[..., None].to(
                 embeddings
             )
         prompt = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         if self._is_causal and input_ids is not None:
             prompt["input_ids"] = input_ids
-        with steered(self._steering(schedule)):
+        with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
             generated = self.language_model.generate(**prompt, **kwargs)
-        return with_weights(generated, schedule)
+        if isinstance(schedule, Prefill) and schedule.schedule is None:
+            schedule.settle()  # its language model is compiled
+            with steered(schedule.steering):
+                generated = self.language_model.generate(**prompt, **kwargs)
+        return with_weights(generated, settled(schedule))

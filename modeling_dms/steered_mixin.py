@@ -3,36 +3,34 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from modeling_dms._compat import CACHE, EXPANDS_IMAGES
+from modeling_dms._compat import CACHE, EXPANDS_IMAGES, cache_of
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.observe.images import Images, image_statistics
 from modeling_dms.observe.layers import kept_states
-from modeling_dms.observe.prompt import Generation, Schedule
+from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill, settled
+from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule
 from modeling_dms.outputs import ModalitySignals, with_weights
 from modeling_dms.steer.bias import embedding_scale
 from modeling_dms.steer.masks import Steering, check_applied, scale_embeddings, steered
 from modeling_dms.steer.running import Running
+from modeling_dms.weigh.scheduler import uniform_weights
 
 
 logger = logging.get_logger(__name__)
 
-# what the calls of a DMS class take beside those of its vanilla class
-OWN = ("modality_ids", "modality_mask", "modality_weights", "schedule_target")
 _generation: Running[Generation | None] = Running("generation", None)
-
-
-def _cache_of(inputs: dict[str, Any]) -> Any:
-    """The cache of a call, whichever of its names the library uses: in 5.20 continuous batching has the later one."""
-    return inputs.get("past_key_values") if inputs.get("cache") is None else inputs["cache"]
 
 
 def _with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str]) -> Callable:
@@ -77,6 +75,8 @@ class SteeredMixin(DMSMixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
+        if self._is_causal:
+            observe_prefill(self._text_stack())
         self._text_stack().register_forward_pre_hook(scale_embeddings, with_kwargs=True)
         language = self._language_model()
         inner = [module.config for module in language.modules() if isinstance(module, PreTrainedModel)]
@@ -134,17 +134,46 @@ class SteeredMixin(DMSMixin):
     def get_modality_weights(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, ModalitySignals | None]:
-        """Weights (B, M) and signals of prompts, without running the language model on them.
+        """Weights (B, M) and signals of prompts, which the language model reads without answering.
 
         Takes what `forward` takes; `modality_weights=` makes it use the result. There are no signals where the
         scheduler is uniform.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         own = {name: inputs.pop(name, None) for name in OWN}
-        schedule = self._schedule(inputs, self._observed_images(inputs), own)
+        schedule = self._observe(inputs, own, stops=True)
         if schedule is None:
             raise ValueError("nothing of these inputs can be observed")
+        if isinstance(schedule, Prefill):
+            schedule = self._read(schedule, inputs)
         return schedule.weights, None if schedule.output is None else schedule.output.signals
+
+    @torch.no_grad()
+    def _text_within(self, prompt: Prompt, inputs: dict[str, Any]) -> ModalityFeatures | None:
+        found: list[ModalityFeatures] = []
+
+        def weigh(reading: Reading | None) -> Schedule:
+            if reading is not None:
+                found.append(self._text_in_prompt(prompt, reading))
+            return Schedule(prompt.modality_ids, prompt.modality_mask, uniform_weights(prompt.modality_mask))
+
+        if self._is_causal:
+            self._read(Prefill(self._steering_of(None), *prompt.modality_ids.shape, weigh, stops=True), inputs)
+        return found[0] if found else None
+
+    def _read(self, prefill: Prefill, inputs: dict[str, Any]) -> Schedule:
+        """Runs the vanilla class until its language model has read the prompts."""
+        inputs = {"input_ids": None, "pixel_values": None, **inputs}
+        with prefill.observed():
+            super().forward(**self._with_stand_ins(inputs), use_cache=False)
+        prefill.settle()
+        return cast(Schedule, prefill.schedule)
+
+    def _with_stand_ins(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of the vanilla `forward`, with what it wants where there are no images."""
+        if inputs["pixel_values"] is None and inputs.get("mm_encoder_outputs") is None:
+            return inputs | self._without_images(inputs["input_ids"])
+        return inputs
 
     # --- steer
 
@@ -154,16 +183,19 @@ class SteeredMixin(DMSMixin):
             return Steering(scale=embedding_scale(schedule.weights, schedule.modality_ids))
         if schedule is None or schedule.bias is None:
             return None
-        return Steering(self._text_configs, schedule.bias, causal=self._is_causal)
+        return self._steering_of(schedule.bias)
 
-    def _known(self, inputs: dict[str, Any], own: dict[str, Tensor | None]) -> tuple[bool, Schedule | None]:
-        """Whether a call reads, or goes on with, a prompt whose weights have been settled, and its schedule."""
-        cache, generation = _cache_of(inputs), _generation.get()
+    def _steering_of(self, bias: Tensor | None) -> Steering:
+        return Steering(self._text_configs, bias, causal=self._is_causal)
+
+    def _known(self, inputs: dict[str, Any], own: dict[str, Tensor | None]) -> tuple[bool, Schedule | Prefill | None]:
+        """Whether a call reads, or goes on with, a prompt that has been observed, or is being, and its schedule."""
+        cache, generation = cache_of(inputs), _generation.get()
         carried = getattr(cache, "schedule", None)
         if carried is not None and not torch.compiler.is_compiling() and cache.get_seq_length() == 0:
             carried = None  # of a prompt that the cache holds no more
         if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
-            return True, generation.schedule
+            return True, settled(generation.schedule)
         weights, ids = own.get("modality_weights"), own.get("modality_ids")
         if carried is None and cache is not None and not hasattr(cache, "get_seq_length"):
             # continuous batching: several prompts in one row, whose masks are none of the library's
@@ -189,14 +221,49 @@ class SteeredMixin(DMSMixin):
         return True, carried
 
     def _observe(
-        self, inputs: dict[str, Any], own: dict[str, Tensor | None], labels: Tensor | None = None
-    ) -> Schedule | None:
-        """The schedule of a new prompt, whose images are encoded on the way."""
-        images = self._observed_images(inputs)
-        schedule = self._schedule(inputs, images, own, labels)
-        if schedule is None:
+        self,
+        inputs: dict[str, Any],
+        own: dict[str, Tensor | None],
+        labels: Tensor | None = None,
+        stops: bool = False,
+    ) -> Schedule | Prefill | None:
+        """The schedule of a new prompt, whose images are encoded on the way. The rule's is made by the language
+        model's own pass over it, which mostly is the answer.
+
+        Other schedulers hardly ever give uniform weights. For them, with gradients, in compiled and exported programs,
+        and in models of which every process holds a part, so that all have to run in step, weights are an input of the
+        pass, for which the text is read alone.
+        """
+        return self._weighed(inputs, self._observed_images(inputs), own, labels, stops)
+
+    def _weighed(
+        self,
+        inputs: dict[str, Any],
+        images: Images | None,
+        own: dict[str, Tensor | None],
+        labels: Tensor | None = None,
+        stops: bool = False,
+    ) -> Schedule | Prefill | None:
+        """As `_observe`, of images that have been encoded."""
+        config, prompt = self.config.dms_config, self._prompt(inputs, images, own, labels)
+        if prompt is None:
             self._warn_unobserved()
-        return schedule
+            return None
+        signals = not self._is_static and (labels is not None or prompt.given is None)
+        weigh = functools.partial(self._schedule, prompt, signals)
+        if not signals or prompt.given is not None or prompt.input_ids is None or config.fusion != "attention":
+            return weigh()
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._is_sharded:
+            return weigh()
+        if self.dms.scheduler.config.scheduler != "rule" or not self.dms.calibration.reads_prompts:
+            return weigh()
+        return Prefill(self._steering_of(None), *prompt.modality_ids.shape, weigh, stops)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether other processes hold parts of the model."""
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(cast(nn.Module, self))
+        return sharded or any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     def _warn_unobserved(
         self,
@@ -230,17 +297,30 @@ class SteeredMixin(DMSMixin):
         target, labels, shifted = own.pop("schedule_target"), inputs.get("labels"), inputs.get("shift_labels")
         if labels is not None and shifted is not None and self._is_causal and shifted.shape == labels.shape:
             labels = F.pad(shifted, (1, -1), value=-100)
-        cache = _cache_of(inputs)
+        cache = cache_of(inputs)
         known, schedule = self._known(inputs, own)
         if not known:
             schedule = self._observe(inputs, own, labels)
-        if inputs["pixel_values"] is None and inputs.get("mm_encoder_outputs") is None:
-            inputs |= self._without_images(inputs["input_ids"])
-        fresh = schedule is not None and known and cache is not None and not torch.compiler.is_compiling()
-        begins = not known or cache is None or (fresh and cache.get_seq_length() == 0)
-        steering = self._steering(schedule, begins)
-        with steered(steering):
-            outputs = super().forward(**inputs, return_dict=True)
+        inputs = self._with_stand_ins(inputs) | {"return_dict": True}
+        if isinstance(schedule, Prefill):
+            steering, prefill = schedule.steering, schedule
+            with prefill.observed():
+                outputs = super().forward(**inputs)
+            if prefill.schedule is None:
+                # its language model, or a part of it, is compiled
+                prefill.settle()
+                if steering.bias is not None:
+                    if cache is not None:
+                        cache.reset()
+                    with steered(steering):
+                        outputs = super().forward(**inputs)
+            schedule = prefill.schedule
+        else:
+            fresh = schedule is not None and known and cache is not None and not torch.compiler.is_compiling()
+            begins = not known or cache is None or (fresh and cache.get_seq_length() == 0)
+            steering = self._steering(schedule, begins)
+            with steered(steering):
+                outputs = super().forward(**inputs)
         if not known:
             check_applied(steering)
         cache = outputs.get("language_model_outputs", outputs).get(CACHE)
@@ -254,7 +334,7 @@ class SteeredMixin(DMSMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the vanilla class's; masks that `generate` makes in advance for a static cache get the bias."""
         _, schedule = self._known({**kwargs, "input_ids": args[0] if args else kwargs["input_ids"]}, {})
-        with steered(self._steering(schedule)):
+        with steered(schedule.steering if isinstance(schedule, Prefill) else self._steering(schedule)):
             return super().prepare_inputs_for_generation(*args, **kwargs)
 
     @torch.no_grad()
@@ -276,11 +356,17 @@ class SteeredMixin(DMSMixin):
                 for pixels in ("pixel_values", "pixel_values_videos"):
                     kwargs.pop(pixels, None)
         mask = kwargs.get("attention_mask")
-        if self._steering(schedule) is not None and mask is not None and mask.ndim > 2:
-            raise ValueError(
-                f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass one "
-                "of (batch, length)"
-            )
+        if mask is not None and mask.ndim > 2:
+            if isinstance(schedule, Prefill):
+                schedule.settle()
+                schedule = schedule.schedule
+            if self._steering(schedule) is not None:
+                raise ValueError(
+                    f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass "
+                    "one of (batch, length)"
+                )
         with _generation.set(Generation(self, prompt, schedule)):
             generated = super().generate(inputs, *args, **kwargs)
-        return with_weights(generated, schedule)
+        if isinstance(schedule, Prefill):
+            schedule.settle()
+        return with_weights(generated, settled(schedule))

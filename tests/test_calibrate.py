@@ -480,7 +480,7 @@ def records(count, seed, shift=0.0):
 
     def record():
         numbers = normal(count, P) / (0.3 + normal(count, 1).abs()) + shift
-        return ModalityRecord(normal(count, 2, 4), normal(count, 3), normal(count, 4), numbers)
+        return ModalityRecord(normal(count, 2, 4), normal(count, 3), normal(count, 4), normal(count, 4), numbers)
 
     return [record(), record()]
 
@@ -493,7 +493,7 @@ def fitted_on(clean, damaged, **config):
         for names, record in zip(FAMILIES, damaged, strict=True)
     ]
     sizes = [(P, len(FAMILIES[0]), False), (P + 4, len(FAMILIES[1]), True)]
-    calibration = Calibration(DMSConfig(subspace_size=4, **config), [(2, 4), (2, 4)], sizes)
+    calibration = Calibration(DMSConfig(subspace_size=4, **config), [(2, 4), (2, 4)], sizes, [4, 4])
     report = fit_calibration(calibration, clean, families, torch.ones(len(severity), 2, dtype=torch.bool))
     return calibration, report
 
@@ -508,7 +508,7 @@ def alarms(calibration, clean):
             assert torch.equal(flags[-1], detector.p_clean(score) <= rate)
     views = [record.representations for record in clean]
     if calibration.agreement.canonical:
-        views = [calibration.shared(index, record.statistics) for index, record in enumerate(clean)]
+        views = [calibration.agreement.shared(index, record.content) for index, record in enumerate(clean)]
     flags.append(-torch.cosine_similarity(*views) > calibration.agreement.threshold(rate))
     return torch.stack(flags, 1)
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from modeling_dms.evidence.typicality import (
     auroc,
-    canonical_coordinates,
     fit_canonical,
     fit_gaussian,
     fit_logistic,
@@ -207,13 +206,10 @@ def test_distances_of_a_batch_equal_those_of_its_rows(seed, batch):
 
 
 def views(seed, samples, size=40, shared=3):
-    """Two views (n, 1, F) of the same few latent causes; without them, unrelated."""
+    """Two views (n, F) of the same few latent causes; without them, unrelated."""
     causes = normal(seed, samples, max(1, shared))
     return [
-        (
-            (causes @ normal(100 + i, max(1, shared), size) if shared else 0)
-            + 0.5 * normal(seed + 1 + i, samples, size)
-        )[:, None]
+        (causes @ normal(100 + i, max(1, shared), size) if shared else 0) + 0.5 * normal(seed + 1 + i, samples, size)
         for i in range(2)
     ]
 
@@ -221,10 +217,9 @@ def views(seed, samples, size=40, shared=3):
 def mismatch_auroc(samples, components, shared, seed=0):
     """How well fitted canonical maps tell matched from mismatched pairs of held-out samples."""
     fitted, held_out = views(seed, samples, shared=shared), views(seed + 50, 500, shared=shared)
-    gaussians = [fit_gaussian(view, components) for view in fitted]
-    maps = fit_canonical(*(whiten(view, g)[0][:, 0] for view, g in zip(fitted, gaussians, strict=True)))
-    assert all(m.shape == (components, components) for m in maps)
-    first, second = (whiten(view, g)[0][:, 0] @ m for view, g, m in zip(held_out, gaussians, maps, strict=True))
+    maps = fit_canonical(*fitted, components=components)
+    assert all(m.shape == (40, min(samples, components)) for m in maps)
+    first, second = (view @ m for view, m in zip(held_out, maps, strict=True))
     matched = torch.cosine_similarity(first, second)
     return auroc(torch.cosine_similarity(first, second.roll(1, 0)), matched)
 
@@ -251,7 +246,8 @@ def test_canonical_directions_weigh_by_what_the_views_share():
     assert strength[0] > 10 * strength[1:].max()
     assert left[:, 0].abs().argmax() == 2
     assert right[:, 0].abs().argmax() == 0
-    assert ((first @ left)[:, 0] * (second @ right)[:, 0]).mean() > 0.5
+    both = torch.stack([(first @ left)[:, 0], (second @ right)[:, 0]])
+    assert torch.corrcoef(both)[0, 1] > 0.5
 
 
 def test_canonical_directions_remove_what_hides_the_shared_cause():
@@ -264,16 +260,13 @@ def test_canonical_directions_remove_what_hides_the_shared_cause():
     assert torch.corrcoef(torch.stack([found, cause[:, 0]]))[0, 1].abs() > 0.9
 
 
-def test_canonical_coordinates_are_those_of_the_deepest_layer():
-    features, fitted = low_rank(0, 60), fit_gaussian(low_rank(10, 400), 4)
-    fitted["canonical"] = normal(1, 4, 4)
-    coordinates = canonical_coordinates(features, fitted)
-    changed = features.clone()
-    changed[:, 0] += 100
-
-    assert coordinates.shape == (60, 4)
-    torch.testing.assert_close(coordinates, whiten(features, fitted)[0][:, 1] @ fitted["canonical"])
-    assert torch.equal(canonical_coordinates(changed, fitted), coordinates)
+def test_canonical_directions_of_views_longer_than_the_samples_are_many():
+    """Their kernels have full rank: without the ridge any two views would have everything in common."""
+    fitted, held_out = views(0, 100, size=400), views(50, 500, size=400)
+    left, right = fit_canonical(*fitted)
+    first, second = held_out[0] @ left, held_out[1] @ right
+    swapped = torch.cosine_similarity(first, second.roll(1, 0))
+    assert auroc(swapped, torch.cosine_similarity(first, second)) > 0.95
 
 
 # ---- area under the ROC curve

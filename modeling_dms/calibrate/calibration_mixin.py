@@ -13,7 +13,7 @@ from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIE
 from modeling_dms.calibrate.fit import MIN_SAMPLES, CalibrationReport, DamagedRecord, ModalityRecord, fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.observation_mixin import of_rows
-from modeling_dms.observe.prompt import TEXT
+from modeling_dms.observe.prompt import OWN, TEXT, Prompt
 
 
 def _check_families(families: Sequence[str]) -> None:
@@ -62,8 +62,8 @@ class CalibrationMixin:
         pixels = self.dms.calibration.pixels
         before = {name: buffer.clone() for name, buffer in pixels.state_dict().items()}
         try:
-            clean, damaged, present = self._calibration_data(dataloader, level, max_samples, show_progress)
-            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out)
+            clean, damaged, present, in_prompt = self._calibration_data(dataloader, level, max_samples, show_progress)
+            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt)
         except BaseException:
             pixels.load_state_dict(before)
             raise
@@ -71,19 +71,20 @@ class CalibrationMixin:
     @torch.no_grad()
     def _calibration_data(
         self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool
-    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor]:
+    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor, ModalityRecord | None]:
         """What `fit_calibration` takes. Sets the range of the pixels."""
         generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
         training = {module: module.training for module in self.modules()}
         self.eval()
         clean: list[list[ModalityRecord]] = [[], []]
         damaged: list[dict[str, list[DamagedRecord]]] = [{}, {}]
-        present = []
+        present, in_prompt = [], []
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
                 for batch in self._with_pixel_range(dataloader):
-                    records, families, mask = self._calibration_batch(batch, level, generator)
+                    records, families, mask, read = self._calibration_batch(batch, level, generator)
                     present.append(mask)
+                    in_prompt.append(read)
                     for index in range(len(MODALITIES)):
                         clean[index].append(records[index])
                         for name, record in families[index].items():
@@ -100,6 +101,7 @@ class CalibrationMixin:
             [ModalityRecord.cat(records) for records in clean],
             [{name: DamagedRecord.cat(rows) for name, rows in families.items()} for families in damaged],
             torch.cat(present),
+            None if any(read is None for read in in_prompt) else ModalityRecord.cat(in_prompt),
         )
 
     @contextlib.contextmanager
@@ -111,9 +113,11 @@ class CalibrationMixin:
             ValueError: for an unknown family.
         """
         _check_families(families)
-        detectors = self.dms.calibration.detectors
+        calibration = self.dms.calibration
+        detectors = calibration.detectors
         before = [detector.left_out.clone() for detector in detectors]
-        for detector, names in zip(detectors, FAMILIES, strict=True):
+        again = [] if calibration.in_prompt is None else [FAMILIES[calibration.in_prompt]]
+        for detector, names in zip(detectors, [*FAMILIES, *again], strict=True):
             for number, name in enumerate(names):
                 if name in families:
                     detector.left_out[number] = 1
@@ -151,16 +155,27 @@ class CalibrationMixin:
             ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
         placeholders = self._placeholders(inputs["input_ids"])
         images = owner = None
+        given = {name: value for name, value in inputs.items() if name not in OWN and name != "labels"}
         if pixel_values is not None:
             pixel_values = pixel_values.to(self.dtype)
             self._check_images(pixel_values)
-            images = self._observed_images({**inputs, "pixel_values": pixel_values})
+            given["pixel_values"] = pixel_values
+            images = self._observed_images(given)
             owner = images.rows(placeholders)
         is_text = ids == TEXT
+        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
+        if pixel_values is None:
+            present[:, 0] = False
+        if inputs.get("modality_mask") is not None:
+            present = present & inputs["modality_mask"].bool()
+        mask = inputs.get("attention_mask")
+        prompt = Prompt(inputs["input_ids"], None, mask, ids, present, placeholders, images, owner, None)
         records = [
-            self.dms.record(0, self._vision_features(images, placeholders, ids, owner), self._readout),
+            self.dms.record(0, self._vision_features(prompt), self._readout),
             self.dms.record(1, self._text_features(inputs["input_ids"], None, ids), self._readout),
         ]
+        read = self._text_within(prompt, given)
+        in_prompt = None if read is None else self.dms.record(1, read, self._readout)
         damaged: list[dict[str, DamagedRecord]] = [{}, {}]
         for name in IMAGE_FAMILIES if level == 2 else ():
             severity = torch.rand(len(ids), generator=generator)
@@ -171,8 +186,9 @@ class CalibrationMixin:
                 def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
                     return damaged_pictures(pictures, name, of_image[number], generator)
 
-                given, pooled = {**inputs, "pixel_values": pixel_values}, images.tokens.split(images.lengths.tolist())
-                numbers = of_rows(self._pixel_statistics(given, pooled, damage), owner, len(ids)).cpu()
+                seen = {**inputs, "pixel_values": pixel_values}
+                pooled = images.tokens.split(images.lengths.tolist())
+                numbers = of_rows(self._pixel_statistics(seen, pooled, damage), owner, len(ids)).cpu()
             damaged[0][name] = DamagedRecord(severity, None, numbers)
         vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
         vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
@@ -182,9 +198,4 @@ class CalibrationMixin:
             features = self._text_features(input_ids, None, torch.where(still, TEXT, 0))
             seen = [None if part is None else part.float().cpu() for part in (features.statistics, features.numbers)]
             damaged[1][name] = DamagedRecord(severity, *seen)
-        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
-        if pixel_values is None:
-            present[:, 0] = False
-        if inputs.get("modality_mask") is not None:
-            present = present.cpu() & inputs["modality_mask"].cpu().bool()
-        return records, damaged, present.cpu()
+        return records, damaged, present.cpu(), in_prompt

@@ -8,7 +8,7 @@ serve for statistics, detectors and thresholds.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,15 +16,14 @@ from torch import Tensor
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.calibrate.statistics import FARTHEST, Agreement, Calibration, Detector
-from modeling_dms.configuration.configuration_dms import MODALITIES, DMSConfig
+from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
+    EPS,
     auroc,
-    canonical_coordinates,
     fit_canonical,
     fit_gaussian,
     fit_logistic,
     log_distances,
-    whiten,
 )
 
 
@@ -56,12 +55,14 @@ class ModalityRecord:
         statistics: (n, L, F), of its layers.
         scalars: (n, 3), in the order of `SCALARS`.
         representations: (n, d_s).
-        numbers: (n, P), see `ModalityFeatures`.
+        content: (n, F), see `ModalityFeatures`.
+        numbers: (n, P), likewise.
     """
 
     statistics: Tensor
     scalars: Tensor
     representations: Tensor
+    content: Tensor
     numbers: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "ModalityRecord":
@@ -104,6 +105,7 @@ def fit_calibration(
     present: Tensor,
     level: int = 2,
     leave_out: Sequence[str] = (),
+    in_prompt: ModalityRecord | None = None,
 ) -> CalibrationReport:
     """Fits all of `calibration` from clean samples and damaged copies of them.
 
@@ -113,6 +115,7 @@ def fit_calibration(
         present: (n, M), which modality each sample has.
         level: 1 for clean statistics alone, 2 for what tells damage as well.
         leave_out: families whose scores do not count; they are reported all the same.
+        in_prompt: of the clean samples' text, as it was read within the prompts.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
@@ -130,40 +133,31 @@ def fit_calibration(
             raise ValueError(f"the calibration data give features of {name} that are not finite")
     report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate), alarm_rate=config.alarm_rate)
     folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
-    fits = [_fit_statistics(clean, present & (folds != fold)[:, None], config) for fold in range(FOLDS)]
-    last = _fit_statistics(clean, present, config)
     for index, name in enumerate(MODALITIES):
-        rows, record, modality = present[:, index], clean[index], calibration.modalities[index]
-        detector = calibration.detectors[index]
-        judges, own = [fit[index] for fit in fits], folds[rows]
-        for buffer, value in last[index].items():
-            getattr(modality, buffer).copy_(value)
-        distances = _distances(record.statistics[rows], judges, own)
-        modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
-        modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
-        modality.scalar_location.copy_(record.scalars[rows].median(0).values)
-        modality.scalar_scale.copy_(record.scalars[rows].std(0).clamp_min(1e-6))
-        modality.level.fill_(float(level))
-        numbers = calibration.numbers(index, distances, record[rows].numbers)
+        rows, record, detector = present[:, index], clean[index][present[:, index]], calibration.detectors[index]
+        judges = _fit_layers(calibration, index, record, folds[rows], level)
+        distances = _distances(record.statistics, judges, folds[rows])
+        numbers = calibration.numbers(index, distances, record.numbers)
         bad, severities = {}, {}
         for kind, copies in damaged[index].items():
             copies = copies[rows]
             severities[kind] = copies.severity
-            away = None if copies.statistics is None else _distances(copies.statistics, judges, own)
+            away = None if copies.statistics is None else _distances(copies.statistics, judges, folds[rows])
             bad[kind] = calibration.numbers(index, away, copies.numbers)
-        scores = _fit_detector(detector, numbers, bad, own)
+        detector.reset()
+        scores = _fit_detector(detector, numbers, bad, folds[rows])
         detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
         report.samples[name] = int(rows.sum())
         _report_detection(report, name, detector, scores, severities, config.alarm_rate)
+    if calibration.in_prompt is not None:
+        calibration.detectors[-1].reset()
+    if calibration.in_prompt is not None and in_prompt is not None:
+        rows = present[:, calibration.in_prompt]
+        _fit_in_prompt(calibration, in_prompt[rows], folds[rows], level)
     both = present.all(1)
     calibration.agreement.reset()
     if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        shared = []
-        for index in range(2):
-            by_fold = [canonical_coordinates(clean[index].statistics[both], fit[index]) for fit in fits]
-            shared.append(torch.stack(by_fold)[folds[both], torch.arange(int(both.sum()))])
-        representations = [record.representations[both] for record in clean]
-        _fit_agreement(calibration.agreement, shared, representations, folds[both], report)
+        _fit_agreement(calibration.agreement, [record[both] for record in clean], folds[both], report)
     target.load_state_dict(calibration.state_dict())
     return report
 
@@ -174,20 +168,32 @@ def _distances(statistics: Tensor, judges: Sequence[dict[str, Tensor]], folds: T
     return by_fold[folds, torch.arange(len(folds))]
 
 
-def _fit_statistics(clean: Sequence[ModalityRecord], rows: Tensor, config: DMSConfig) -> list[dict[str, Tensor]]:
-    """Clean statistics of each modality from some of its samples (n, M), and what it shares with the other one."""
-    fitted = [
-        fit_gaussian(record.statistics[chosen], config.subspace_size)
-        for record, chosen in zip(clean, rows.unbind(1), strict=True)
-    ]
-    both = rows.all(1)
-    for gaussian in fitted:
-        gaussian["canonical"] = torch.zeros(config.subspace_size, config.subspace_size)
-    if len(fitted) == 2 and int(both.sum()) >= MIN_SAMPLES * (FOLDS - 1) // FOLDS:
-        views = [whiten(r.statistics[both], g)[0][:, -1] for r, g in zip(clean, fitted, strict=True)]
-        for gaussian, canonical in zip(fitted, fit_canonical(views[0], views[1]), strict=True):
-            gaussian["canonical"] = canonical
-    return fitted
+def _fit_layers(
+    calibration: Calibration, index: int, record: ModalityRecord, folds: Tensor, level: int
+) -> list[dict[str, Tensor]]:
+    """Fits the clean statistics of a modality's layers and scalars; those of each fold, without its samples."""
+    modality, config = calibration.modalities[index], calibration.config
+    for buffer, value in fit_gaussian(record.statistics, config.subspace_size).items():
+        getattr(modality, buffer).copy_(value)
+    judges = [fit_gaussian(record.statistics[folds != fold], config.subspace_size) for fold in range(FOLDS)]
+    distances = _distances(record.statistics, judges, folds)
+    modality.distance_low.copy_(distances.quantile(config.false_alarm_rate, 0))
+    modality.distance_high.copy_(distances.quantile(1 - config.false_alarm_rate, 0))
+    modality.scalar_location.copy_(record.scalars.median(0).values)
+    modality.scalar_scale.copy_(record.scalars.std(0).clamp_min(1e-6))
+    modality.level.fill_(float(level))
+    return judges
+
+
+def _fit_in_prompt(calibration: Calibration, record: ModalityRecord, folds: Tensor, level: int) -> None:
+    """Fits what tells suspicious texts within their prompts: what damage does to standardised numbers is taken to be
+    the same there as alone, so that clean samples suffice."""
+    detector, alone = calibration.detectors[-1], calibration.detectors[cast(int, calibration.in_prompt)]
+    judges = _fit_layers(calibration, -1, record, folds, level)
+    numbers = calibration.numbers(-1, _distances(record.statistics, judges, folds), record.numbers)
+    for name in ("directions", "offsets", "left_out"):
+        getattr(detector, name).copy_(getattr(alone, name))
+    _fit_detector(detector, numbers, {}, folds)
 
 
 def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor]) -> None:
@@ -218,7 +224,6 @@ def _fit_detector(
         damaged: the same by family, in the order of the detector's; empty at level 1.
         folds: (n,).
     """
-    detector.reset()
     _fit_scores(detector, clean, list(damaged.values()))
     scratch = copy.deepcopy(detector)
     scores = torch.zeros(len(clean), *detector.score_location.shape)
@@ -267,25 +272,39 @@ def _report_detection(
 
 
 def _fit_agreement(
-    agreement: Agreement,
-    shared: Sequence[Tensor],
-    representations: Sequence[Tensor],
-    folds: Tensor,
-    report: CalibrationReport,
+    agreement: Agreement, clean: Sequence[ModalityRecord], folds: Tensor, report: CalibrationReport
 ) -> None:
+    """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations."""
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
     for fold in range(FOLDS):
         held = folds == fold
-        for kind, views in (("canonical", shared), ("representations", representations)):
-            first, second = (view[held] for view in views)
+        _fit_shared(agreement, [record.content[~held] for record in clean])
+        shared = [agreement.shared(index, record.content[held]) for index, record in enumerate(clean)]
+        views = {"canonical": shared, "representations": [record.representations[held] for record in clean]}
+        for kind, (first, second) in views.items():
             # matched pairs, and each image with another sample's text
             for pairs, shift in zip(scores[kind], (0, len(first) // 2), strict=True):
                 pairs.append(torch.cosine_similarity(first, second.roll(shift, 0)))
+    _fit_shared(agreement, [record.content for record in clean])
     matched = {kind: torch.cat(pairs) for kind, (pairs, _) in scores.items()}
     areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}
     best = max(areas, key=lambda kind: areas[kind])
     report.consistency, report.mismatch_auroc = best, areas[best]
-    agreement.scale.copy_(matched[best].std().clamp_min(1e-6))
+    agreement.spread.copy_(matched[best].std().clamp_min(1e-6))
     agreement.remember(-matched[best][:, None])
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))
+
+
+def _fit_shared(agreement: Agreement, contents: Sequence[Tensor]) -> None:
+    standard = []
+    for index, content in enumerate(contents):
+        location, scale = content.mean(0), content.std(0)
+        # a feature that hardly varies on clean data must not turn rounding into disagreement
+        scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
+        agreement.get_buffer(f"{index}_location").copy_(location)
+        agreement.get_buffer(f"{index}_scale").copy_(scale)
+        standard.append((content - location) / scale)
+    components = agreement.get_buffer("0_map").shape[1]
+    for index, mapping in enumerate(fit_canonical(*standard, components=components)):
+        agreement.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from modeling_dms.configuration.configuration_dms import DMSConfig
-from modeling_dms.evidence.typicality import canonical_coordinates, log_distances
+from modeling_dms.evidence.typicality import log_distances
+from modeling_dms.observe.prompt import ModalityFeatures
 
 
 SCALARS = ("confidence", "uncertainty", "energy")
 # how many clean samples a p-value is counted among, and how far, in clean standard deviations, one number counts
 REMEMBERED, FARTHEST = 1000, 30.0
+# share of clean texts that are odd enough within their prompts to be read once more, alone
+LOOKED_AT = 0.1
 
 
 class Statistics(nn.Module):
@@ -25,7 +28,7 @@ class Statistics(nn.Module):
         shapes: by name; those that end in a name of `starts_at_one` are 1 before calibration, the others 0.
     """
 
-    starts_at_one = ("scale", "variance", "residual")
+    starts_at_one = ("scale", "variance", "residual", "spread")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -67,7 +70,6 @@ class ModalityCalibration(Statistics):
     distance_high: Tensor
     scalar_location: Tensor
     scalar_scale: Tensor
-    canonical: Tensor
     level: Tensor
 
     def __init__(self, layers: int, size: int, components: int):
@@ -82,7 +84,6 @@ class ModalityCalibration(Statistics):
                 "distance_high": (2 * layers,),
                 "scalar_location": (len(SCALARS),),
                 "scalar_scale": (len(SCALARS),),
-                "canonical": (components, components),
                 # 0 before calibration, then the level reached: 1 or 2
                 "level": (),
             }
@@ -91,7 +92,7 @@ class ModalityCalibration(Statistics):
     @property
     def fitted(self) -> dict[str, Tensor]:
         """The clean statistics, as `typicality` takes them."""
-        return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual", "canonical")}
+        return {name: getattr(self, name) for name in ("mean", "scale", "basis", "variance", "residual")}
 
     def standardize(self, scalars: Tensor) -> Tensor:
         """Scalar signals (B, 3) over their clean location and scale, cut off at 10 either way."""
@@ -219,15 +220,29 @@ class Detector(Conformal):
 
 
 class Agreement(Conformal):
-    """What calibration knows of the consistency of clean pairs; its score is minus the consistency."""
+    """What calibration knows of the consistency of clean pairs; its score is minus the consistency.
 
-    scale: Tensor
+    Args:
+        sizes: F of each modality's content.
+        components: K.
+    """
+
+    spread: Tensor
     canonical: Tensor
     informative: Tensor
 
-    def __init__(self):
+    def __init__(self, sizes: Sequence[int], components: int):
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index, size in enumerate(sizes):
+            # location and scale of the content, and its map to what it shares with the other modality
+            shapes |= {f"{index}_location": (size,), f"{index}_scale": (size,), f"{index}_map": (size, components)}
         # the clean spread, whether the consistency is the canonical one, and whether it tells mismatched pairs at all
-        super().__init__(1, dict.fromkeys(("scale", "canonical", "informative"), ()))
+        super().__init__(1, {**shapes, **dict.fromkeys(("spread", "canonical", "informative"), ())})
+
+    def shared(self, index: int, content: Tensor) -> Tensor:
+        """What modality `index` says of what it shares with the other one: (B, F) -> (B, K)."""
+        location, scale = self.get_buffer(f"{index}_location"), self.get_buffer(f"{index}_scale")
+        return ((content.float() - location) / scale) @ self.get_buffer(f"{index}_map")
 
     def conflict(self, consistency: Tensor, modality_mask: Tensor, rate: float) -> Tensor:
         """Disagreement in clean standard deviations beyond the threshold: (B, M), above 0 is flagged.
@@ -237,7 +252,7 @@ class Agreement(Conformal):
         Args:
             rate: of clean pairs that are flagged.
         """
-        disagreement = (-consistency - self.threshold(rate)) / self.scale
+        disagreement = (-consistency - self.threshold(rate)) / self.spread
         known = (self.informative > 0) & (self.count > 0) & (modality_mask.sum(1, keepdim=True) > 1)
         return torch.where(known, disagreement, -torch.inf)
 
@@ -262,24 +277,41 @@ class Calibration(nn.Module):
     Args:
         sizes: (L, F) of each modality.
         evidence: of each modality, what [`Detector`] takes.
+        contents: F of each modality's content.
+        in_prompt: the modality whose tokens are also read within the prompt, as the last of `modalities` and
+            `detectors`; `None` for none.
     """
 
     modalities: Sequence[ModalityCalibration]
     detectors: Sequence[Detector]
 
-    def __init__(self, config: DMSConfig, sizes: Sequence[tuple[int, int]], evidence: Sequence[tuple[int, int, bool]]):
+    def __init__(
+        self,
+        config: DMSConfig,
+        sizes: Sequence[tuple[int, int]],
+        evidence: Sequence[tuple[int, int, bool]],
+        contents: Sequence[int],
+        in_prompt: int | None = None,
+    ):
         super().__init__()
-        self.config = config
-        modalities = [ModalityCalibration(*size, config.subspace_size) for size in sizes]
+        self.config, self.in_prompt, self.count = config, in_prompt, len(sizes)
+        again = [] if in_prompt is None else [in_prompt]
+        of = [*range(len(sizes)), *again]
+        modalities = [ModalityCalibration(*sizes[index], config.subspace_size) for index in of]
         self.modalities = nn.ModuleList(modalities)  # type: ignore[assignment]
-        self.detectors = nn.ModuleList(Detector(*size) for size in evidence)  # type: ignore[assignment]
-        self.agreement = Agreement()
+        self.detectors = nn.ModuleList(Detector(*evidence[index]) for index in of)  # type: ignore[assignment]
+        self.agreement = Agreement(contents, config.subspace_size)
         self.pixels = PixelRange()
 
     @property
     def is_calibrated(self) -> bool:
         """Whether `calibrate` has run (or a calibrated checkpoint was loaded)."""
-        return all(bool(detector.count > 0) for detector in self.detectors)
+        return all(bool(detector.count > 0) for detector in self.detectors[: self.count])
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it tells suspicious texts within their prompts."""
+        return self.in_prompt is not None and bool(self.detectors[-1].count > 0)
 
     def distances(self, index: int, statistics: Tensor) -> Tensor:
         """`log_distances` of modality `index`: (B, L, F) -> (B, 2 L)."""
@@ -295,6 +327,30 @@ class Calibration(nn.Module):
         parts = [numbers, distances if self.detectors[index].reads_layers else None]
         return torch.cat([part for part in parts if part is not None], 1)
 
-    def shared(self, index: int, statistics: Tensor) -> Tensor:
-        """`canonical_coordinates` of modality `index`: (B, L, F) -> (B, K)."""
-        return canonical_coordinates(statistics, self.modalities[index].fitted)
+    def _scores(self, index: int, features: ModalityFeatures) -> tuple[Tensor, Tensor]:
+        """The score of damage (B,), and the distances (B, 2 L)."""
+        distances = self.distances(index, features.statistics.float())
+        return self.detectors[index](self.numbers(index, distances, features.numbers)), distances
+
+    def suspicious(self, features: ModalityFeatures) -> Tensor:
+        """Which texts, read within their prompts, are to be read alone: (B,), bool."""
+        return self._scores(-1, features)[0] > self.detectors[-1].threshold(LOOKED_AT)
+
+    def judge(self, index: int, features: ModalityFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """`typicality`, `damage` and `p_clean` of modality `index`, (B,) each, see [`ModalitySignals`].
+
+        A text that was read within its prompt is judged by that, unless it was suspicious and read alone as well. Both
+        p-values are one: of clean texts a share of `LOOKED_AT` is suspicious, and the p-values of the others are above
+        that.
+        """
+        which = -1 if features.in_prompt else index
+        score, distances = self._scores(which, features)
+        detector = self.detectors[which]
+        damage = score - detector.threshold(self.config.alarm_rate)
+        found = [self.modalities[which].typicality(distances), damage, detector.p_clean(score)]
+        if features.closer is not None:
+            rows, alone = features.closer
+            found = [
+                every.index_copy(0, rows, own) for every, own in zip(found, self.judge(index, alone), strict=True)
+            ]
+        return tuple(found)  # type: ignore[return-value]

@@ -73,15 +73,6 @@ def whiten(features: Tensor, gaussian: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return inside / gaussian["variance"].sqrt(), outside
 
 
-def canonical_coordinates(features: Tensor, fitted: dict[str, Tensor]) -> Tensor:
-    """What a modality says of what it shares with the other one, from its deepest layer: (n, L, F) -> (n, K).
-
-    Args:
-        fitted: from `fit_gaussian`, with `canonical` (K, K) from `fit_canonical`.
-    """
-    return whiten(features, fitted)[0][:, -1] @ fitted["canonical"]
-
-
 def log_distances(features: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
     """Logarithms of the Mahalanobis distance within the principal subspace and of the residual beyond it.
 
@@ -95,31 +86,34 @@ def log_distances(features: Tensor, gaussian: dict[str, Tensor]) -> Tensor:
     return torch.stack([inside.pow(2).sum(-1), outside], dim=-1).clamp_min(EPS).log() / 2
 
 
-def fit_canonical(first: Tensor, second: Tensor, shrinkage: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Canonical correlation analysis of two whitened views: maps into a shared space where matched pairs agree.
+def fit_canonical(first: Tensor, second: Tensor, ridge: float = 1.0, components: int = 64) -> tuple[Tensor, Tensor]:
+    """Regularised canonical correlation analysis of two standardised views, by their kernels (Hardoon et al., 2004).
 
     Args:
-        first, second: (n, K), unit variance, row i of both from the same sample.
-        shrinkage: pulls the within-view covariances towards the identity.
+        first, second: (n, F), of any size each; row i of both is from the same sample.
+        ridge: in units of the mean eigenvalue of a view's kernel.
+        components: K at most.
 
     Returns:
-        (K, K) each. Columns are scaled by the square root of the canonical correlation, so that directions in which
-        the views have nothing in common do not count.
+        Maps (F, K) each into a shared space where matched pairs agree. Columns are scaled by what the views have in
+        common along them, so that directions in which they have nothing do not count.
     """
 
-    def inverse_root(view: Tensor) -> Tensor:
-        covariance = view.T @ view / len(view)
-        covariance = (1 - shrinkage) * covariance + shrinkage * torch.eye(view.shape[1])
-        values, vectors = torch.linalg.eigh(covariance)
-        return vectors @ torch.diag(values.clamp_min(EPS).rsqrt()) @ vectors.T
+    def kernel(view: Tensor) -> tuple[Tensor, Tensor]:
+        products = (view @ view.T / view.shape[1]).double()
+        damped = products + ridge * products.diagonal().mean().clamp_min(EPS) * torch.eye(
+            len(view), dtype=torch.double
+        )
+        inverse = torch.linalg.inv(damped)
+        return inverse, inverse @ products
 
-    left, right = inverse_root(first), inverse_root(second)
-    u, correlation, v = torch.linalg.svd(left @ (first.T @ second / len(first)) @ right)
-    # the largest correlation that n samples of two unrelated views of k directions show by chance carries nothing
-    # (Wachter, 1980: 2 sqrt(q (1 - q)) with q = k / n)
-    share = min(1.0, max(int(view.any(0).sum()) for view in (first, second)) / len(first))
-    correlation = (correlation - 2 * (share * (1 - share)) ** 0.5).clamp(0, 1).sqrt()
-    return left @ u * correlation, right @ v.T * correlation
+    (left, of_first), (right, of_second) = kernel(first), kernel(second)
+    u, common, v = torch.linalg.svd(of_first @ of_second)
+    u, common, v = u[:, :components], common[:components].clamp(0, 1), v[:components].T
+    return tuple(
+        ((view / view.shape[1]).T.double() @ (inverse @ side * common)).float()
+        for view, inverse, side in ((first, left, u), (second, right, v))
+    )  # type: ignore[return-value]
 
 
 def auroc(negative: Tensor, positive: Tensor) -> float:

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from modeling_dms.steer.running import Running
 
 
-class _Reached(Exception):  # noqa: N818
-    """Raised by the deepest wanted layer of a text-only pass: the layers behind it need not run."""
+class Reached(Exception):  # noqa: N818
+    """Raised where nothing behind is wanted of a pass: it need not run."""
 
 
 @dataclass
-class _Watch:
-    """States kept of a running pass, by layer; whether it ends with the deepest."""
+class Watch:
+    """States kept of a running pass, by layer; whether it ends with the deepest, and whether it keeps any."""
 
     states: dict[int, Tensor] = field(default_factory=dict)
     ends: bool = False
+    keeps: bool = True
 
 
-_watched: Running[_Watch | None] = Running("watched_layers", None)
+_watched: Running[Watch | None] = Running("watched_layers", None)
 
 
 def layers_of(stack: nn.Module) -> nn.ModuleList:
@@ -46,13 +47,13 @@ def watch_layers(stack: nn.Module, layers: Sequence[int]) -> None:
 
 def _keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     watch = _watched.get()
-    if watch is not None:
+    if watch is not None and watch.keeps:
         watch.states[0] = args[0] if args else kwargs["hidden_states"]
 
 
 def _keep_output(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
     watch = _watched.get()
-    if watch is not None:
+    if watch is not None and watch.keeps:
         watch.states[layer] = output[0] if isinstance(output, tuple) else output
 
 
@@ -60,12 +61,17 @@ def _end(module: nn.Module, args: tuple, output: Any) -> None:
     watch = _watched.get()
     # a compiled program cannot be left in the middle; of the layers behind, which then run, it keeps nothing
     if watch is not None and watch.ends and not torch.compiler.is_compiling():
-        raise _Reached
+        raise Reached
+
+
+def watching(watch: Watch) -> Any:
+    """A context in which a pass leaves the states of its watched layers."""
+    return _watched.set(watch)
 
 
 def kept_states(run: Callable[[], Any], layers: Sequence[int]) -> tuple[list[Tensor], Any]:
     """Runs the backbone, or a part of it, and keeps the states of some watched layers: those, and what it returned."""
-    watch = _Watch()
+    watch = Watch()
     with _watched.set(watch):
         returned = run()
     return [watch.states[layer] for layer in layers], returned
@@ -79,7 +85,7 @@ def text_only_states(run: Callable[[], Any], embeddings: Tensor, layers: Sequenc
         run: calls the model on the text tokens alone.
         embeddings: (B, N, D), what it is called on, and the state of layer 0.
     """
-    watch = _Watch(ends=True)
+    watch = Watch(ends=True)
     if layers[-1] > 0:
         with _watched.set(watch):
             _run_to_the_end(run)
@@ -91,5 +97,5 @@ def _run_to_the_end(run: Callable[[], Any]) -> None:
     if torch.compiler.is_compiling():
         run()
         return
-    with contextlib.suppress(_Reached):
+    with contextlib.suppress(Reached):
         run()

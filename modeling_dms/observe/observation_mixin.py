@@ -13,7 +13,8 @@ from modeling_dms.evidence.typicality import token_statistics
 from modeling_dms.observe.images import Images, of_images, parts_of
 from modeling_dms.observe.layers import kept_states, text_only_states
 from modeling_dms.observe.pictures import pictures_of
-from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, compact, take
+from modeling_dms.observe.prefill import Reading
+from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt, compact, take
 
 
 class ObservationMixin:
@@ -44,6 +45,14 @@ class ObservationMixin:
     def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
         """The images of a call; `None` without any."""
         raise NotImplementedError
+
+    def _text_within(self, prompt: Prompt, inputs: dict[str, Any]) -> ModalityFeatures | None:
+        """Features of the text of each row, read within its prompt; `None` where that cannot be observed.
+
+        Args:
+            inputs: of `forward`, their images encoded.
+        """
+        return None
 
     def _parts(self, **kwargs: Any) -> list[int] | None:
         """How many parts of what the vision tower returns are each image's, from the arguments of
@@ -131,24 +140,24 @@ class ObservationMixin:
                 f"pixel_values of image(s) {(~finite).nonzero()[:, 0].tolist()} of the batch hold NaN or Inf"
             )
 
-    def _vision_features(
-        self, images: Images | None, placeholders: Tensor, modality_ids: Tensor, owner: Tensor | None
-    ) -> ModalityFeatures:
-        """Image features of each row; `owner` (I,) tells the row of each image, whose images count together."""
-        layers = self.dms.calibration.modalities[0].mean.shape
+    def _vision_features(self, prompt: Prompt) -> ModalityFeatures:
+        """Image features of each row, whose images count together."""
+        images, placeholders, owner = prompt.images, prompt.placeholders, prompt.owner
+        layers, size = self.dms.calibration.modalities[0].mean.shape
         # not `len`, which is one number for all that a program of `torch.export` is given
         batch, device = placeholders.shape[0], placeholders.device
         if images is None or images.statistics is None or images.pixels is None or owner is None:
             mask = torch.zeros(batch, 1, dtype=torch.bool, device=device)
             tokens = torch.zeros(batch, 1, self._token_size, device=device)
+            statistics = torch.zeros(batch, layers, size, device=device)
             numbers = torch.full((batch, PIXEL_STATISTICS), torch.nan, device=device)
-            return ModalityFeatures(tokens, mask, torch.zeros(batch, *layers, device=device), numbers)
-        index, mask = compact(placeholders & (modality_ids == VISION))
+            return ModalityFeatures(tokens, mask, statistics, statistics[:, -1], numbers)
+        index, mask = compact(placeholders & (prompt.modality_ids == VISION))
         number = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders)
         flat = number.gather(1, index).clamp_min(0)  # (B, N), which image token stands at each place
         statistics = of_rows(images.statistics.to(device), owner, batch)
         numbers = of_rows(images.pixels.to(device), owner, batch)
-        return ModalityFeatures(images.tokens.to(device)[flat], mask, statistics, numbers)
+        return ModalityFeatures(images.tokens.to(device)[flat], mask, statistics, statistics[:, -1], numbers)
 
     def _pictures(self, inputs: dict[str, Any]) -> list[Tensor]:
         """The pictures of a call in groups of one size, (n, 3, H, W) each, as the processor scales them."""
@@ -175,12 +184,12 @@ class ObservationMixin:
             groups = [change(*both) for both in zip(groups, images.split(sizes), strict=True)]
         return of_images(torch.cat([pixel_statistics(pictures) for pictures in groups]), pooled, parts)
 
-    def _text_features(
+    def _text_tokens(
         self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor
-    ) -> ModalityFeatures:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the text of each row stands, which of these places are filled (B, N), and its tokens (B, N, D)."""
         index, mask = compact(modality_ids == TEXT)
-        begin = self._begin_of_text
-        if begin is not None and torch.compiler.is_compiling():
+        if self._begin_of_text is not None and torch.compiler.is_compiling():
             # as long as the prompt, which holds more than its text: one position is free for what begins the text,
             # and the length stays one that a traced program can reason about
             index, mask = index[:, :-1], mask[:, :-1]
@@ -188,8 +197,14 @@ class ObservationMixin:
             # an image token need not be in the vocabulary
             input_ids = input_ids.masked_fill(self._placeholders(input_ids), 0)
             embeddings = self.get_input_embeddings()(input_ids)
-        tokens = take(cast(Tensor, embeddings), index)
-        read, attended = tokens, mask
+        return index, mask, take(cast(Tensor, embeddings), index)
+
+    def _text_features(
+        self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor
+    ) -> ModalityFeatures:
+        """Features of the text of each row, which the language model reads alone."""
+        index, mask, tokens = self._text_tokens(input_ids, embeddings, modality_ids)
+        begin, read, attended = self._begin_of_text, tokens, mask
         if begin is not None:
             token = self.get_input_embeddings()(torch.full((mask.shape[0], 1), begin, device=mask.device))
             read, attended = torch.cat([token, tokens], 1), F.pad(mask, (1, 0), value=True)
@@ -205,9 +220,25 @@ class ObservationMixin:
                 if input_ids is None:
                     numbers = torch.full((mask.shape[0], SURPRISAL_STATISTICS), torch.nan, device=mask.device)
                 else:
-                    numbers, surprisal = self._surprisal(outputs.last_hidden_state, input_ids.gather(1, index), mask)
+                    # the first token is predicted by what begins the text, if anything does
+                    before, targets = outputs.last_hidden_state[:, :-1], input_ids.gather(1, index)[:, 1 - first :]
+                    numbers, surprisal = self._surprisal(before, targets, mask[:, 1 - first :])
         statistics = [token_statistics(state[:, first:], mask) for state in states]
-        return ModalityFeatures(tokens, mask, torch.stack(statistics, 1), numbers, surprisal)
+        return ModalityFeatures(tokens, mask, torch.stack(statistics, 1), of_words(tokens, mask), numbers, surprisal)
+
+    def _text_in_prompt(self, prompt: Prompt, reading: Reading) -> ModalityFeatures:
+        """Features of the text of each row, as the language model has read it within its prompt."""
+        input_ids = cast(Tensor, prompt.input_ids)
+        index, mask, tokens = self._text_tokens(input_ids, None, prompt.modality_ids)
+        statistics = [token_statistics(take(reading.states[layer], index), mask) for layer in self._text_layers]
+        before = (index - 1).clamp_min(0)
+        predicted = mask & (index > 0)
+        if prompt.attention_mask is not None:
+            predicted &= prompt.attention_mask.gather(1, before).bool()
+        found = self._surprisal(take(reading.last, before), input_ids.gather(1, index), predicted)
+        return ModalityFeatures(
+            tokens, mask, torch.stack(statistics, 1), of_words(tokens, mask), *found, in_prompt=True
+        )
 
     @property
     def _begin_of_text(self) -> int | None:
@@ -215,20 +246,29 @@ class ObservationMixin:
         token = self.config.get_text_config(decoder=True).bos_token_id
         return token if self._is_causal and isinstance(token, int) else None
 
-    def _surprisal(self, states: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`surprisal_statistics` (B, P) of texts that the language model has read alone, and their mean surprisal
-        (B,).
+    def _surprisal(self, before: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`surprisal_statistics` (B, P) of texts, and their mean surprisal (B,).
 
         Args:
-            states: (B, N or N + 1, D), what the output layer reads, from the token on that begins the text.
+            before: (B, N, D), what the output layer reads at the places before the targets.
             targets, mask: (B, N).
         """
-        ahead = targets.shape[1] - states.shape[1] + 1  # 1 where nothing comes before the first token
-        targets, mask = targets[:, ahead:], mask[:, ahead:]
         # a copy: whether a part of a tensor can be flattened as it lies would hang on its sizes
-        states = states[:, :-1].clone(memory_format=torch.contiguous_format)
-        tokens = token_surprisal(states, targets, mask, self._readout)
+        before = before.clone(memory_format=torch.contiguous_format)
+        tokens = token_surprisal(before, targets, mask, self._readout)
         return surprisal_statistics(tokens, mask), tokens[0].sum(1) / mask.sum(1).clamp_min(1)
+
+
+def of_words(tokens: Tensor, mask: Tensor) -> Tensor:
+    """What a text is about, whatever the order of its words: statistics of their embeddings, which all count alike.
+
+    Args:
+        tokens, mask: (B, N, D), (B, N).
+
+    Returns:
+        (B, 2 * D).
+    """
+    return token_statistics(F.normalize(tokens.float(), dim=-1), mask)
 
 
 def of_rows(values: Tensor, owner: Tensor, batch: int) -> Tensor:

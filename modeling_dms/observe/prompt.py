@@ -1,15 +1,17 @@
 """What a prompt holds where, and the small data classes that carry it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from modeling_dms.observe.images import Images
 from modeling_dms.outputs import DMSOutput
 
 
 VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
+# what the calls of a DMS class take beside those of its vanilla class
+OWN = ("modality_ids", "modality_mask", "modality_weights", "schedule_target")
 
 
 @dataclass
@@ -23,13 +25,44 @@ class ModalityFeatures:
         numbers: (B, P), what tells damage beside the layers: `pixel_statistics` or `surprisal_statistics`, NaN where
             they cannot be known; `None` where there are none.
         surprisal: (B,), the mean of a text's tokens in nats; `None` where nothing predicts them.
+        content: (B, F), what is compared with that of the other modality.
+        in_prompt: whether it was read within the prompt, and not alone.
+        closer: of a text read within its prompt, the rows (b,) that looked suspicious and were read alone.
     """
 
     tokens: Tensor
     mask: Tensor
     statistics: Tensor
+    content: Tensor
     numbers: Tensor | None = None
     surprisal: Tensor | None = None
+    in_prompt: bool = False
+    closer: "tuple[Tensor, ModalityFeatures] | None" = None
+
+
+@dataclass
+class Prompt:
+    """Prompts whose modalities are told apart.
+
+    Attributes:
+        input_ids: (B, P), or `None` where `embeddings` (B, P, D) are given.
+        attention_mask: (B, P), or `None`.
+        modality_ids: (B, P).
+        modality_mask: (B, M).
+        placeholders: (B, P), where image tokens stand.
+        owner: (I,), the row that each image belongs to.
+        given: (B, M), the caller's weights.
+    """
+
+    input_ids: Tensor | None
+    embeddings: Tensor | None
+    attention_mask: Tensor | None
+    modality_ids: Tensor
+    modality_mask: Tensor
+    placeholders: Tensor
+    images: Images | None
+    owner: Tensor | None
+    given: Tensor | None
 
 
 @dataclass
@@ -49,31 +82,6 @@ class Schedule:
     weights: Tensor
     output: DMSOutput | None = None
     bias: Tensor | None = None
-
-
-@dataclass
-class Generation:
-    """A running call of `generate`.
-
-    Attributes:
-        model: whose; an assistant model within the call is another.
-        prompt: (B, P), the ids that it begins with, if it is given any.
-        schedule: of the prompt, `None` where nothing could be observed.
-    """
-
-    model: Any
-    prompt: Tensor | None
-    schedule: Schedule | None
-
-    def reads(self, model: Any, input_ids: Tensor | None, cache: Any) -> bool:
-        """Whether a pass is one over the prompt and what follows it; guidance runs the model on another one."""
-        if model is not self.model:
-            return False
-        # what `generate` runs itself has its cache from the start; without one, all is read anew for every token
-        if cache is not None or input_ids is None or self.prompt is None:
-            return True
-        prompt = self.prompt.repeat_interleave(max(1, len(input_ids) // len(self.prompt)), 0)
-        return torch.equal(input_ids[:, : prompt.shape[1]], prompt.to(input_ids.device))
 
 
 def compact(where: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ and tells it the absolute position of the first key: sliding windows and caches 
 registered here are the library's own, until `steered` says that the masks of a configuration get a bias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class Steering:
         scale: (B, P), see `scale_embeddings`.
         causal: `False` for an encoder-decoder, whose causal masks, of what it generates, stay as they are.
         masks: how many masks have got the bias.
+        settle: sets the bias, which is not known yet; called when a mask is asked for.
     """
 
     configs: Sequence[PreTrainedConfig] = ()
@@ -42,6 +43,7 @@ class Steering:
     scale: Tensor | None = None
     causal: bool = True
     masks: int = 0
+    settle: Callable[[], None] | None = None
 
 
 _steered: Running[Steering | None] = Running("steered", None)
@@ -53,6 +55,12 @@ def steered(steering: Steering | None) -> Any:
     Raises:
         ValueError: for an attention implementation that takes no bias.
     """
+    check_supported(steering)
+    return _steered.set(steering)
+
+
+def check_supported(steering: Steering | None) -> None:
+    """Raises ValueError for an attention implementation that takes no bias."""
     for config in () if steering is None or steering.bias is None else steering.configs:
         implementation = config._attn_implementation
         if implementation not in SUPPORTED:
@@ -60,7 +68,6 @@ def steered(steering: Steering | None) -> Any:
                 f"attn_implementation={implementation!r} takes no bias on its keys, so the modality weights cannot "
                 f'steer it; load the model with attn_implementation="sdpa", "eager" or "flex_attention"'
             )
-    return _steered.set(steering)
 
 
 def check_applied(steering: Steering | None) -> None:
@@ -117,7 +124,11 @@ def scale_embeddings(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 def _bias_for(config: PreTrainedConfig | None, mask_function: Any) -> Tensor | None:
     """The bias that a mask which is asked for gets, if any; it is counted."""
     steering = _steered.get()
-    if steering is None or steering.bias is None or not any(own is config for own in steering.configs):
+    if steering is None or not any(own is config for own in steering.configs):
+        return None
+    if steering.settle is not None:
+        steering.settle()
+    if steering.bias is None:
         return None
     if not steering.causal and mask_function is not bidirectional_mask_function:
         return None

@@ -47,15 +47,13 @@ SEEN = (
 
 @torch.no_grad()
 def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_size: int = 50) -> list[Any]:
-    """What the scheduler is given for each sample: its arguments, over all samples."""
+    """What a learned scheduler is given for each sample: its arguments, over all samples."""
     rows: list[tuple] = []
-    handle = model.dms.scheduler.register_forward_pre_hook(lambda module, args: rows.append(args))
-    try:
-        for start in tqdm(range(0, len(samples), batch_size), desc="signals", unit=" batches"):
-            batch = with_images_encoded(model, task.collate(samples[start : start + batch_size]))
-            Scheduled().decide(model, batch)
-    finally:
-        handle.remove()
+    scheduler = _like(model, scheduler="learned").to(model.device)
+    scheduler.register_forward_pre_hook(lambda module, args: rows.append(args))
+    for start in tqdm(range(0, len(samples), batch_size), desc="signals", unit=" batches"):
+        batch = with_images_encoded(model, task.collate(samples[start : start + batch_size]))
+        Scheduled(scheduler=scheduler).decide(model, batch)
     signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
     mask, standard, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 2, 3))
     return [ModalitySignals(**signals), mask, standard, entropy]
@@ -202,7 +200,7 @@ def _config(model: PreTrainedModel, **choices: Any) -> Any:
 
 
 def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
-    """A scheduler without parameters, of the model's configuration but for some choices."""
+    """A new scheduler, of the model's configuration but for some choices."""
     return ModalityScheduler(_config(model, **choices), len(MODALITIES))
 
 
