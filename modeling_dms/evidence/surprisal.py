@@ -46,7 +46,7 @@ def token_surprisal(states: Tensor, targets: Tensor, mask: Tensor, readout: Call
     for places in chunks:
         logarithms = readout(states[:, places]).float().log_softmax(-1).clamp_min(_LEAST)  # (B, n, K)
         surprisal = -logarithms.gather(-1, targets[:, places, None])[..., 0]
-        found.append(torch.stack([surprisal, surprisal - torch.special.entr(logarithms.exp()).sum(-1)]))
+        found.append(torch.stack([surprisal, surprisal + torch.linalg.vecdot(logarithms.exp(), logarithms)]))
         here = logarithms.gather(-1, targets[:, None].expand(-1, logarithms.shape[1], -1))  # (B, n, N)
         here = here.masked_fill(~mask[:, places, None], -torch.inf)
         elsewhere = torch.cat([elsewhere[:, None], here], 1).logsumexp(1)
