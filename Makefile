@@ -62,7 +62,8 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # where the supported versions of transformers, peft and accelerate differ, with the lowest ones
-LOWER = versions arguments configuration families identities generation export calibrate lora trainer
+LOWER = steer observe calibrate test_versions.py test_configuration.py test_families.py test_identities.py test_generation.py \
+	save/test_export.py training/finetune/test_arguments.py training/finetune/test_lora.py training/finetune/test_trainer.py
 LOWER_BIN = $(VENV)-lower/bin
 
 $(VENV)-lower/dev: setup.py constraints-lower.txt
@@ -73,7 +74,7 @@ $(VENV)-lower/dev: setup.py constraints-lower.txt
 
 test-lower: $(VENV)-lower/dev
 	$(LOWER_BIN)/python -m pip freeze | grep -E '^(torch|transformers|huggingface_hub|peft|accelerate)=='
-	$(LOWER_BIN)/python -m pytest -n 2 --dist loadfile tests/steer $(LOWER:%=tests/test_%.py)
+	$(LOWER_BIN)/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(LOWER))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,16 +25,14 @@ from tqdm.auto import tqdm
 
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit import DamagedRecord, ModalityRecord, fit_calibration
-from modeling_dms.calibrate.statistics import Calibration
-from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.calibrate.statistics import LOOKED_AT, Calibration
 from modeling_dms.evidence.pixels import PIXEL_STATISTICS
 from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.training.corruptions.families import self_made_families
-from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa, load_openmoji
 from modeling_dms.training.evaluate.documents import table
 from modeling_dms.training.evaluate.grid import Condition
-from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import load
 
 
@@ -57,7 +55,7 @@ GROUPS = {
     "seams": range(192, 216),
 }
 OTHERS_TEST = 100
-OTHERS = {"easy-VQA": (load_easy_vqa, 300)}
+OTHERS = {"easy-VQA": (load_easy_vqa, 300), "OpenMoji": (load_openmoji, 300)}
 # the second threshold that version 0.1 had where the modalities disagreed
 SUSPICIOUS = 0.05
 
@@ -95,11 +93,12 @@ class Seen:
     """What a model made of n samples.
 
     Attributes:
-        numbers: of each modality, what its detector reads, (n, P).
+        numbers: what each detector reads, (n, P): of images, of texts alone and, last, of texts within their prompts;
+            `None` where those were not looked at.
         shared: of each modality, its canonical coordinates, (n, K).
     """
 
-    numbers: list[Tensor]
+    numbers: list[Tensor | None]
     shared: list[Tensor]
 
 
@@ -112,28 +111,25 @@ class Looked:
 
 
 @torch.no_grad()
-def look(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> Seen:
+def look(model: Any, collator: PromptCollator, samples: Sequence[Sample], in_prompt: bool = True) -> Seen:
     """Runs a calibrated model on samples."""
-    calibration = model.dms.calibration
-    read: list[list[Tensor]] = [[] for _ in MODALITIES]
-    shared: list[list[Tensor]] = [[] for _ in MODALITIES]
-    plain = calibration.shared
-
-    def watched(index: int, statistics: Tensor) -> Tensor:
-        shared[index].append(plain(index, statistics))
-        return shared[index][-1]
-
-    hooks = [
-        detector.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].cpu()))
-        for detector, kept in zip(calibration.detectors, read, strict=True)
-    ]
-    calibration.shared = watched
+    calibration, generator, found = model.dms.calibration, torch.Generator(), []
+    if not in_prompt:
+        model._text_within = lambda *_: None
     for start in range(0, len(samples), BATCH):
-        model.get_modality_weights(**collator(samples[start : start + BATCH]))
-    del calibration.shared
-    for hook in hooks:
-        hook.remove()
-    return Seen([torch.cat(kept) for kept in read], [torch.cat(kept) for kept in shared])
+        records, _, _, read = model._calibration_batch(collator(samples[start : start + BATCH]), 1, generator)
+        found.append([*records, read])
+    if not in_prompt:
+        del model._text_within
+    numbers: list[Tensor | None] = []
+    for index, parts in enumerate(zip(*found, strict=True)):
+        if parts[0] is None:
+            numbers.append(None)
+            continue
+        record = ModalityRecord.cat(parts)
+        numbers.append(calibration.numbers(index, calibration.distances(index, record.statistics), record.numbers))
+    contents = [torch.cat([parts[index].content for parts in found]) for index in range(2)]
+    return Seen(numbers, [calibration.agreement.shared(index, content) for index, content in enumerate(contents)])
 
 
 def look_at_all(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> Looked:
@@ -145,10 +141,11 @@ def look_at_all(model: Any, collator: PromptCollator, samples: Sequence[Sample])
         changed, failed = condition.apply(samples, 0)
         if failed:
             raise ValueError(f"{condition.name}: {next(iter(failed.values()))}")
-        if condition.damaged is not None and condition.group == "unseen":
-            # the other side, which is not looked at, need not be read
-            changed = [s.replace(**{("context", "image")[condition.damaged]: None}) for s in changed]
-        damaged[condition.name, condition.severity] = look(model, collator, changed)
+        of_text = condition.group == "unseen" and condition.damaged == 1
+        if condition.group == "unseen" and not of_text:
+            # the text, which is not looked at, need not be read
+            changed = [sample.replace(context=None) for sample in changed]
+        damaged[condition.name, condition.severity] = look(model, collator, changed, in_prompt=of_text)
     return Looked(look(model, collator, samples), damaged)
 
 
@@ -162,6 +159,7 @@ class Rule:
         kept: columns of each modality's numbers that its detector has been fitted on; all by default.
         arbitrates: take weaker evidence where image and text disagree, as version 0.1 did.
         factor: on the rate of false alarms.
+        screens: read a text alone only where it looks suspicious within its prompt.
     """
 
     calibration: Calibration
@@ -169,11 +167,12 @@ class Rule:
     kept: tuple[slice | list[int], slice | list[int]] = (slice(None), slice(None))
     arbitrates: bool = False
     factor: float = 1.0
+    screens: bool = True
 
     def scores(self, seen: Seen, index: int, left_out: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Of what was seen, (n,), and of the clean samples of the calibration."""
         detector = self.calibration.detectors[index]
-        numbers = seen.numbers[index][:, self.kept[index]]
+        numbers = cast(Tensor, seen.numbers[index])[:, self.kept[min(index, 1)]]
         used = self.counts(len(detector.offsets))
         used[list(left_out)] = False
         found = (detector.raw_scores(numbers) - detector.score_location) / detector.score_scale
@@ -185,6 +184,8 @@ class Rule:
         1."""
         found, clean = self.scores(seen, index, left_out)
         flags = found > highest(clean, self.factor * self.calibration.config.alarm_rate)
+        if index == 1 and self.screens and seen.numbers[2] is not None:
+            flags &= self.suspicious(seen, left_out)
         if self.arbitrates:
             agreement = self.calibration.agreement
             rate = 2 * self.calibration.config.alarm_rate / SUSPICIOUS
@@ -192,6 +193,11 @@ class Rule:
             disagree = -cosine_similarity(pair[0], pair[1]) > agreement.threshold(rate)
             flags |= (found > highest(clean, SUSPICIOUS)) & disagree
         return flags.float().numpy()
+
+    def suspicious(self, seen: Seen, left_out: Sequence[int] = ()) -> Tensor:
+        """Which texts look suspicious within their prompts: (n,)."""
+        found, clean = self.scores(seen, 2, left_out)
+        return found > highest(clean, LOOKED_AT)
 
     def kinds(self, looked: Looked, index: int, severity: int, unseen: bool = True) -> np.ndarray:
         """The same of all kinds, each without the families that it resembles: (kinds, n)."""
@@ -256,13 +262,15 @@ def mismatch_lines(looked: Looked) -> list[str]:
 
 def clean_line(rule: Rule, looked: Looked) -> str:
     image, text = (rule.flagged(looked.clean, index) for index in range(2))
+    again = rule.suspicious(looked.clean).float().mean()
     return (
-        f"Clean samples that are flagged: image {image.mean():.3f}, text {text.mean():.3f}, either "
+        f"Clean texts that are read once more, alone: {again:.3f} ({LOOKED_AT:.3f} asked for). Clean samples that are "
+        f"flagged: image {image.mean():.3f}, text {text.mean():.3f}, either "
         f"{shown(rule.any_clean(looked))} ({rule.calibration.config.false_alarm_rate:.3f} asked for)."
     )
 
 
-Data = tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor]
+Data = tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor, ModalityRecord]
 
 
 def refitted(
@@ -274,14 +282,14 @@ def refitted(
         pixels: columns of the pixels' statistics.
         text: `"surprisal"`, `"layers"` or `"all"`.
     """
-    clean, damaged, present = copy.deepcopy(data)
+    clean, damaged, present, in_prompt = copy.deepcopy(data)
     if rows is not None:
-        clean, present = [record[rows] for record in clean], present[rows]
+        clean, present, in_prompt = [record[rows] for record in clean], present[rows], in_prompt[rows]
         damaged = [{name: copies[rows] for name, copies in families.items()} for families in damaged]
     for record in (clean[0], *damaged[0].values()):
         if pixels is not None:
             record.numbers = record.numbers[:, pixels]
-    for record in (clean[1], *damaged[1].values()):
+    for record in (clean[1], in_prompt, *damaged[1].values()):
         if text == "layers":
             record.numbers = None
     layers = text != "surprisal"
@@ -293,8 +301,10 @@ def refitted(
             (clean[0].numbers.shape[1], len(FAMILIES[0]), False),
             (size, len(FAMILIES[1]), layers),
         ],
+        [record.content.shape[1] for record in clean],
+        in_prompt=1,
     )
-    fit_calibration(calibration, clean, damaged, present)
+    fit_calibration(calibration, clean, damaged, present, in_prompt=in_prompt)
     return calibration
 
 
@@ -306,6 +316,7 @@ def ablations(model: Any, data: Data, looked: Looked) -> str:
         "as released": (whole, (0, 1)),
         "without the distance": (Rule(calibration, lambda d: torch.arange(d + 1) < d), (0, 1)),
         "the distance alone (`level=1`)": (Rule(calibration, lambda d: torch.arange(d + 1) == d), (0, 1)),
+        "every text read alone": (Rule(calibration, screens=False), (1,)),
         "with 0.1's arbitration": (Rule(calibration, arbitrates=True), (0, 1)),
         "three times the false alarms instead": (Rule(calibration, factor=3), (0, 1)),
     }
@@ -342,12 +353,12 @@ def joined(one: Data, two: Data) -> Data:
         {name: DamagedRecord.cat([copies, second[name]]) for name, copies in first.items()}
         for first, second in zip(one[1], two[1], strict=True)
     ]
-    return clean, damaged, torch.cat([one[2], two[2]])
+    return clean, damaged, torch.cat([one[2], two[2]]), ModalityRecord.cat([one[3], two[3]])
 
 
 def false_alarms(model: Any, data: Data) -> str:
     """Shares of clean samples flagged, calibrated on a random 60% of all and looked at on the others, many times."""
-    clean, _, present = data
+    clean, _, present, in_prompt = data
     shares, count = [], len(present)
     for seed in tqdm(range(SPLITS), desc="splits", unit=""):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -359,6 +370,10 @@ def false_alarms(model: Any, data: Data) -> str:
             away = calibration.distances(index, record.statistics)
             damage = calibration.detectors[index](calibration.numbers(index, away, record.numbers))
             flags.append(damage > calibration.detectors[index].threshold(calibration.config.alarm_rate))
+        read = in_prompt[rest]
+        away = calibration.distances(-1, read.statistics)
+        score = calibration.detectors[-1](calibration.numbers(-1, away, read.numbers))
+        flags[1] &= score > calibration.detectors[-1].threshold(LOOKED_AT)
         shares.append(float((flags[0] | flags[1]).float().mean()))
     mean = float(np.mean(shares))
     asked = model.config.dms_config.false_alarm_rate
@@ -399,7 +414,7 @@ class Run:
         prefix = cache / f"{name}-{title}"
         data, pixels = kept(Path(f"{prefix}-data.pt"), lambda: cls.collected(model, collator, train))
         model.dms.calibration.pixels.load_state_dict(pixels)
-        print(f"{title}, {name}\n{fit_calibration(model.dms.calibration, *data)}", flush=True)
+        print(f"{title}, {name}\n{fit_calibration(model.dms.calibration, *data[:3], in_prompt=data[3])}", flush=True)
         looked = kept(Path(f"{prefix}-{len(test)}.pt"), lambda: look_at_all(model, collator, test))
         return cls(model, data, looked)
 
@@ -443,12 +458,14 @@ def main() -> None:
             more, _ = kept(path, partial(Run.collected, run.model, collator, rest))
             add("### Clean photographs", false_alarms(run.model, joined(run.data, more)))
             add("### What each part is worth", ABLATIONS, ablations(run.model, run.data, run.looked))
-    for title, (source, count) in OTHERS.items():
+    for title, (source, size) in OTHERS.items():
         some = {}
         for split in ("train", options.split):
             whole = [sample for sample in source(split) if (sample.context or "").strip()]
-            some[split] = one_per_image(whole, count)
-        run = Run.of(names[0], title, some["train"], some[options.split][:OTHERS_TEST], options.cache)
+            # from the first to the last: neighbours are of one kind
+            count = size if split == "train" else OTHERS_TEST
+            some[split] = [whole[place * len(whole) // count] for place in range(min(count, len(whole)))]
+        run = Run.of(names[0], title, some["train"], some[options.split], options.cache)
         add(f"## {title}, `{names[0]}`", *run.section())
     print(f"wrote {options.out}")
 

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.hub_server import metadata_errors
 
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "demo-llava" / "results.json"
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "demo-llava" / "results.json"
 LLAVA, BLIP2 = RECIPES
 
 

@@ -32,7 +32,7 @@ from modeling_dms.weigh.scheduler import ModalityScheduler
 from tests import tiny
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CLEAN, BLACK, TYPOS = Condition("clean", "clean"), Condition("image:black", "seen", 5), Condition("text:typos", "t", 4)
 ANSWERS = ["blue", "circle", "green", "no", "rectangle", "red", "triangle", "yes"]
 

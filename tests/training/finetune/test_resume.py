@@ -25,7 +25,7 @@ from modeling_dms.training.models.request import write_request
 from tests import tiny
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 # ---- which checkpoint is complete

@@ -4,7 +4,7 @@ lmms-eval is not in the extra `dev`. In an environment of its own:
 
     pip install -c constraints.txt -e ".[lmms-eval]" pytest
     pip uninstall -y torchvision  # beside a CPU build of torch alone, where it breaks the imports of transformers
-    pytest tests/test_lmms_eval.py
+    pytest tests/training/apps/test_lmms_eval.py
 """
 
 import json

@@ -15,7 +15,7 @@ from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 import ablations
 import losses
 import sink

@@ -31,7 +31,7 @@ from modeling_dms.training.models.loading import CHECKPOINTS, load
 from tests import tiny
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # the processor of BLIP-2 puts its placeholders in front of any prompt by itself
 PLACEHOLDER = {"demo-llava": "<image>", "demo-blip2": ""}
 # which the processor of BLIP-2 does not keep

@@ -37,7 +37,7 @@ from tests.test_docs import check_command, continued
 from tests.test_packaging import dependencies
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GROUP = typer.main.get_command(app)
 
 

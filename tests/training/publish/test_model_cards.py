@@ -11,7 +11,7 @@ from modeling_dms.training.models.assemble import RECIPES
 from modeling_dms.training.publish.card import write_card
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # the stages of its training; its evaluations, of which the first one comes first in the card
 RELEASED = {
     "llava-dinov2s-smollm2-135m": ("llava-smollm2-bridge", "llava-smollm2", "llava-smollm2-trust"),
