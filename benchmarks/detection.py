@@ -54,10 +54,8 @@ GROUPS = {
     "the agreement of color channels": range(177, 192),
     "seams": range(192, 216),
 }
-OTHERS_TEST = 100
+OTHERS_TEST = 50
 OTHERS = {"easy-VQA": (load_easy_vqa, 300), "OpenMoji": (load_openmoji, 300)}
-# the second threshold that version 0.1 had where the modalities disagreed
-SUSPICIOUS = 0.05
 
 
 HEAD = """# What is seen of damage
@@ -68,10 +66,7 @@ split, which nothing was chosen by. *Unseen*: the families of calibration's self
 are left out, so that the detector knows nothing like it. *Known*: it knows them, as a user's model does. Intervals:
 95%, bootstrapped over the photographs. A flagged input loses its weight beside one that is not. The two models
 below share image processor, vision tower and language model, and so what they see."""
-ABLATIONS = """Means over all kinds, unseen, with the difference from the release and its interval. What 0.1 had
-besides (layers of the vision tower, a memory of clean images, a second threshold where image and text disagree) is
-gone. The last of them is here, computed from the same evidence: what it gains it pays for with false alarms. As many,
-asked for outright, gain more of texts and as much of mildly damaged images."""
+ABLATIONS = """Means over all kinds, unseen, with the difference from the release and its interval."""
 
 
 def load_photos(folder: Path) -> dict[str, list[Sample]]:
@@ -157,7 +152,6 @@ class Rule:
         counts: which scores of a detector of D families count, (D + 1,) bool: those of the families, then the
             distance. All by default.
         kept: columns of each modality's numbers that its detector has been fitted on; all by default.
-        arbitrates: take weaker evidence where image and text disagree, as version 0.1 did.
         factor: on the rate of false alarms.
         screens: read a text alone only where it looks suspicious within its prompt.
     """
@@ -165,7 +159,6 @@ class Rule:
     calibration: Calibration
     counts: Callable[[int], Tensor] = lambda families: torch.ones(families + 1, dtype=torch.bool)
     kept: tuple[slice | list[int], slice | list[int]] = (slice(None), slice(None))
-    arbitrates: bool = False
     factor: float = 1.0
     screens: bool = True
 
@@ -179,19 +172,12 @@ class Rule:
         both = (found, detector.clean[: int(detector.count)])
         return tuple(values.masked_fill(~used, -torch.inf).amax(1) for values in both)  # type: ignore[return-value]
 
-    def flagged(self, seen: Seen, index: int, left_out: Sequence[int] = (), other: Seen | None = None) -> np.ndarray:
-        """Which samples' modality `index` is taken for damaged, where the other one is that of `other`: (n,) of 0 and
-        1."""
+    def flagged(self, seen: Seen, index: int, left_out: Sequence[int] = ()) -> np.ndarray:
+        """Which samples' modality `index` is taken for damaged: (n,) of 0 and 1."""
         found, clean = self.scores(seen, index, left_out)
         flags = found > highest(clean, self.factor * self.calibration.config.alarm_rate)
         if index == 1 and self.screens and seen.numbers[2] is not None:
             flags &= self.suspicious(seen, left_out)
-        if self.arbitrates:
-            agreement = self.calibration.agreement
-            rate = 2 * self.calibration.config.alarm_rate / SUSPICIOUS
-            pair = [seen.shared[index], (other or seen).shared[1 - index]]
-            disagree = -cosine_similarity(pair[0], pair[1]) > agreement.threshold(rate)
-            flags |= (found > highest(clean, SUSPICIOUS)) & disagree
         return flags.float().numpy()
 
     def suspicious(self, seen: Seen, left_out: Sequence[int] = ()) -> Tensor:
@@ -204,7 +190,7 @@ class Rule:
         rows = []
         for name in KINDS[index]:
             left_out = [FAMILIES[index].index(family) for family in self_made_families(name)] if unseen else []
-            rows.append(self.flagged(looked.damaged[name, severity], index, left_out, looked.clean))
+            rows.append(self.flagged(looked.damaged[name, severity], index, left_out))
         return np.stack(rows)
 
     def any_clean(self, looked: Looked) -> np.ndarray:
@@ -317,8 +303,7 @@ def ablations(model: Any, data: Data, looked: Looked) -> str:
         "without the distance": (Rule(calibration, lambda d: torch.arange(d + 1) < d), (0, 1)),
         "the distance alone (`level=1`)": (Rule(calibration, lambda d: torch.arange(d + 1) == d), (0, 1)),
         "every text read alone": (Rule(calibration, screens=False), (1,)),
-        "with 0.1's arbitration": (Rule(calibration, arbitrates=True), (0, 1)),
-        "three times the false alarms instead": (Rule(calibration, factor=3), (0, 1)),
+        "three times the false alarms": (Rule(calibration, factor=3), (0, 1)),
     }
     for name, group in GROUPS.items():
         columns = [column for column in range(PIXEL_STATISTICS) if column not in group]
@@ -458,6 +443,8 @@ def main() -> None:
             more, _ = kept(path, partial(Run.collected, run.model, collator, rest))
             add("### Clean photographs", false_alarms(run.model, joined(run.data, more)))
             add("### What each part is worth", ABLATIONS, ablations(run.model, run.data, run.looked))
+    # the model whose prompts are short
+    other = names[-1]
     for title, (source, size) in OTHERS.items():
         some = {}
         for split in ("train", options.split):
@@ -465,8 +452,8 @@ def main() -> None:
             # from the first to the last: neighbours are of one kind
             count = size if split == "train" else OTHERS_TEST
             some[split] = [whole[place * len(whole) // count] for place in range(min(count, len(whole)))]
-        run = Run.of(names[0], title, some["train"], some[options.split], options.cache)
-        add(f"## {title}, `{names[0]}`", *run.section())
+        run = Run.of(other, title, some["train"], some[options.split], options.cache)
+        add(f"## {title}, `{other}`", *run.section())
     print(f"wrote {options.out}")
 
 

@@ -96,17 +96,18 @@ def _text(hidden: int, layers: int, heads: int, vocab: int, **own: int) -> dict[
 
 TIMED = {
     "llava": Size(
-        "LLaVA: ViT-S/14, SmolLM2-135M shape",
-        (384, 1536, 12, 6),
-        _text(576, 30, 9, 49152, num_key_value_heads=3, intermediate_size=1536),
+        "LLaVA: ViT-L/14, TinyLlama-1.1B shape",
+        (1024, 4096, 24, 16),
+        _text(2048, 22, 32, 32000, num_key_value_heads=4, intermediate_size=5632),
         80,
+        tied=False,
     ),
     "blip2": Size(
-        "BLIP-2: ViT-S/14, Q-Former 6 x 384, OPT-125M shape",
-        (384, 1536, 12, 6),
-        _text(768, 12, 12, 50272, ffn_dim=3072),
+        "BLIP-2: ViT-L/14, Q-Former 12 x 768, OPT-1.3B shape",
+        (1024, 4096, 24, 16),
+        _text(2048, 24, 32, 50272, ffn_dim=8192),
         300,
-        qformer=(384, 6, 6),
+        qformer=(768, 12, 12),
     ),
 }
 QUICK = {
@@ -719,9 +720,8 @@ def main() -> None:
         options.batches, options.memory, options.settings = [1], [("prefill", 1)], ["rule"]
         options.prefill, options.training, options.tokens = (0, 2, 2), (0, 2, 2), 4
     else:
-        options.batches, options.settings = [1, 4], list(SETTINGS)
-        options.memory = [("prefill", 1), ("prefill", 4), ("training", 1)]
-        options.prefill, options.training, options.tokens = (20, 5, 15), (25, 3, 9), 24
+        options.batches, options.settings, options.memory = [1], ["rule", "re-weighted"], [("prefill", 1)]
+        options.prefill, options.training, options.tokens = (60, 6, 15), (60, 3, 9), 24
     if options.probe:
         family, setting = options.probe
         probe_memory(family, sizes[family], setting, options.memory)

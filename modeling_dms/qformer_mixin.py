@@ -94,7 +94,7 @@ class QFormerMixin(SteeredMixin):
         if attention_mask is None:
             attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        schedule = self._weighed(inputs, images, own)
+        schedule = self._observe(inputs, images, own)
         if images is None:
             self._check_unused(input_ids)
         else:

@@ -141,7 +141,7 @@ class SteeredMixin(DMSMixin):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         own = {name: inputs.pop(name, None) for name in OWN}
-        schedule = self._observe(inputs, own, stops=True)
+        schedule = self._observe(inputs, self._observed_images(inputs), own, stops=True)
         if schedule is None:
             raise ValueError("nothing of these inputs can be observed")
         if isinstance(schedule, Prefill):
@@ -163,9 +163,9 @@ class SteeredMixin(DMSMixin):
 
     def _read(self, prefill: Prefill, inputs: dict[str, Any]) -> Schedule:
         """Runs the vanilla class until its language model has read the prompts."""
-        inputs = {"input_ids": None, "pixel_values": None, **inputs}
+        inputs = {"input_ids": None, "pixel_values": None, **inputs, "use_cache": False}
         with prefill.observed():
-            super().forward(**self._with_stand_ins(inputs), use_cache=False)
+            super().forward(**self._with_stand_ins(inputs))
         prefill.settle()
         return cast(Schedule, prefill.schedule)
 
@@ -223,28 +223,25 @@ class SteeredMixin(DMSMixin):
     def _observe(
         self,
         inputs: dict[str, Any],
-        own: dict[str, Tensor | None],
-        labels: Tensor | None = None,
-        stops: bool = False,
-    ) -> Schedule | Prefill | None:
-        """The schedule of a new prompt, whose images are encoded on the way. The rule's is made by the language
-        model's own pass over it, which mostly is the answer.
-
-        Other schedulers hardly ever give uniform weights. For them, with gradients, in compiled and exported programs,
-        and in models of which every process holds a part, so that all have to run in step, weights are an input of the
-        pass, for which the text is read alone.
-        """
-        return self._weighed(inputs, self._observed_images(inputs), own, labels, stops)
-
-    def _weighed(
-        self,
-        inputs: dict[str, Any],
         images: Images | None,
         own: dict[str, Tensor | None],
         labels: Tensor | None = None,
         stops: bool = False,
     ) -> Schedule | Prefill | None:
-        """As `_observe`, of images that have been encoded."""
+        """The schedule of new prompts. The rule's is made by the language model's own pass over them, which mostly is
+        the answer.
+
+        Other schedulers hardly ever give uniform weights. For them, with gradients, in compiled and exported programs,
+        and in models of which every process holds a part, so that all have to run in step, weights are an input of the
+        pass, for which the text is read alone.
+
+        Args:
+            inputs: of `forward`.
+            images: theirs, encoded.
+            own: the caller's values of `OWN`.
+            labels: of the losses.
+            stops: see [`Prefill`].
+        """
         config, prompt = self.config.dms_config, self._prompt(inputs, images, own, labels)
         if prompt is None:
             self._warn_unobserved()
@@ -300,7 +297,7 @@ class SteeredMixin(DMSMixin):
         cache = cache_of(inputs)
         known, schedule = self._known(inputs, own)
         if not known:
-            schedule = self._observe(inputs, own, labels)
+            schedule = self._observe(inputs, self._observed_images(inputs), own, labels)
         inputs = self._with_stand_ins(inputs) | {"return_dict": True}
         if isinstance(schedule, Prefill):
             steering, prefill = schedule.steering, schedule
@@ -350,7 +347,7 @@ class SteeredMixin(DMSMixin):
         known, schedule = self._known({**kwargs, "input_ids": prompt}, own)
         if not known:
             observed = {**kwargs, "input_ids": prompt}
-            schedule = self._observe(observed, own)
+            schedule = self._observe(observed, self._observed_images(observed), own)
             if EXPANDS_IMAGES and "mm_encoder_outputs" in observed:
                 kwargs["mm_encoder_outputs"] = observed["mm_encoder_outputs"]
                 for pixels in ("pixel_values", "pixel_values_videos"):

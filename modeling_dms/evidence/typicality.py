@@ -164,6 +164,6 @@ def fit_logistic(
         while objective(coefficients - size * step) > objective(coefficients) and size > 1e-4:
             size /= 2
         coefficients = coefficients - size * step
-        if float((size * step).abs().max()) < 1e-8:
+        if float((size * step).abs().max()) < 1e-5:  # the next step would be the square of that
             break
     return coefficients.float()

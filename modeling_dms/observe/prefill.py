@@ -81,8 +81,9 @@ class Prefill:
         """The language model is called."""
         if self.schedule is not None:
             return
-        mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
-        whole = kwargs["inputs_embeds"].shape[1] == self.length and (cache is None or cache.get_seq_length() == 0)
+        embeddings, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), cache_of(kwargs)
+        whole = embeddings is not None and embeddings.shape[1] == self.length
+        whole = whole and (cache is None or cache.get_seq_length() == 0)
         if whole and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
             self._watch.keeps = True
         else:

@@ -3,6 +3,8 @@
 The data are those of `tiny.clean_samples`: structured, so that damage can be told from them, also by random weights.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit import DamagedRecord, ModalityRecord, fit_calibration
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.calibrate.statistics import Calibration, Conformal
+from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.weigh.scheduler import GARBAGE_LEAD
 from tests import tiny
 
@@ -493,15 +496,23 @@ def fitted_on(clean, damaged, **config):
         for names, record in zip(FAMILIES, damaged, strict=True)
     ]
     sizes = [(P, len(FAMILIES[0]), False), (P + 4, len(FAMILIES[1]), True)]
-    calibration = Calibration(DMSConfig(subspace_size=4, **config), [(2, 4), (2, 4)], sizes, [4, 4])
-    report = fit_calibration(calibration, clean, families, torch.ones(len(severity), 2, dtype=torch.bool))
+    calibration = Calibration(DMSConfig(subspace_size=4, **config), [(2, 4), (2, 4)], sizes, [4, 4], in_prompt=1)
+    present = torch.ones(len(severity), 2, dtype=torch.bool)
+    # within its prompt a text says half of the same
+    report = fit_calibration(calibration, clean[:2], families, present, in_prompt=clean[2] if clean[2:] else None)
     return calibration, report
+
+
+def in_prompt(record, seed):
+    """A record of texts as they are read within their prompts: half of it is as alone, half is chance."""
+    other = records(len(record.numbers), seed)[1]
+    return replace(other, numbers=(record.numbers + other.numbers) / 2)
 
 
 def alarms(calibration, clean):
     """Which samples are flagged for their image, their text, or their disagreement: (n, 3)."""
     rate, flags = calibration.config.alarm_rate, []
-    for index, (detector, record) in enumerate(zip(calibration.detectors, clean, strict=True)):
+    for index, (detector, record) in enumerate(zip(calibration.detectors[:2], clean, strict=True)):
         score = detector(calibration.numbers(index, calibration.distances(index, record.statistics), record.numbers))
         flags.append(score > detector.threshold(rate))
         if (rate * (detector.count + 1)) >= 1:
@@ -547,6 +558,34 @@ def test_a_p_value_counts_the_clean_samples_that_look_as_damaged():
     # the k-th largest of 9 with k = 10 * rate, and the largest where that is below 1
     for rate, value in ((0.1, 8.0), (0.3, 6.0), (0.31, 6.0), (0.01, 8.0), (0.0, 8.0)):
         assert float(conformal.threshold(rate)) == value
+
+
+def test_the_p_values_of_both_ways_to_read_a_text_are_one():
+    """Those of suspicious texts come from reading them alone, the others from within the prompt: of clean ones a share
+    of at most a lies below any a, and damaged ones are told as well as alone."""
+    clean, damaged = records(1000, 0), records(1000, 1, 2.0)
+    calibration, _ = fitted_on([*clean, in_prompt(clean[1], 7)], damaged)
+
+    def judged(record, seed):
+        within = in_prompt(record, seed)
+        features = ModalityFeatures(None, None, within.statistics, within.content, within.numbers, in_prompt=True)
+        rows = calibration.suspicious(features).nonzero()[:, 0]
+        own = record[rows]
+        features.closer = (rows, ModalityFeatures(None, None, own.statistics, own.content, own.numbers))
+        return calibration.judge(1, features), len(rows)
+
+    count = 4000
+    (_, damage, p_clean), again = judged(records(count, 2)[1], 8)
+    assert 0.07 < again / count < 0.13
+    for rate in (0.01, 0.05, 0.09, 0.11, 0.2, 0.5):
+        # of 1000 remembered samples and 4000 new ones
+        deviation = (rate * (1 - rate) * (1 / 1000 + 1 / count)) ** 0.5
+        assert float((p_clean <= rate).float().mean()) <= rate + 3 * deviation
+    assert torch.equal(damage > 0, p_clean <= calibration.config.alarm_rate)
+    record = records(count, 3, 6.0)[1]
+    (_, damage, _), _ = judged(record, 9)
+    _, alone, _ = calibration.judge(1, ModalityFeatures(None, None, record.statistics, record.content, record.numbers))
+    assert (damage > 0).float().mean() > 0.9 * (alone > 0).float().mean() > 0.3
 
 
 def test_numbers_that_are_not_known_are_no_alarm():
