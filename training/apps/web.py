@@ -12,6 +12,7 @@ from PIL import Image
 
 from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
 from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
+from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
 from modeling_dms.training.evaluate.run import one_per_image
@@ -21,7 +22,6 @@ INTRODUCTION = (
     "Image and context may both answer the question. Damage one of them, and see to which the model listens: *static* "
     "weighs both alike, *DMS* by how far each can be trusted."
 )
-MODALITIES = ("image", "context")
 STATIC = (0.5, 0.5)
 EXAMPLES = 5
 MAX_NEW_TOKENS = 20
@@ -123,7 +123,7 @@ def explain(dms: Answer) -> str:
     """What DMS did, in one sentence."""
     if 0 in dms.weights:
         absent = dms.weights.index(0)
-        return f"There is no {MODALITIES[absent]}: the {MODALITIES[1 - absent]} alone is heard."
+        return f"There is no {FIELDS[absent]}: the {FIELDS[1 - absent]} alone is heard."
     if not dms.signals:
         return "The scheduler is uniform: this is the static model."
     damage = dms.signals["damage"]
@@ -132,11 +132,11 @@ def explain(dms: Answer) -> str:
     most = max(dms.weights)
     heard = "DMS takes no side."
     if most > 0.5:
-        heard = f"DMS hears the {MODALITIES[dms.weights.index(most)]} with {most:.2f}."
+        heard = f"DMS hears the {FIELDS[dms.weights.index(most)]} with {most:.2f}."
     if min(damage) > 0:
         return f"Both look damaged: {heard}"
     if max(damage) > 0:
-        return f"The {MODALITIES[damage.index(max(damage))]} looks damaged: {heard}"
+        return f"The {FIELDS[damage.index(max(damage))]} looks damaged: {heard}"
     if dms.signals["conflict"][0] > 0:
         return f"Image and context look clean but disagree: {heard}"
     if most > 0.5:  # by another scheduler than the rule
@@ -147,14 +147,14 @@ def explain(dms: Answer) -> str:
 def draw_bars(dms: Answer) -> str:
     """Weights and signals as an HTML table of bars."""
     values = {"weight": dms.weights, **dms.signals}
-    head = "".join(f"<th>{modality}</th>" for modality in MODALITIES)
+    head = "".join(f"<th>{modality}</th>" for modality in FIELDS)
     rows = [f"<tr><th></th>{head}<th></th></tr>"]
     for name, bar in BARS.items():
         if name not in values:
             continue
         cells = "".join(
             "<td>-</td>" if weight == 0 else f"<td>{_bar(bar, value, modality, name == 'damage' and value > 0)}</td>"
-            for modality, value, weight in zip(MODALITIES, values[name], dms.weights, strict=True)
+            for modality, value, weight in zip(FIELDS, values[name], dms.weights, strict=True)
         )
         rows.append(f'<tr data-name="{name}"><th>{name}</th>{cells}<td>{bar.note}</td></tr>')
     return f'<table class="bars">{"".join(rows)}</table>'

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from modeling_dms.training.corruptions.families import CorruptionConfig, check_rates, names_in
-from modeling_dms.training.corruptions.registry import MODALITIES, corrupt, seeded
+from modeling_dms.training.corruptions.registry import INPUTS, corrupt, seeded
 from modeling_dms.training.data.samples import Sample
 
 
@@ -63,7 +63,7 @@ class ModalityDropout(Dataset):
         families = (tuple(image_families), tuple(text_families))
         self.names = [
             {family: names_in(modality, [family]) for family in chosen}
-            for modality, chosen in zip(MODALITIES, families, strict=True)
+            for modality, chosen in zip(INPUTS, families, strict=True)
         ]
         # by case, in the rates' order and then clean: the families to draw from
         self.pairs: list[list[tuple[str | None, str | None]]] = [

@@ -11,10 +11,11 @@ from modeling_dms.training.data.samples import Sample
 from modeling_dms.training.names import check_names
 
 
-MODALITIES = ("image", "text")
+# what a corruption damages, as its name says
+INPUTS = ("image", "text")
 _KINDS = {"image": {**IMAGE_CORRUPTIONS, **IMAGENET_C}, "text": TEXT_CORRUPTIONS}
 # every name that `corrupt` takes
-NAMES = tuple(f"{modality}:{kind}" for modality in MODALITIES for kind in (*_KINDS[modality], "missing", "mismatch"))
+NAMES = tuple(f"{modality}:{kind}" for modality in INPUTS for kind in (*_KINDS[modality], "missing", "mismatch"))
 
 
 def seeded(*parts: object) -> np.random.Generator:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from modeling_dms._compat import require
 from modeling_dms.save.staging import check_writable
 from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
-from modeling_dms.training.corruptions.registry import seeded
+from modeling_dms.training.corruptions.registry import INPUTS, seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
 from modeling_dms.training.data.folder import Table
 from modeling_dms.training.data.samples import (
@@ -145,7 +145,7 @@ def conditions_of(config: EvaluationConfig) -> list[Condition]:
             check_names("corruption", wanted.split("+"), NAMES if "+" in wanted else (*CORRUPTIONS, *NAMES))
             found += [Condition(wanted, wanted, severity) for severity in config.severities]
             continue
-        names = {modality: _kinds_of(config, wanted, modality) for modality in ("image", "text")}
+        names = {modality: _kinds_of(config, wanted, modality) for modality in INPUTS}
         if wanted == "both":
             if all(names.values()):
                 pairs = [f"{name}+{text}" for name, text in zip(names["image"], cycle(names["text"]), strict=False)]
