@@ -148,9 +148,10 @@ def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Any:
     labels = torch.zeros(batch, length, device="meta", dtype=torch.long)
     bias = torch.empty(batch, length, device="meta", requires_grad=True)
     embed = model.get_input_embeddings()
-    # a ready mask, which the library does not look into; the counted kernel does without
-    mask = torch.empty(batch, 1, length, length, device="meta", dtype=torch.bool)
-    given = {"labels": labels, "key_bias": bias, "attention_mask": mask, "use_cache": False}
+    # what `steered` makes of the library's mask, which looks at values: a ready one is taken as it is
+    mask: Any = torch.empty(batch, 1, length, length, device="meta", dtype=dtype)
+    mask.of_keys = (None, bias)
+    given = {"labels": labels, "attention_mask": mask, "use_cache": False}
     if family == "llava":
         features = LlavaForConditionalGeneration.get_image_features(model, pixel_values=pixels, return_dict=True)
         embeds = torch.cat([torch.stack(list(features.pooler_output)), embed(ids)], 1)
@@ -159,7 +160,8 @@ def backbone_loss(family: str, model: Any, size: Size, batch: int) -> Any:
     queries = model.query_tokens.expand(batch, -1, -1)
     queries = model.qformer(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
     embeds = torch.cat([model.language_projection(queries.to(dtype)), embed(ids)], 1)
-    return model.language_model(inputs_embeds=embeds, **given).loss
+    # OPT would make them of a mask of two dimensions
+    return model.language_model(inputs_embeds=embeds, position_ids=torch.zeros_like(labels), **given).loss
 
 
 def dms_loss(dms: Any, model: Any, size: Size, method: str, batch: int, readouts: list[int]) -> Tensor:
