@@ -89,12 +89,13 @@ def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], mo
     """A function that gives the `dms` calibrated otherwise; what calibration records is recorded once."""
     with mock.patch("modeling_dms.calibrate.calibration_mixin.fit_calibration") as fit:
         calibrate(model, collator, train, most)
-    _, clean, damaged, present, *_ = fit.call_args.args
+    _, clean, damaged, present, _, _, in_prompt = fit.call_args.args
 
     def recalibrated(count: int = CALIBRATION, level: int = 2) -> nn.Module:
         kept, rows = copy.deepcopy(model.dms), torch.arange(min(count, len(present)))
         families = [{name: record[rows] for name, record in own.items()} for own in damaged]
-        fit_calibration(kept.calibration, [record[rows] for record in clean], families, present[rows], level)
+        some = [record[rows] for record in clean]
+        fit_calibration(kept.calibration, some, families, present[rows], level, in_prompt=in_prompt[rows])
         return kept
 
     return recalibrated

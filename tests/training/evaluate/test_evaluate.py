@@ -327,7 +327,7 @@ def test_detectors_do_not_know_what_is_unseen(vqa, group, known):
 
     class Watching(Method):
         def decide(self, model, batch):
-            for detector, names in zip(detectors, FAMILIES, strict=True):
+            for detector, names in zip(detectors[:2], FAMILIES, strict=True):
                 left_out.update(name for name, out in zip(names, detector.left_out, strict=True) if out)
             return super().decide(model, batch)
 
