@@ -142,8 +142,6 @@ def test_a_compiled_language_model_is_steered_all_the_same(compiled):
     found = model(**batch)
     torch.testing.assert_close(found.modality_weights, wanted.modality_weights)
     torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
-    plain = known(tiny.build("llava-llama"), image=True)
-    assert torch.equal(model.generate(**batch, max_new_tokens=3), plain.generate(**batch, max_new_tokens=3))
 
 
 @torch.no_grad()
