@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import StaticCache
 
 from modeling_dms.auto import CLASSES
@@ -119,6 +120,22 @@ def test_a_pass_that_is_not_the_whole_prompt_has_its_weights_in_advance():
     known(model, image=True)
     assert torch.equal(model.generate(**batch, **asked, prompt_lookup_num_tokens=2), plain)
     assert torch.equal(model.generate(**batch, **asked, use_cache=False), plain)
+    weights = model(**batch).modality_weights
+    for how in ({"prefill_chunk_size": 4}, {"guidance_scale": 1.5}, {"do_sample": True, "num_return_sequences": 3}):
+        drawn = []
+        for given in ({}, {"modality_weights": weights}):
+            torch.manual_seed(0)
+            drawn.append(model.generate(**batch, **{**asked, **how}, **given))
+        assert torch.equal(*drawn), how
+
+
+@torch.no_grad()
+def test_offloaded_parts_are_brought_in_for_the_second_reading():
+    model, batch = known(tiny.build("llava-llama"), image=True), tiny.prompts("llava-llama")
+    wanted = model(**batch)
+    found = cpu_offload(known(tiny.build("llava-llama"), image=True))(**batch)
+    assert torch.equal(found.modality_weights, wanted.modality_weights)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
