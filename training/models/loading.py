@@ -60,9 +60,11 @@ def load(
         if own.get("scheduler") != "learned":  # one that is asked for is new
             for part, value in model.dms.scheduler.state_dict().items():
                 weights.setdefault(f"base_model.model.dms.scheduler.{part}", value)
-        fitted = {f"base_model.model.dms.calibration.{p}": v for p, v in model.dms.calibration.state_dict().items()}
-        if any(part not in weights or weights[part].shape != value.shape for part, value in fitted.items()):
-            # fitted by version 0.1, to other numbers: of that there is left that it was
+        if "base_model.model.dms.calibration.agreement.0_map" not in weights:
+            # calibrated by version 0.1, to other numbers: of that there is left that it was
+            fitted = {
+                f"base_model.model.dms.calibration.{p}": v for p, v in model.dms.calibration.state_dict().items()
+            }
             weights |= {part: value for part, value in fitted.items() if not part.endswith(".level")}
             weights = {**fitted, **weights}
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
