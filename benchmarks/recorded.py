@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.training.evaluate.documents import table
-from modeling_dms.weigh.second_look import BOTH, IMAGE, TEXT, Heard, compared, fit_arbiter
+from modeling_dms.weigh.second_look import BOTH, IMAGE_ALONE, TEXT_ALONE, Heard, compared, fit_arbiter
 
 
 KINDS = ("matching", "wrong", "irrelevant")
@@ -42,17 +42,19 @@ def heard(output: dict[str, Any]) -> Heard:
     return Heard(output["text"], output["logprobs"])
 
 
-def read(rows: list[dict[str, Any]], model: str) -> tuple[Tensor, Tensor]:
-    """Numbers of every question and kind of context, (n, 3, P), and which answers are right, (n, 3, 3) of 0 and 1."""
-    numbers, right = [], []
+def read(rows: list[dict[str, Any]], model: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of every question and kind of context, (n, 3, P), which answers are right, (n, 3, 3) of 0 and 1, and the
+    mean log-probability of their tokens, (n, 3, 3)."""
+    numbers, right, sure = [], [], []
     for row in rows:
         accepted = [Heard(answer, []).words for answer in row["answers"]]
         for kind in KINDS:
             three = [heard(row["outputs"][model][name]) for name in ("image", f"text:{kind}", f"both:{kind}")]
             numbers.append(compared(*three))
             right.append([float(answer.words in accepted) for answer in three])
-    count = len(rows)
-    return torch.stack(numbers).view(count, len(KINDS), -1), torch.tensor(right).view(count, len(KINDS), 3)
+            sure.append([float(np.mean(answer.log_probabilities or [0.0])) for answer in three])
+    shape = (len(rows), len(KINDS), -1)
+    return torch.stack(numbers).view(shape), torch.tensor(right).view(shape), torch.tensor(sure).view(shape)
 
 
 def looked(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +82,12 @@ def interval(values: Tensor) -> str:
 
 def section(rows: list[dict[str, Any]], model: str) -> list[str]:
     """A table of one model, and how well pairs are told apart."""
-    numbers, right = read(rows, model)
+    numbers, right, sure = read(rows, model)
     together, decided = looked(numbers)
-    likelier = torch.where(numbers[..., 0] >= numbers[..., 5], IMAGE, TEXT)
+    likelier = torch.where(sure[..., IMAGE_ALONE] >= sure[..., TEXT_ALONE], IMAGE_ALONE, TEXT_ALONE)
     chosen = {
-        "image alone": right[..., IMAGE],
-        "context alone": right[..., TEXT],
+        "image alone": right[..., IMAGE_ALONE],
+        "context alone": right[..., TEXT_ALONE],
         "both": right[..., BOTH],
         "likelier": right.gather(2, likelier[..., None])[..., 0],
         "second look": torch.stack([right.gather(2, one[..., None])[..., 0] for one in decided]).mean(0),

@@ -15,7 +15,7 @@ from torch import Tensor
 from modeling_dms.evidence.typicality import fit_logistic
 
 
-IMAGE, TEXT, BOTH = 0, 1, 2  # whose answer is believed
+IMAGE_ALONE, TEXT_ALONE, BOTH = 0, 1, 2  # whose answer is believed
 COMPARED = 25  # numbers of three answers
 RIDGE = 1e-2
 _FARTHEST = 5.0  # standard deviations that one number counts
@@ -54,7 +54,11 @@ def compared(image: Heard, text: Heard, both: Heard) -> Tensor:
         first, second = set(one.words), set(other.words)
         shared.append(len(first & second) / max(1, len(first | second)))
     found += [*same, float(all(same)), *shared]
-    found += [means[IMAGE] - means[BOTH], means[TEXT] - means[BOTH], means[IMAGE] - means[TEXT]]
+    found += [
+        means[IMAGE_ALONE] - means[BOTH],
+        means[TEXT_ALONE] - means[BOTH],
+        means[IMAGE_ALONE] - means[TEXT_ALONE],
+    ]
     return torch.tensor(found)
 
 
@@ -76,11 +80,11 @@ class Arbiter:
         standard = ((numbers - self.location) / self.scale).clamp(-_FARTHEST, _FARTHEST)
         return (standard @ self.coefficients[:-1] + self.coefficients[-1]).sigmoid()
 
-    def decide(self, numbers: Tensor, otherwise: int = IMAGE) -> Tensor:
+    def decide(self, numbers: Tensor, otherwise: int = IMAGE_ALONE) -> Tensor:
         """Whose answer to believe: that to both where they rather belong together, else that to one: (n, P) -> (n,).
 
         Args:
-            otherwise: `IMAGE` or `TEXT`, the one that is believed where they do not belong together.
+            otherwise: `IMAGE_ALONE` or `TEXT_ALONE`, the one that is believed where they do not belong together.
         """
         return torch.where(self.together(numbers) > 0.5, BOTH, otherwise)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.weigh.second_look import BOTH, COMPARED, IMAGE, TEXT, Heard, compared, fit_arbiter
+from modeling_dms.weigh.second_look import BOTH, COMPARED, IMAGE_ALONE, TEXT_ALONE, Heard, compared, fit_arbiter
 
 
 answers = st.builds(Heard, st.text(max_size=12), st.lists(st.floats(-50, 0, allow_nan=False), max_size=6).map(tuple))
@@ -47,7 +47,7 @@ def test_it_learns_from_mismatches_that_were_made():
     matched, mismatched = drawn(200, 2, True), drawn(200, 3, False)
     assert (arbiter.together(matched) > 0.5).float().mean() > 0.9
     assert (arbiter.together(mismatched) < 0.5).float().mean() > 0.9
-    for side in (IMAGE, TEXT):
+    for side in (IMAGE_ALONE, TEXT_ALONE):
         decided = arbiter.decide(torch.cat([matched, mismatched]), side)
         assert set(decided.tolist()) == {BOTH, side}
         assert torch.equal(decided == BOTH, arbiter.together(torch.cat([matched, mismatched])) > 0.5)
