@@ -37,7 +37,7 @@ def fit_gaussian(features: Tensor, components: int) -> dict[str, Tensor]:
 
     Returns:
         `mean`, `scale` (L, F); `basis` (L, F, K), orthonormal or zero columns; `variance` (L, K); `residual` (L,),
-        mean squared residual per feature.
+        mean squared residual per feature, 1 where there is none.
     """
     samples, layers, size = features.shape
     used = max(1, min(components, samples // 4, size))
@@ -50,7 +50,9 @@ def fit_gaussian(features: Tensor, components: int) -> dict[str, Tensor]:
     _, singular, right = torch.linalg.svd(standard, full_matrices=False)
     basis = torch.zeros(layers, size, components)
     basis[:, :, :used] = right[:, :used].transpose(1, 2)
-    residual = (singular[:, used:].pow(2).sum(-1) / (samples * size)).clamp_min(EPS)
+    residual = singular[:, used:].pow(2).sum(-1) / (samples * size)
+    # nothing but rounding must not turn into distance either
+    residual = residual.where(residual > EPS, 1)
     variance = torch.ones(layers, components)
     variance[:, :used] = (singular[:, :used].pow(2) / samples).clamp_min(EPS)
     return {"mean": mean, "scale": scale, "basis": basis, "variance": variance, "residual": residual}

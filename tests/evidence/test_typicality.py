@@ -131,6 +131,20 @@ def test_few_samples_fit_few_components_and_stay_finite(samples, components, siz
     assert far > near
 
 
+def test_where_no_residual_is_left_rounding_is_no_distance():
+    """As many components as features, or features that lie in fewer directions than there are components."""
+    features = normal(0, 1000, 2, 4)
+    flat = features.clone()
+    flat[..., 3] = flat[..., 0] - flat[..., 2]
+    for clean, components in ((features, 4), (flat, 3)):
+        gaussian = fit_gaussian(clean, components)
+        assert (gaussian["residual"] == 1).all()
+        outside = log_distances(50 * clean, gaussian)[..., 1]
+        assert (outside == outside[0]).all()
+    # what leaves those directions shows
+    assert (log_distances(flat + torch.eye(4)[3], gaussian)[..., 1] > outside[0] + 3).all()
+
+
 def test_no_direction_is_narrower_than_the_residual():
     gaussian = fit_gaussian(normal(0, 40, 1, 30), 10)
 
