@@ -354,11 +354,11 @@ def false_alarms(model: Any, data: Data) -> str:
             record = clean[index][rest]
             away = calibration.distances(index, record.statistics)
             damage = calibration.detectors[index](calibration.numbers(index, away, record.numbers))
-            flags.append(damage > calibration.detectors[index].threshold(calibration.config.alarm_rate))
+            flags.append(calibration.detectors[index].p_value(damage) <= calibration.config.alarm_rate)
         read = in_prompt[rest]
         away = calibration.distances(-1, read.statistics)
         score = calibration.detectors[-1](calibration.numbers(-1, away, read.numbers))
-        flags[1] &= score > calibration.detectors[-1].threshold(LOOKED_AT)
+        flags[1] &= calibration.detectors[-1].p_value(score) <= LOOKED_AT
         shares.append(float((flags[0] | flags[1]).float().mean()))
     mean = float(np.mean(shares))
     asked = model.config.dms_config.false_alarm_rate

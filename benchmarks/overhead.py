@@ -173,7 +173,7 @@ def build(family: str, size: Size, setting: str) -> Any:
     # just exceed, or do not: all score 0
     exceeded = setting != "rule"
     for detector, higher in zip(model.dms.calibration.detectors, (exceeded, False, exceeded), strict=True):
-        detector.count.fill_(1)
+        detector.count.fill_(len(detector.clean))
         detector.clean.fill_(-0.5 if higher else 1.0)
     if setting == "learned":
         nn.init.normal_(model.dms.scheduler.output.weight, generator=torch.Generator().manual_seed(0))

@@ -186,7 +186,7 @@ class DynamicModalityScheduling(nn.Module):
         """The signals, and confidence, uncertainty and energy over their clean spread, (B, M, 3)."""
         calibration = self.calibration
         judged = [calibration.judge(index, feature) for index, feature in enumerate(features)]
-        typicality, damage, p_clean = (torch.stack(found, 1) for found in zip(*judged, strict=True))
+        typicality, p_clean = (torch.stack(found, 1) for found in zip(*judged, strict=True))
         nothing = torch.zeros_like(scalars[:, 0, 0])
         surprisal = [nothing if feature.surprisal is None else feature.surprisal for feature in features]
         agreement = consistency(representations, modality_mask)
@@ -206,8 +206,7 @@ class DynamicModalityScheduling(nn.Module):
             typicality=typicality * known,
             surprisal=torch.stack(surprisal, 1) * present,
             p_clean=p_clean.masked_fill(~known, 1),
-            damage=damage.masked_fill(~known, -torch.inf),
-            conflict=calibration.agreement.conflict(agreement, modality_mask, self.config.alarm_rate),
+            p_match=calibration.agreement.p_match(agreement, modality_mask),
         )
         standard = [calibration.modalities[index].standardize(scalars[:, index]) for index in range(len(features))]
         return signals, torch.stack(standard, 1)

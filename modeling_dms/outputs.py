@@ -20,9 +20,8 @@ class ModalitySignals(ModelOutput):
     surprisal: mean of minus log p of each text token, given those before it, in nats; 0 for images, and where the
         language model is an encoder-decoder.
     p_clean: conformal p-value, the share of clean samples that look at least as damaged: of clean ones at most a share
-        a has a p-value of at most a. 1 until calibrated.
-    damage: how far the evidence of damage lies beyond its threshold: above 0 is flagged; `-inf` until calibrated.
-    conflict: disagreement beyond its threshold, one number for all modalities: above 0 is flagged.
+        a has a p-value of at most a. Flagged is what has at most `DMSConfig.alarm_rate`; 1 until calibrated.
+    p_match: the same of the pair, one number for all modalities: the share of clean pairs that agree as little.
     """
 
     confidence: torch.Tensor | None = None
@@ -32,8 +31,7 @@ class ModalitySignals(ModelOutput):
     typicality: torch.Tensor | None = None
     surprisal: torch.Tensor | None = None
     p_clean: torch.Tensor | None = None
-    damage: torch.Tensor | None = None
-    conflict: torch.Tensor | None = None
+    p_match: torch.Tensor | None = None
 
 
 @dataclass

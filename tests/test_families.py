@@ -149,7 +149,7 @@ def test_calibration_sees_damage(family):
     assert model.dms.calibration.is_calibrated
     assert report.samples == {"vision": 60, "text": 60}
     batch = clean(family, 2, first=1000)[0]
-    out, broken = (model(**b).modality_signals.damage[:, 0] for b in (batch, families.repainted(batch)))
+    out, broken = (model(**b).modality_signals.p_clean[:, 0].log().neg() for b in (batch, families.repainted(batch)))
     assert (broken > out).all()
     assert (broken > 0).all()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.statistics import FARTHEST, Agreement, Calibration, Detector
+from modeling_dms.calibrate.statistics import FARTHEST, TAIL, Agreement, Calibration, Detector
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
     EPS,
@@ -33,8 +33,6 @@ FOLDS = 5
 UNINFORMATIVE = 0.05
 # of the covariance of clean numbers, towards the identity
 SHRINKAGE = 0.1
-# scores are measured from the point that this share of the clean ones exceeds, by how far those do on average
-TAIL = 0.05
 RIDGE = 1e-3
 
 
@@ -265,7 +263,7 @@ def _report_detection(
             if table is report.unseen[name]:
                 detector.left_out[number] = 1
             largest = detector.largest(scores)
-            flagged = (largest > detector.threshold(rate)).float()
+            flagged = (detector.p_value(largest) <= rate).float()
             shares = [float(flagged[step == s].mean()) for s in range(SEVERITIES)]
             table[kind] = Detection(auroc(detector.largest(clean), largest), shares)
         detector.left_out.copy_(chosen)
@@ -290,7 +288,6 @@ def _fit_agreement(
     areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}
     best = max(areas, key=lambda kind: areas[kind])
     report.consistency, report.mismatch_auroc = best, areas[best]
-    agreement.spread.copy_(matched[best].std().clamp_min(1e-6))
     agreement.remember(-matched[best][:, None])
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))

@@ -31,8 +31,8 @@ class CalibrationReport:
         unseen: the same by one that this family was left out of.
         false_alarm_rate: the rate asked for, of all alarms together.
         alarm_rate: the part of it that each modality has.
-        achieved_false_alarm_rate: by modality, the share of new clean samples that its threshold flags on average: not
-            above its part of the rate asked for, unless there are too few samples for that.
+        achieved_false_alarm_rate: by modality, the share of new clean samples that are flagged on average, at most:
+            not above its part of the rate asked for, but where there are too few samples to tell.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better.
     """
@@ -63,8 +63,8 @@ class CalibrationReport:
                 lines.append(f"{modality:<9} {name:<14} {'   '.join(shown)}")
         for modality, achieved in self.achieved_false_alarm_rate.items():
             lines.append(
-                f"{modality}: by {self.samples[modality]} clean samples, {achieved:.2%} of new ones are flagged "
-                f"({self.alarm_rate:.2%} asked for)"
+                f"{modality}: by {self.samples[modality]} clean samples, at most {achieved:.2%} of new ones are "
+                f"flagged ({self.alarm_rate:.2%} asked for)"
             )
         for modality in self.families:
             if self.blind(modality):

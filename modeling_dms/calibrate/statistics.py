@@ -17,6 +17,9 @@ from modeling_dms.observe.prompt import ModalityFeatures
 SCALARS = ("confidence", "uncertainty", "energy")
 # how many clean samples a p-value is counted among, and how far, in clean standard deviations, one number counts
 REMEMBERED, FARTHEST = 1000, 30.0
+# scores are measured from the point that this share of the clean ones exceeds, by how far those do on average; and the
+# least p-value there is
+TAIL, LEAST_P = 0.05, 1e-30
 # share of clean texts that are odd enough within their prompts to be read once more, alone
 LOOKED_AT = 0.1
 
@@ -28,7 +31,7 @@ class Statistics(nn.Module):
         shapes: by name; those that end in a name of `starts_at_one` are 1 before calibration, the others 0.
     """
 
-    starts_at_one = ("scale", "variance", "residual", "spread")
+    starts_at_one = ("scale", "variance", "residual")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -140,26 +143,26 @@ class Conformal(Statistics):
         places = torch.arange(len(self.clean), device=self.clean.device) < self.count
         return self.largest(self.clean).masked_fill(~places, -torch.inf).sort(descending=True).values
 
-    def p_clean(self, score: Tensor) -> Tensor:
+    def p_value(self, score: Tensor) -> Tensor:
         """The conformal p-value: the share of clean samples, this one among them, whose score is as large.
 
         A clean sample has p <= a with probability a at most (Vovk et al., "Algorithmic Learning in a Random World",
-        2005).
+        2005). Beyond the n clean samples, where counting ends at 1 / (n + 1), p falls on as their tail does, which is
+        taken to be exponential.
 
         Args:
-            score: (B,).
+            score: (...).
 
         Returns:
-            (B,), above 0; 1 before calibration.
+            (...), at least `LEAST_P`; 1 before calibration.
         """
-        above = (self._ordered() >= score[:, None]).sum(1)
-        return ((1 + above) / (1 + self.count)).clamp_max(1)
-
-    def threshold(self, rate: float) -> Tensor:
-        """The score that new clean samples exceed with probability `rate` at most, or as rarely as so few tell: the
-        k-th largest of n, with k = rate * (n + 1). A scalar."""
-        place = (rate * (self.count + 1)).long().clamp_min(1) - 1
-        return self._ordered().gather(0, place[None])[0]
+        clean = self._ordered()
+        counted = (1 + (clean >= score[..., None]).sum(-1)) / (1 + self.count)
+        tail = (TAIL * self.count).long().clamp_min(1)
+        excess = (clean - clean.gather(0, tail[None])).where(torch.arange(len(clean), device=clean.device) < tail, 0)
+        beyond = ((score - clean[0]) * tail / excess.sum().clamp_min(1e-6)).clamp_min(0)
+        p = torch.where(score > clean[0], (-beyond).exp() / (1 + self.count), counted)
+        return p.clamp(LEAST_P, 1).where(self.count > 0, 1)
 
 
 class Detector(Conformal):
@@ -227,7 +230,6 @@ class Agreement(Conformal):
         components: K.
     """
 
-    spread: Tensor
     canonical: Tensor
     informative: Tensor
 
@@ -236,25 +238,19 @@ class Agreement(Conformal):
         for index, size in enumerate(sizes):
             # location and scale of the content, and its map to what it shares with the other modality
             shapes |= {f"{index}_location": (size,), f"{index}_scale": (size,), f"{index}_map": (size, components)}
-        # the clean spread, whether the consistency is the canonical one, and whether it tells mismatched pairs at all
-        super().__init__(1, {**shapes, **dict.fromkeys(("spread", "canonical", "informative"), ())})
+        # whether the consistency is the canonical one, and whether it tells mismatched pairs at all
+        super().__init__(1, {**shapes, **dict.fromkeys(("canonical", "informative"), ())})
 
     def shared(self, index: int, content: Tensor) -> Tensor:
         """What modality `index` says of what it shares with the other one: (B, F) -> (B, K)."""
         location, scale = self.get_buffer(f"{index}_location"), self.get_buffer(f"{index}_scale")
         return ((content.float() - location) / scale) @ self.get_buffer(f"{index}_map")
 
-    def conflict(self, consistency: Tensor, modality_mask: Tensor, rate: float) -> Tensor:
-        """Disagreement in clean standard deviations beyond the threshold: (B, M), above 0 is flagged.
-
-        `-inf` before calibration, where consistency tells nothing, and where fewer than two modalities are present.
-
-        Args:
-            rate: of clean pairs that are flagged.
-        """
-        disagreement = (-consistency - self.threshold(rate)) / self.spread
-        known = (self.informative > 0) & (self.count > 0) & (modality_mask.sum(1, keepdim=True) > 1)
-        return torch.where(known, disagreement, -torch.inf)
+    def p_match(self, consistency: Tensor, modality_mask: Tensor) -> Tensor:
+        """Its p-value, see [`ModalitySignals`]: (B, M). 1 before calibration, where consistency tells nothing, and
+        where fewer than two modalities are present."""
+        known = (self.informative > 0) & (modality_mask.sum(1, keepdim=True) > 1)
+        return self.p_value(-consistency).where(known, 1)
 
 
 class PixelRange(Statistics):
@@ -334,10 +330,10 @@ class Calibration(nn.Module):
 
     def suspicious(self, features: ModalityFeatures) -> Tensor:
         """Which texts, read within their prompts, are to be read alone: (B,), bool."""
-        return self._scores(-1, features)[0] > self.detectors[-1].threshold(LOOKED_AT)
+        return self.detectors[-1].p_value(self._scores(-1, features)[0]) <= LOOKED_AT
 
-    def judge(self, index: int, features: ModalityFeatures) -> tuple[Tensor, Tensor, Tensor]:
-        """`typicality`, `damage` and `p_clean` of modality `index`, (B,) each, see [`ModalitySignals`].
+    def judge(self, index: int, features: ModalityFeatures) -> tuple[Tensor, Tensor]:
+        """`typicality` and `p_clean` of modality `index`, (B,) each, see [`ModalitySignals`].
 
         A text that was read within its prompt is judged by that, unless it was suspicious and read alone as well. Both
         p-values are one: of clean texts a share of `LOOKED_AT` is suspicious, and the p-values of the others are above
@@ -345,9 +341,7 @@ class Calibration(nn.Module):
         """
         which = -1 if features.in_prompt else index
         score, distances = self._scores(which, features)
-        detector = self.detectors[which]
-        damage = score - detector.threshold(self.config.alarm_rate)
-        found = [self.modalities[which].typicality(distances), damage, detector.p_clean(score)]
+        found = [self.modalities[which].typicality(distances), self.detectors[which].p_value(score)]
         if features.closer is not None:
             rows, alone = features.closer
             found = [

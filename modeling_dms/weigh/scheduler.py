@@ -13,12 +13,17 @@ from modeling_dms.outputs import ModalitySignals
 # of a score stays within the second: two of opposite signs decide where the rule is silent or undecided, but cannot
 # overrule clear evidence.
 EVIDENCE_LIMIT, CORRECTION_LIMIT = 20.0, 6.0
-# Among damaged modalities one whose evidence is stronger by so much than the least has nothing to say: scores are in
-# units of how far clean ones reach, of whom an exponential tail leaves e^-10 there.
+# Among damaged modalities one whose evidence is stronger by so much than the least has nothing to say: clean samples
+# look like that e^-10 times as often.
 GARBAGE_LEAD = 10.0
 # A damaged modality still tells a little, hence `weight_floor`. One that is not believed in a conflict is another
 # sample's: its floor is no higher than this.
 CONFLICT_FLOOR = 0.01
+
+
+def evidence(p_value: Tensor, rate: float) -> Tensor:
+    """log(rate / p): 0 where an alarm of that rate begins, above 0 beyond it, never infinite."""
+    return (rate / p_value).log()
 
 
 def saturate(scores: Tensor, limit: float) -> Tensor:
@@ -86,8 +91,8 @@ class ModalityScheduler(nn.Module):
     SEEN: ClassVar[dict[str, str]] = {
         "consistency": "consistency",
         "typicality": "typicality",
-        "damage": "damage",
-        "conflict": "consistency",
+        "p_clean": "damage",
+        "p_match": "consistency",
         "confidence": "confidence",
         "uncertainty": "uncertainty",
         "energy": "confidence",
@@ -136,8 +141,10 @@ class ModalityScheduler(nn.Module):
 
     def _correction(self, signals: ModalitySignals, modality_mask: Tensor, standard: Tensor) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""
-        names = [name for name in self.SEEN if name in ("consistency", "typicality", "damage", "conflict")]
-        rows = torch.cat([torch.stack([signals[name].clamp(-10, 10) for name in names], -1), standard], -1)
+        rate = self.config.alarm_rate
+        alarms = [evidence(cast(Tensor, p), rate) for p in (signals.p_clean, signals.p_match)]
+        own = torch.stack([cast(Tensor, signals.consistency), cast(Tensor, signals.typicality), *alarms], -1)
+        rows = torch.cat([own.clamp(-10, 10), standard], -1)
         chosen = SIGNALS if self.config.scheduler_signals is None else self.config.scheduler_signals
         seen = torch.tensor([float(kind in chosen) for kind in self.SEEN.values()], device=rows.device)
         inputs = (rows * seen * modality_mask[..., None]).flatten(1).detach()
@@ -154,17 +161,17 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     Returns:
         (B, M), and where `conflict_prior` decides, (B,) bool.
     """
-    damage = cast(Tensor, signals.damage)
-    clean = (damage <= 0) | ~modality_mask
-    evidence = damage.clamp_min(0)
-    least = evidence.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
+    damage = evidence(cast(Tensor, signals.p_clean), config.alarm_rate).clamp_min(0)
+    clean = (damage == 0) | ~modality_mask
+    least = damage.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
     # beside a clean one all evidence counts
-    evidence = evidence - torch.where(least > 0, least + GARBAGE_LEAD, 0)
-    scores = -saturate(config.kappa * evidence.clamp_min(0), EVIDENCE_LIMIT)
+    damage = damage - torch.where(least > 0, least + GARBAGE_LEAD, 0)
+    scores = -saturate(config.kappa * damage.clamp_min(0), EVIDENCE_LIMIT)
     if config.conflict_prior is None:
         return scores, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)
     favour = torch.zeros_like(scores)
-    conflict = saturate(config.kappa * signals.conflict[:, believed].clamp_min(0), EVIDENCE_LIMIT)
+    conflict = evidence(cast(Tensor, signals.p_match), config.alarm_rate)[:, believed].clamp_min(0)
+    conflict = saturate(config.kappa * conflict, EVIDENCE_LIMIT)
     favour[:, believed] = torch.where(clean.all(1), conflict, 0)
     return scores + favour, favour[:, believed] > 0

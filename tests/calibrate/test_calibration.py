@@ -3,22 +3,26 @@
 The data are those of `tiny.clean_samples`: structured, so that damage can be told from them, also by random weights.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modeling_dms import DMSConfig
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit import DamagedRecord, ModalityRecord, fit_calibration
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.statistics import Calibration, Conformal
+from modeling_dms.calibrate.statistics import LEAST_P, Calibration, Conformal
 from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.weigh.scheduler import GARBAGE_LEAD
 from tests import tiny
 
 
+bounded = settings(max_examples=25, deadline=None, derandomize=True)
 RATE = 0.05
 ALL = (*tiny.BACKBONES, "retrieval")
 
@@ -77,8 +81,7 @@ def test_before_calibration_nothing_is_suspicious(backbone):
         assert torch.equal(out.modality_weights, torch.full((128, 2), 0.5))
         assert not out.modality_signals.typicality.any()
         assert (out.modality_signals.p_clean == 1).all()
-        assert out.modality_signals.damage.isneginf().all()
-        assert out.modality_signals.conflict.isneginf().all()
+        assert (out.modality_signals.p_match == 1).all()
 
 
 @pytest.mark.parametrize("backbone", ALL)
@@ -89,7 +92,7 @@ def test_clean_samples_stay_uniform(backbone, calibrated):
     out = answer(model, inputs)
     uniform = (out.modality_weights == 0.5).all(1)
     assert uniform.float().mean() >= 0.75
-    flagged = (out.modality_signals.damage > 0).float().mean(0)
+    flagged = (out.modality_signals.p_clean <= RATE / 2).float().mean(0)
     assert (flagged <= RATE + 0.15).all()
     assert all(0 < rate <= RATE / 2 for rate in report.achieved_false_alarm_rate.values())
 
@@ -107,7 +110,7 @@ def test_damaged_modalities_lose_weight(backbone, calibrated):
     noisy = answer(model, tiny.noisy(fresh(backbone)))
     assert noisy.modality_weights[:, 0].mean() < clean[:, 0].mean() - 0.2
     assert (noisy.modality_weights[:, 0] < 0.5).float().mean() > 0.9
-    assert (noisy.modality_signals.damage[:, 0] > 0).float().mean() > 0.9
+    assert (noisy.modality_signals.p_clean[:, 0] <= RATE / 2).float().mean() > 0.9
     garbled = answer(model, random_words(fresh(backbone)))
     assert garbled.modality_weights[:, 1].mean() < clean[:, 1].mean() - 0.1
     for weights in (clean, noisy.modality_weights, garbled.modality_weights):
@@ -129,7 +132,7 @@ def test_garbage_loses_its_weight(backbone, calibrated):
         out = answer(model, {**inputs, "pixel_values": garbage})
         assert (out.modality_weights[:, 0] < 0.1).float().mean() > 0.9
         # far enough to lose beside a text that is flagged, too
-        assert (out.modality_signals.damage[:, 0] > GARBAGE_LEAD).float().mean() > 0.9
+        assert (out.modality_signals.p_clean[:, 0] < RATE / 2 * math.exp(-GARBAGE_LEAD)).float().mean() > 0.9
     ids = inputs["input_ids"]
     words = (ids >= 10) & (ids != tiny.IMAGE)
     out = answer(model, {**inputs, "input_ids": torch.where(words, 60, ids)})
@@ -155,7 +158,7 @@ def test_an_image_twice_is_as_typical_as_once(calibrated):
         pixels = tiny.noisy({"pixel_values": pixels}, strength)["pixel_values"]
         single = answer(model, {**once, "pixel_values": pixels}).modality_signals
         double = answer(model, {**twice, "pixel_values": pixels.repeat_interleave(2, 0)}).modality_signals
-        for name in ("typicality", "damage", "confidence", "uncertainty"):
+        for name in ("typicality", "p_clean", "confidence", "uncertainty"):
             torch.testing.assert_close(double[name][:, 0], single[name][:, 0], rtol=1e-3, atol=1e-4, msg=name)
     assert single.typicality[:, 0].any()
 
@@ -220,7 +223,7 @@ def test_missing_modalities_mixed_in(backbone):
     assert (out.modality_weights[both] == 0.5).all(1).float().mean() > 0.6
     noisy = answer(model, tiny.noisy(inputs))
     # of a text that is flagged too, at this rate of false alarms, neither is preferred
-    readable = both & (noisy.modality_signals.damage[:, 1] < 0)
+    readable = both & (noisy.modality_signals.p_clean[:, 1] > RATE / 2)
     assert readable.sum() > 0.7 * both.sum()
     assert (noisy.modality_weights[readable, 0] < 0.5).float().mean() > 0.9
     assert torch.equal(noisy.modality_weights[~both], out.modality_weights[~both])
@@ -237,7 +240,7 @@ def test_modality_mask_leaves_stand_ins_out():
     report = model.calibrate(batches, show_progress=False)
     assert report.samples == {"vision": 90, "text": 120}
     blank = {**fresh("llava-llama"), "pixel_values": torch.zeros(128, 3, 8, 8)}
-    assert (answer(model, blank).modality_signals.damage[:, 0] > 0).float().mean() > 0.9
+    assert (answer(model, blank).modality_signals.p_clean[:, 0] <= RATE / 2).float().mean() > 0.9
 
 
 # ---- what it leaves alone, and that it is reproducible
@@ -319,8 +322,7 @@ def test_calibration_is_saved(backbone, calibrated, tmp_path):
     for inputs in (fresh(backbone), tiny.noisy(fresh(backbone), strength=0.3)):
         expected, out = answer(model, inputs), answer(loaded, inputs)
         assert torch.equal(out.modality_weights, expected.modality_weights)
-        for name in ("damage", "p_clean"):
-            assert torch.equal(out.modality_signals[name], expected.modality_signals[name]), name
+        assert torch.equal(out.modality_signals.p_clean, expected.modality_signals.p_clean)
 
 
 def test_a_calibration_of_version_0_1_is_none(calibrated, tmp_path, caplog):
@@ -368,10 +370,9 @@ def test_a_family_is_left_out_by_calibration_or_afterwards_alike(calibrated):
     whole, without = answer(model, inputs), answer(twin, inputs)
     with model.families_left_out(out):
         afterwards = answer(model, inputs)
-    for name in ("damage", "p_clean"):
-        assert torch.equal(without.modality_signals[name], afterwards.modality_signals[name])
-        assert not torch.equal(without.modality_signals[name], whole.modality_signals[name])
-    assert torch.equal(answer(model, inputs).modality_signals.damage, whole.modality_signals.damage)
+    assert torch.equal(without.modality_signals.p_clean, afterwards.modality_signals.p_clean)
+    assert not torch.equal(without.modality_signals.p_clean, whole.modality_signals.p_clean)
+    assert torch.equal(answer(model, inputs).modality_signals.p_clean, whole.modality_signals.p_clean)
     assert report.families["vision"]["noise"] == report.unseen["vision"]["noise"]
     assert report.families["vision"]["blur"] != report.unseen["vision"]["blur"]
 
@@ -514,13 +515,11 @@ def alarms(calibration, clean):
     rate, flags = calibration.config.alarm_rate, []
     for index, (detector, record) in enumerate(zip(calibration.detectors[:2], clean, strict=True)):
         score = detector(calibration.numbers(index, calibration.distances(index, record.statistics), record.numbers))
-        flags.append(score > detector.threshold(rate))
-        if (rate * (detector.count + 1)) >= 1:
-            assert torch.equal(flags[-1], detector.p_clean(score) <= rate)
+        flags.append(detector.p_value(score) <= rate)
     views = [record.representations for record in clean]
     if calibration.agreement.canonical:
         views = [calibration.agreement.shared(index, record.content) for index, record in enumerate(clean)]
-    flags.append(-torch.cosine_similarity(*views) > calibration.agreement.threshold(rate))
+    flags.append(calibration.agreement.p_value(-torch.cosine_similarity(*views)) <= rate)
     return torch.stack(flags, 1)
 
 
@@ -546,18 +545,37 @@ def test_clean_samples_are_flagged_as_rarely_as_asked_for():
 def test_a_p_value_counts_the_clean_samples_that_look_as_damaged():
     conformal = Conformal(1, {})
     scores = torch.tensor([0.5, 3.0, 1.0, 2.0])
-    assert torch.equal(conformal.p_clean(scores), torch.ones(4))
+    assert torch.equal(conformal.p_value(scores), torch.ones(4))
     conformal.remember(torch.arange(9.0)[:, None])
-    torch.testing.assert_close(conformal.p_clean(scores), torch.tensor([9, 7, 9, 8]) / 10)
-    assert conformal.p_clean(torch.tensor([torch.inf, -torch.inf])).tolist() == pytest.approx([0.1, 1.0])
+    torch.testing.assert_close(conformal.p_value(scores), torch.tensor([9, 7, 9, 8]) / 10)
+    torch.testing.assert_close(conformal.p_value(scores[:, None].expand(4, 2))[:, 1], conformal.p_value(scores))
+    assert conformal.p_value(torch.tensor([torch.inf, -torch.inf])).tolist() == pytest.approx([LEAST_P, 1.0])
     # of more than it has room for, some from the first to the last
     many = Conformal(1, {})
     many.remember(torch.arange(2500.0)[:, None])
     assert int(many.count) == 1000
-    assert float(many.threshold(0.5)) == pytest.approx(1250, abs=5)
-    # the k-th largest of 9 with k = 10 * rate, and the largest where that is below 1
-    for rate, value in ((0.1, 8.0), (0.3, 6.0), (0.31, 6.0), (0.01, 8.0), (0.0, 8.0)):
-        assert float(conformal.threshold(rate)) == value
+    assert float(many.p_value(torch.tensor(1250.0))) == pytest.approx(0.5, abs=0.002)
+
+
+@bounded
+@given(seed=st.integers(0, 2**31), count=st.integers(20, 900))
+def test_a_p_value_falls_on_beyond_the_clean_samples_as_their_tail_does(seed, count):
+    """Of exponential scores it is the true one, e^-s, but for what so few samples tell of it."""
+    generator = torch.Generator().manual_seed(seed)
+    conformal = Conformal(1, {})
+    clean = torch.rand(count, 1, generator=generator).log().neg()
+    conformal.remember(clean)
+    scores = torch.linspace(0, 200, 2001)
+    found = conformal.p_value(scores)
+    assert (found.diff() <= 0).all()
+    assert LEAST_P <= found.amin() <= found.amax() <= 1
+    outside = scores > clean.amax()
+    assert torch.equal(found <= 1 / (count + 1), outside)
+    above = found[outside]
+    assert (above.diff()[:-1][above[1:-1] > LEAST_P] < 0).all()
+    if count > 600:
+        slope = -(above[1] / above[0]).log() / 0.1
+        assert 0.4 < slope < 2.5
 
 
 def test_the_p_values_of_both_ways_to_read_a_text_are_one():
@@ -575,17 +593,16 @@ def test_the_p_values_of_both_ways_to_read_a_text_are_one():
         return calibration.judge(1, features), len(rows)
 
     count = 4000
-    (_, damage, p_clean), again = judged(records(count, 2)[1], 8)
+    (_, p_clean), again = judged(records(count, 2)[1], 8)
     assert 0.07 < again / count < 0.13
     for rate in (0.01, 0.05, 0.09, 0.11, 0.2, 0.5):
         # of 1000 remembered samples and 4000 new ones
         deviation = (rate * (1 - rate) * (1 / 1000 + 1 / count)) ** 0.5
         assert float((p_clean <= rate).float().mean()) <= rate + 3 * deviation
-    assert torch.equal(damage > 0, p_clean <= calibration.config.alarm_rate)
-    record = records(count, 3, 6.0)[1]
-    (_, damage, _), _ = judged(record, 9)
-    _, alone, _ = calibration.judge(1, ModalityFeatures(None, None, record.statistics, record.content, record.numbers))
-    assert (damage > 0).float().mean() > 0.9 * (alone > 0).float().mean() > 0.3
+    record, rate = records(count, 3, 6.0)[1], calibration.config.alarm_rate
+    (_, p_clean), _ = judged(record, 9)
+    _, alone = calibration.judge(1, ModalityFeatures(None, None, record.statistics, record.content, record.numbers))
+    assert (p_clean <= rate).float().mean() > 0.9 * (alone <= rate).float().mean() > 0.3
 
 
 def test_numbers_that_are_not_known_are_no_alarm():
@@ -595,8 +612,8 @@ def test_numbers_that_are_not_known_are_no_alarm():
     numbers[1] = torch.nan
     score = detector(numbers)
     assert score[1] == -torch.inf
-    assert detector.p_clean(score)[1] == 1
-    assert (score[[0, 2]] > detector.threshold(0.01)).all()
+    assert detector.p_value(score)[1] == 1
+    assert (detector.p_value(score[[0, 2]]) <= 0.01).all()
 
 
 def test_what_resembles_no_family_is_told_by_its_distance():
@@ -605,5 +622,5 @@ def test_what_resembles_no_family_is_told_by_its_distance():
     detector = calibration.detectors[0]
     opposite = records(300, 2, -20.0)[0].numbers
     families = ((detector.raw_scores(opposite) - detector.score_location) / detector.score_scale)[:, :-1].amax(1)
-    assert (families < detector.threshold(0.01)).float().mean() > 0.9
-    assert (detector(opposite) > detector.threshold(0.01)).float().mean() > 0.9
+    assert (detector.p_value(families) > 0.01).float().mean() > 0.9
+    assert (detector.p_value(detector(opposite)) <= 0.01).float().mean() > 0.9

@@ -19,11 +19,11 @@ FAMILIES = tuple(CLASSES)
 
 
 def known(model, image=False, text=False, suspicious=False):
-    """As if calibration had remembered one clean sample of each kind; flagged is what exceeds its score, which all
+    """As if all clean samples that calibration remembers had the same score; flagged is what exceeds it, which all
     rows do or none."""
     calibration = model.dms.calibration
     for detector, flagged in zip(calibration.detectors, (image, text, suspicious or text), strict=True):
-        detector.count.fill_(1)
+        detector.count.fill_(len(detector.clean))
         detector.clean.fill_(-0.5 if flagged else 1.0)
     return model
 

@@ -1,7 +1,6 @@
 """`dms demo --web`: a page that damages an image and a context, and shows what static and dynamic weights answer."""
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ BARS = {
     "typicality": Bar(-4, 0, "0 is good: the lower, the farther outside of clean inputs"),
     "surprisal": Bar(0, 20, "low is good: how unlikely the words of the context are"),
     "p_clean": Bar(0, 1, "high is good: share of clean inputs that look as damaged"),
-    "damage": Bar(-10, 10, "below 0 is good: above it the alarm is raised"),
+    "p_match": Bar(0, 1, "high is good: share of clean pairs that agree as little"),
 }
 
 
@@ -115,47 +114,48 @@ def show(
         if severity:
             sample = corrupt(sample, kind, int(severity))
     static = answer(model, collator, sample, MAX_NEW_TOKENS, STATIC)
-    dms = answer(model, collator, sample, MAX_NEW_TOKENS)
-    return Shown(sample.load_image(), sample.context or "", static.text, dms.text, explain(dms), draw_bars(dms))
+    dms, rate = answer(model, collator, sample, MAX_NEW_TOKENS), model.config.dms_config.alarm_rate
+    said, bars = explain(dms, rate), draw_bars(dms, rate)
+    return Shown(sample.load_image(), sample.context or "", static.text, dms.text, said, bars)
 
 
-def explain(dms: Answer) -> str:
-    """What DMS did, in one sentence."""
+def explain(dms: Answer, rate: float) -> str:
+    """What DMS did, in one sentence; an alarm is raised by p-values up to `rate`."""
     if 0 in dms.weights:
         absent = dms.weights.index(0)
         return f"There is no {FIELDS[absent]}: the {FIELDS[1 - absent]} alone is heard."
     if not dms.signals:
         return "The scheduler is uniform: this is the static model."
-    damage = dms.signals["damage"]
-    if min(damage) == -math.inf:
+    p_clean = dms.signals["p_clean"]
+    if min(p_clean) == 1:
         return "Not calibrated: DMS does not know what clean inputs look like."
     most = max(dms.weights)
     heard = "DMS takes no side."
     if most > 0.5:
         heard = f"DMS hears the {FIELDS[dms.weights.index(most)]} with {most:.2f}."
-    if min(damage) > 0:
+    if max(p_clean) <= rate:
         return f"Both look damaged: {heard}"
-    if max(damage) > 0:
-        return f"The {FIELDS[damage.index(max(damage))]} looks damaged: {heard}"
-    if dms.signals["conflict"][0] > 0:
+    if min(p_clean) <= rate:
+        return f"The {FIELDS[p_clean.index(min(p_clean))]} looks damaged: {heard}"
+    if dms.signals["p_match"][0] <= rate:
         return f"Image and context look clean but disagree: {heard}"
     if most > 0.5:  # by another scheduler than the rule
         return heard
     return "Nothing looks damaged: DMS answers as the static model does."
 
 
-def draw_bars(dms: Answer) -> str:
-    """Weights and signals as an HTML table of bars."""
+def draw_bars(dms: Answer, rate: float) -> str:
+    """Weights and signals as an HTML table of bars; p-values up to `rate` stand out."""
     values = {"weight": dms.weights, **dms.signals}
     head = "".join(f"<th>{modality}</th>" for modality in FIELDS)
     rows = [f"<tr><th></th>{head}<th></th></tr>"]
     for name, bar in BARS.items():
         if name not in values:
             continue
-        cells = "".join(
-            "<td>-</td>" if weight == 0 else f"<td>{_bar(bar, value, modality, name == 'damage' and value > 0)}</td>"
-            for modality, value, weight in zip(FIELDS, values[name], dms.weights, strict=True)
-        )
+        cells = ""
+        for modality, value, weight in zip(FIELDS, values[name], dms.weights, strict=True):
+            alarm = name in ("p_clean", "p_match") and value <= rate
+            cells += "<td>-</td>" if weight == 0 else f"<td>{_bar(bar, value, modality, alarm)}</td>"
         rows.append(f'<tr data-name="{name}"><th>{name}</th>{cells}<td>{bar.note}</td></tr>')
     return f'<table class="bars">{"".join(rows)}</table>'
 
