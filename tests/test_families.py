@@ -138,7 +138,7 @@ def clean(family, count, first=0):
         batch, picture = families.inputs(family, seed=seed), families.inputs(family)["pixel_values"]
         own = picture * (0.5 + 0.05 * (seed % 11)) + 0.05 * batch["pixel_values"]
         batches.append({**batch, "pixel_values": torch.where(picture == 0, picture, own)})
-    return batches
+    return [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
 
 
 @everywhere

@@ -17,7 +17,9 @@ from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from typer.testing import CliRunner
 
+from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.models.loading import load
 from tests import tiny
@@ -246,13 +248,16 @@ def test_dms_train_on_two_processes_equals_one(tmp_path):
     logs, states = [], []
     for processes, batch in ((1, 4), (2, 2)):
         run = tmp_path / str(processes)
-        command = [*(launch if processes == 2 else []), "-m", "modeling_dms.training.cli", "train", *_TRAIN.split()]
-        command += ["--dms", _LOSSES, "--per_device_train_batch_size", str(batch), "--output_dir", str(run)]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *command], env=env, capture_output=True, text=True, check=False, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        command = ["train", *_TRAIN.split(), "--use_cpu", "true", "--dms", _LOSSES]
+        command += ["--per_device_train_batch_size", str(batch), "--output_dir", str(run)]
+        if processes == 1:
+            done = CliRunner().invoke(app, command)
+            assert done.exit_code == 0, done.output[-3000:]
+        else:
+            command = [sys.executable, *launch, "-m", "modeling_dms.training.cli", *command]
+            env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+            assert done.returncode == 0, done.stderr[-3000:]
         logs.append([row for row in json.loads((run / "log.json").read_text()) if "loss" in row])
         states.append(load_file(run / "final/adapter_model.safetensors"))
     assert len(logs[0]) == len(logs[1]) == 4

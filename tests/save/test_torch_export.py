@@ -91,7 +91,7 @@ def check(program, model, batches):
         torch.testing.assert_close((logits, *rest), (wanted, *others), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-opt", "blip2-t5"])
+@pytest.mark.parametrize("backbone", ["llava-llama", "blip2-t5"])
 @torch.no_grad()
 def test_a_program_is_the_model(backbone):
     tensors, program = exported(backbone)
