@@ -122,7 +122,7 @@ def test_predict_answers_one_sample(tmp_path, samples):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert f"answer: {sample.answers[0]}" in result.output
-    assert "damage" in result.output
+    assert "p_clean" in result.output
 
 
 def test_predict_reports_bad_input_in_one_line(tmp_path):
