@@ -137,7 +137,9 @@ class DMSConfig(_Checked, PreTrainedConfig):
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49; where `conflict_prior` decides, 0.01 at most.
         conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
-            (`"vision"` or `"text"`). Default: neither, weights stay uniform.
+            (`"vision"` or `"text"`). `"learned"` takes a second look at prompts that disagree or look damaged: the
+            backbone reads them twice more, with each modality alone, and the answer that can be relied on most is
+            taken. Default: neither, weights stay uniform.
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that may be flagged for whatever reason, 0
             to 0.5. Damage of the image, of the text and, with `conflict_prior`, their disagreement share it alike.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.
@@ -167,7 +169,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
     subspace_size: int = 64
     kappa: float | int = 16.0
     weight_floor: float | int = 0.01
-    conflict_prior: Literal["vision", "text"] | None = None
+    conflict_prior: Literal["vision", "text", "learned"] | None = None
     false_alarm_rate: float | int = 0.01
     scheduler_hidden_size: int = 64
     scheduler_signals: list[str] | None = None

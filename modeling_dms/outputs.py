@@ -1,7 +1,7 @@
 """Outputs of the DMS models: the backbone's own, with weights, signals and losses."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.utils import ModelOutput
@@ -33,6 +33,11 @@ class ModalitySignals(ModelOutput):
     p_clean: torch.Tensor | None = None
     p_match: torch.Tensor | None = None
 
+    @property
+    def p_values(self) -> torch.Tensor:
+        """Of each modality and, last, of the pair: (B, M + 1)."""
+        return torch.cat([cast(torch.Tensor, self.p_clean), cast(torch.Tensor, self.p_match)[:, :1]], 1)
+
 
 @dataclass
 class DMSOutput:
@@ -55,6 +60,7 @@ class _Fields(ModelOutput):
 
     modality_weights: torch.Tensor | None = None
     modality_signals: ModalitySignals | None = None
+    reliability: torch.Tensor | None = None
     modality_ids: torch.Tensor | None = None
     dms_losses: dict[str, torch.Tensor] | None = None
 
@@ -67,14 +73,17 @@ def dms_output(vanilla: type[ModelOutput]) -> type[ModelOutput]:
 
     modality_weights: (B, M).
     modality_signals: [`ModalitySignals`], `None` where nothing needed them (uniform scheduler, caller's weights).
+    reliability: (B,), the expected agreement of the answer's first token with the answer that undamaged inputs would
+        give, in [0, 1]; `None` before calibration at level 3, with labels, where the cache holds the prompt, and for
+        classes that do not continue prompts.
     modality_ids: (B, L), as given or inferred.
     dms_losses: the unweighted losses by name, with `task` for the backbone's own; `None` without labels.
 
-    Of `generate` the first two.
+    Of `generate` the first three.
     """
     if vanilla in _made:
         return _made[vanilla]
-    names = ("modality_weights", "modality_signals")
+    names = ("modality_weights", "modality_signals", "reliability")
     if not vanilla.__name__.startswith("Generate"):
         names += ("modality_ids", "dms_losses")
     fields = dict.fromkeys(names)
@@ -85,9 +94,12 @@ def dms_output(vanilla: type[ModelOutput]) -> type[ModelOutput]:
     return made
 
 
-def with_weights(generated: Any, schedule: Any) -> Any:
-    """What `generate` returned, with the weights and signals of its prompts added if it is a structured output."""
+def with_weights(generated: Any, schedule: Any, reliability: torch.Tensor | None) -> Any:
+    """What `generate` returned, with the weights and signals of its prompts, and how far its answers can be relied on,
+    added if it is a structured output."""
     if not isinstance(generated, ModelOutput) or schedule is None:
         return generated
     signals = None if schedule.output is None else schedule.output.signals
-    return dms_output(type(generated))(**generated, modality_weights=schedule.weights, modality_signals=signals)
+    return dms_output(type(generated))(
+        **generated, modality_weights=schedule.weights, modality_signals=signals, reliability=reliability
+    )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_dms.observe.first_tokens import FirstTokens
 from modeling_dms.observe.images import Images, check_image_size
-from modeling_dms.observe.prefill import Prefill, settled
+from modeling_dms.observe.prefill import Prefill
 from modeling_dms.observe.prompt import OWN, Schedule
-from modeling_dms.outputs import with_weights
 from modeling_dms.steer.bias import embedding_scale
 from modeling_dms.steer.masks import steered
 from modeling_dms.steered_mixin import SteeredMixin
@@ -75,7 +75,7 @@ class QFormerMixin(SteeredMixin):
         """As the vanilla class's; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
 
         The weights are computed once, from the prompt, and hold for every generated token. With
-        `return_dict_in_generate=True` the output has `modality_weights` and `modality_signals`.
+        `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
         """
         if hasattr(self, "hf_device_map"):
             self._preprocess_accelerate()
@@ -107,10 +107,12 @@ class QFormerMixin(SteeredMixin):
         prompt = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         if self._is_causal and input_ids is not None:
             prompt["input_ids"] = input_ids
-        with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
-            generated = self.language_model.generate(**prompt, **kwargs)
-        if isinstance(schedule, Prefill) and schedule.schedule is None:
-            schedule.settle()  # its language model is compiled
-            with steered(schedule.steering):
+        with FirstTokens.kept(kwargs) as first:
+            with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
                 generated = self.language_model.generate(**prompt, **kwargs)
-        return with_weights(generated, settled(schedule))
+            if isinstance(schedule, Prefill) and schedule.schedule is None:
+                schedule.settle()  # its language model is compiled
+                first.sureness = None
+                with steered(schedule.steering):
+                    generated = self.language_model.generate(**prompt, **kwargs)
+        return self._generated(generated, schedule, first)

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from modeling_dms._compat import CACHE, EXPANDS_IMAGES, cache_of
 from modeling_dms.mixin import DMSMixin
+from modeling_dms.observe.first_tokens import FirstTokens
 from modeling_dms.observe.images import Images, image_statistics
 from modeling_dms.observe.layers import kept_states
 from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill, settled
@@ -326,7 +327,24 @@ class SteeredMixin(DMSMixin):
         num_items = inputs.get("num_items_in_batch")
         if labels is not None and shifted is not None and self._is_causal:
             labels = shifted  # of which the backbone's own loss is, too; they may hold some positions alone
-        return self._with_dms(outputs, schedule, None if known else labels, target, num_items)
+        sureness = None if known or labels is not None else self._sureness(outputs, schedule, inputs)
+        reliability = self._reliability(schedule, sureness)
+        return self._with_dms(outputs, schedule, None if known else labels, target, num_items, reliability)
+
+    def _sureness(self, outputs: Any, schedule: Schedule | None, inputs: dict[str, Any]) -> Tensor | None:
+        """The probability (B,) of the likeliest token that follows prompts."""
+        logits = outputs.get("logits")
+        if schedule is None or logits is None or torch.compiler.is_compiling():
+            return None
+        ids, mask = schedule.modality_ids, inputs.get("attention_mask")
+        if not self._is_causal:
+            logits = logits[:, 0]
+        elif logits.shape[1] != ids.shape[1]:
+            logits = logits[:, -1]
+        else:
+            places = self._answer_places(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            logits = logits[torch.arange(len(logits), device=logits.device), places.to(logits.device)]
+        return logits.detach().float().softmax(-1).amax(-1)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the vanilla class's; masks that `generate` makes in advance for a static cache get the bias."""
@@ -339,7 +357,7 @@ class SteeredMixin(DMSMixin):
         """As the vanilla class's; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
 
         The weights are computed once, from the prompt, and hold for every generated token. With
-        `return_dict_in_generate=True` the output has `modality_weights` and `modality_signals`.
+        `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
         """
         self._check_padding(kwargs.get("attention_mask"))
         own = {name: kwargs.pop(name, None) for name in OWN[:3]}
@@ -362,8 +380,13 @@ class SteeredMixin(DMSMixin):
                     f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass "
                     "one of (batch, length)"
                 )
-        with _generation.set(Generation(self, prompt, schedule)):
+        with _generation.set(Generation(self, prompt, schedule)), FirstTokens.kept(kwargs) as first:
             generated = super().generate(inputs, *args, **kwargs)
+        return self._generated(generated, schedule, first)
+
+    def _generated(self, generated: Any, schedule: Schedule | Prefill | None, first: FirstTokens) -> Any:
+        """What `generate` returned, with what DMS knows of it."""
         if isinstance(schedule, Prefill):
             schedule.settle()
-        return with_weights(generated, settled(schedule))
+            schedule = schedule.schedule
+        return with_weights(generated, schedule, self._reliability(schedule, first.sureness))

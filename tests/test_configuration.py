@@ -23,7 +23,7 @@ LITERALS = {
     "scheduler": ("uniform", "rule", "learned", "entropy", "energy"),
     "fusion": ("attention", "embedding"),
     "uncertainty": ("mutual_information", "variance"),
-    "conflict_prior": ("vision", "text", None),
+    "conflict_prior": ("vision", "text", "learned", None),
 }
 # field: (accepted values at the edges, refused values just outside)
 INTEGERS = {

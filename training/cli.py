@@ -220,8 +220,12 @@ def calibrate(
     leave_out: Annotated[
         str, typer.Option(help="Families of self-made damage that it must not know, separated by commas: for studies.")
     ] = "",
+    asked: Annotated[
+        int,
+        typer.Option(min=0, help="Samples of which it is asked what it would answer if they were damaged; 0: none."),
+    ] = 200,
 ) -> None:
-    """Fits what clean data look like, so that damage stands out.
+    """Fits what clean data look like, and how far answers can be relied on.
 
     Prints how much damage of each family is seen, and writes a checkpoint with the statistics in it, that table as
     calibration.txt and as a picture, calibration.png.
@@ -237,7 +241,7 @@ def calibrate(
         check_dms(choices)
         left_out = [family for family in leave_out.split(",") if family]
         check_names("family", left_out, [name for names in FAMILIES for name in names])
-    typer.echo(run_calibration(model, data, out, samples, choices, left_out))
+    typer.echo(run_calibration(model, data, out, samples, choices, left_out, asked))
     typer.echo(f"wrote {out}")
 
 

@@ -3,17 +3,27 @@
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from modeling_dms.calibrate.counterfactual import (
+    NONE,
+    Answers,
+    Copy,
+    CounterfactualMixin,
+    swapped_images,
+    swapped_texts,
+)
 from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, damaged_pictures, damaged_texts
 from modeling_dms.calibrate.fit import MIN_SAMPLES, CalibrationReport, DamagedRecord, ModalityRecord, fit_calibration
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.observation_mixin import of_rows
 from modeling_dms.observe.prompt import OWN, TEXT, Prompt
+from modeling_dms.weigh.reliability import abstention_threshold
 
 
 def _check_families(families: Sequence[str]) -> None:
@@ -22,19 +32,21 @@ def _check_families(families: Sequence[str]) -> None:
         raise ValueError(f"leave_out must be some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
-class CalibrationMixin:
+class CalibrationMixin(CounterfactualMixin):
     """Adds `calibrate` to a model that can extract features of its modalities (`DMSMixin`)."""
 
     @torch.no_grad()
     def calibrate(
         self,
         dataloader: Iterable[dict[str, Any]],
-        level: int = 2,
+        level: int = 3,
         max_samples: int = 1000,
         show_progress: bool = True,
         leave_out: Sequence[str] = (),
+        max_asked: int = 200,
     ) -> CalibrationReport:
-        """Fits how clean samples look and, at level 2, what tells damage from them. No labels, no gradients.
+        """Fits how clean samples look, from level 2 on what tells damage from them, and at level 3 how far answers can
+        be relied on. No labels, no gradients.
 
         What is fitted is stored in buffers of `dms` and travels with the checkpoint: no sample can be made out in it.
         Only pooled features are kept in memory.
@@ -43,11 +55,13 @@ class CalibrationMixin:
             dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
                 and `modality_mask`; other entries are ignored. Clean samples: whatever is damaged here will count as
                 normal.
-            level: 1 or 2.
+            level: 1, 2 or 3. A class that does not continue prompts has no third level, and stops at the second.
             max_samples: stop after about so many.
             show_progress: show a progress bar.
             leave_out: families of self-made damage, of `IMAGE_FAMILIES` or `TEXT_FAMILIES`, that the detectors
                 must not know, so that they count as unseen in an evaluation.
+            max_asked: of about so many samples the model is asked, at level 3, what it would answer if image and text
+                were damaged or another sample's, to both and to each alone: 20 passes over each prompt.
 
         Returns:
             A report; print it for a table.
@@ -56,35 +70,44 @@ class CalibrationMixin:
             ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, another level,
                 or an unknown family.
         """
-        if level not in (1, 2):
-            raise ValueError(f"level must be 1 or 2, got {level!r}")
+        if level not in (1, 2, 3):
+            raise ValueError(f"level must be 1, 2 or 3, got {level!r}")
         _check_families(leave_out)
         pixels = self.dms.calibration.pixels
         before = {name: buffer.clone() for name, buffer in pixels.state_dict().items()}
         try:
-            clean, damaged, present, in_prompt = self._calibration_data(dataloader, level, max_samples, show_progress)
-            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt)
+            if level == 3 and not self.can_generate():
+                level = 2
+            found = self._calibration_data(dataloader, level, max_samples, show_progress, max_asked)
+            clean, damaged, present, in_prompt, answers = found
+            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt, answers)
         except BaseException:
             pixels.load_state_dict(before)
             raise
 
     @torch.no_grad()
     def _calibration_data(
-        self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool
-    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor, ModalityRecord | None]:
+        self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool, max_asked: int
+    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor, ModalityRecord | None, Answers | None]:
         """What `fit_calibration` takes. Sets the range of the pixels."""
         generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
         training = {module: module.training for module in self.modules()}
         self.eval()
         clean: list[list[ModalityRecord]] = [[], []]
         damaged: list[dict[str, list[DamagedRecord]]] = [{}, {}]
-        present, in_prompt = [], []
+        present: list[Tensor] = []
+        in_prompt, answers = [], []
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
                 for batch in self._with_pixel_range(dataloader):
-                    records, families, mask, read = self._calibration_batch(batch, level, generator)
+                    number, seen = len(present), sum(map(len, present))
+                    asked = None
+                    if level == 3 and seen < max_asked:
+                        asked = number % len(IMAGE_FAMILIES), number % len(TEXT_FAMILIES), seen
+                    records, families, mask, read, said = self._calibration_batch(batch, level, generator, asked)
                     present.append(mask)
                     in_prompt.append(read)
+                    answers += [] if said is None else [said]
                     for index in range(len(MODALITIES)):
                         clean[index].append(records[index])
                         for name, record in families[index].items():
@@ -102,7 +125,27 @@ class CalibrationMixin:
             [{name: DamagedRecord.cat(rows) for name, rows in families.items()} for families in damaged],
             torch.cat(present),
             None if any(read is None for read in in_prompt) else ModalityRecord.cat(in_prompt),
+            Answers.cat(answers) if answers else None,
         )
+
+    def abstention_threshold(self, risk: float = 0.1) -> float:
+        """The reliability below which a caller abstains, so that answers that are given and differ from those to
+        undamaged inputs are at most a share `risk` of all samples. That holds on average (conformal risk control)
+        where samples are like those that calibration has made: clean, damaged and mismatched ones.
+
+        Args:
+            risk: above 0 and below 1.
+
+        Returns:
+            In [0, 1]; `inf`, which answers nothing, where so few samples promise nothing.
+
+        Raises:
+            ValueError: for another risk, or before calibration at level 3.
+        """
+        trust = self.dms.calibration.reliability
+        looks = 2 * (self.config.dms_config.conflict_prior == "learned")
+        kept = trust.kept[: int(trust.count), looks : looks + 2].cpu()
+        return abstention_threshold(kept[:, 0], kept[:, 1], risk)
 
     @contextlib.contextmanager
     def families_left_out(self, families: Sequence[str]) -> Iterator[None]:
@@ -147,7 +190,15 @@ class CalibrationMixin:
             pixels.scale.copy_((torch.stack(highest[:MIN_SAMPLES]).amax(0) - low).clamp_min(1e-6))
         return itertools.chain(held, batches)
 
-    def _calibration_batch(self, batch: dict[str, Any], level: int, generator: torch.Generator):
+    def _calibration_batch(
+        self, batch: dict[str, Any], level: int, generator: torch.Generator, asked: tuple[int, int, int] | None = None
+    ):
+        """What calibration keeps of a batch.
+
+        Args:
+            asked: the numbers of the families of images and texts by whose damage the model is asked about, and the
+                place of the batch's first sample; `None` if it is not asked.
+        """
         inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         pixel_values = inputs.pop("pixel_values", None)
         ids = inputs.get("modality_ids")
@@ -177,7 +228,10 @@ class CalibrationMixin:
         read = self._text_within(prompt, given)
         in_prompt = None if read is None else self.dms.record(1, read, self._readout)
         damaged: list[dict[str, DamagedRecord]] = [{}, {}]
-        for name in IMAGE_FAMILIES if level == 2 else ():
+        other_image: dict[str, Any] = {}
+        other_text: dict[str, Any] = {}
+        bad_text = records[1].content
+        for number, name in enumerate(IMAGE_FAMILIES if level > 1 else ()):
             severity = torch.rand(len(ids), generator=generator)
             numbers = records[0].numbers
             if images is not None and owner is not None:
@@ -186,16 +240,53 @@ class CalibrationMixin:
                 def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
                     return damaged_pictures(pictures, name, of_image[number], generator)
 
-                seen = {**inputs, "pixel_values": pixel_values}
                 pooled = images.tokens.split(images.lengths.tolist())
-                numbers = of_rows(self._pixel_statistics(seen, pooled, damage), owner, len(ids)).cpu()
+                changed = self._changed_images({**inputs, "pixel_values": pixel_values}, pooled, damage)
+                numbers = of_rows(self._pixel_statistics(changed, pooled), owner, len(ids)).cpu()
+                if asked is not None and number == asked[0]:
+                    other_image["pixel_values"] = changed["pixel_values"]
             damaged[0][name] = DamagedRecord(severity, None, numbers)
         vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
         vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
-        for name in TEXT_FAMILIES if level == 2 else ():
+        for number, name in enumerate(TEXT_FAMILIES if level > 1 else ()):
             severity = torch.rand(len(ids), generator=generator)
             input_ids, still = damaged_texts(inputs["input_ids"], is_text, name, severity, vocabulary, generator)
             features = self._text_features(input_ids, None, torch.where(still, TEXT, 0))
             seen = [None if part is None else part.float().cpu() for part in (features.statistics, features.numbers)]
             damaged[1][name] = DamagedRecord(severity, *seen)
-        return records, damaged, present.cpu(), in_prompt
+            if asked is not None and number == asked[1]:
+                other_text, bad_text = self._as_text(inputs, ids, input_ids, still), features.content
+        answers, both = None, (present & present.roll(1, 0)).all(1).cpu()
+        if asked is not None and images is not None and bool(both.any()):
+            clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
+            image, text = (record.content for record in records)
+
+            def encoded(changed: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+                seen = {name: value for name, value in inputs.items() if name not in OWN and name != "labels"}
+                seen = {"pixel_values": pixel_values, **seen, **changed}
+                content = self._vision_features(replace(prompt, images=self._observed_images(seen))).content
+                return {name: seen.get(name) for name in (*changed, "mm_encoder_outputs")}, content
+
+            other_image, bad_image = encoded(other_image)
+            copies = [
+                Copy({}, image, text),
+                Copy(other_image, bad_image, text, (asked[0], NONE)),
+                Copy(other_text, image, bad_text, (NONE, asked[1])),
+                Copy({**other_image, **other_text}, bad_image, bad_text, asked[:2]),
+            ]
+            of_others = self._as_text(inputs, ids, *swapped_texts(inputs["input_ids"], is_text))
+            copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
+            of_images = {name: inputs[name] for name in self._image_parameters if isinstance(inputs.get(name), Tensor)}
+            swapped = swapped_images({**of_images, "pixel_values": pixel_values}, images, len(ids))
+            if swapped is not None:
+                copies.append(Copy(*encoded(swapped), text, shifts=(1, 0)))
+            answers = self._answers(clean, copies, inputs.get("labels"), both, asked[2])
+        return records, damaged, present.cpu(), in_prompt, answers
+
+    def _as_text(
+        self, inputs: dict[str, Any], modality_ids: Tensor, input_ids: Tensor, still: Tensor
+    ) -> dict[str, Any]:
+        """Inputs of `forward` with another text, of which those tokens count that are `still` there: (B, L) each."""
+        there, mask = still | (modality_ids != TEXT), inputs.get("attention_mask")
+        mask = torch.ones_like(modality_ids) if mask is None else mask
+        return {"input_ids": input_ids, "attention_mask": mask * there, "modality_ids": modality_ids * there}

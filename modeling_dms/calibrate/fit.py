@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.statistics import FARTHEST, TAIL, Agreement, Calibration, Detector
+from modeling_dms.calibrate.statistics import FARTHEST, TAIL, Agreement, Calibration, Detector, Reliability
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
     EPS,
@@ -25,6 +26,8 @@ from modeling_dms.evidence.typicality import (
     fit_logistic,
     log_distances,
 )
+from modeling_dms.weigh.reliability import reliability_numbers
+from modeling_dms.weigh.second_look import BOTH
 
 
 MIN_SAMPLES = 50
@@ -34,6 +37,8 @@ UNINFORMATIVE = 0.05
 # of the covariance of clean numbers, towards the identity
 SHRINKAGE = 0.1
 RIDGE = 1e-3
+# of the few answers that reliability is fitted to
+TRUST_RIDGE = 1e-2
 
 
 def _cat(records: Sequence[Any]) -> list[Any]:
@@ -104,6 +109,7 @@ def fit_calibration(
     level: int = 2,
     leave_out: Sequence[str] = (),
     in_prompt: ModalityRecord | None = None,
+    answers: Answers | None = None,
 ) -> CalibrationReport:
     """Fits all of `calibration` from clean samples and damaged copies of them.
 
@@ -111,9 +117,10 @@ def fit_calibration(
         clean: a record a modality, of the same n samples, on the CPU.
         damaged: by modality and family, of the same samples.
         present: (n, M), which modality each sample has.
-        level: 1 for clean statistics alone, 2 for what tells damage as well.
+        level: 1 for clean statistics alone, 2 and 3 for what tells damage as well.
         leave_out: families whose scores do not count; they are reported all the same.
         in_prompt: of the clean samples' text, as it was read within the prompts.
+        answers: what the backbone answered to damaged copies, for level 3.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
@@ -131,6 +138,7 @@ def fit_calibration(
             raise ValueError(f"the calibration data give features of {name} that are not finite")
     report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate), alarm_rate=config.alarm_rate)
     folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
+    p_values: list[Tensor] = []
     for index, name in enumerate(MODALITIES):
         rows, record, detector = present[:, index], clean[index][present[:, index]], calibration.detectors[index]
         judges = _fit_layers(calibration, index, record, folds[rows], level)
@@ -143,9 +151,11 @@ def fit_calibration(
             away = None if copies.statistics is None else _distances(copies.statistics, judges, folds[rows])
             bad[kind] = calibration.numbers(index, away, copies.numbers)
         detector.reset()
-        scores = _fit_detector(detector, numbers, bad, folds[rows])
+        sound, scores = _fit_detector(detector, numbers, bad, folds[rows])
         detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
         report.samples[name] = int(rows.sum())
+        p_values.append(torch.ones(len(bad) + 1, len(rows)))
+        p_values[-1][:, rows] = torch.stack([*_unseen(detector, scores), detector.p_value(detector.largest(sound))])
         _report_detection(report, name, detector, scores, severities, config.alarm_rate)
     if calibration.in_prompt is not None:
         calibration.detectors[-1].reset()
@@ -154,10 +164,78 @@ def fit_calibration(
         _fit_in_prompt(calibration, in_prompt[rows], folds[rows], level)
     both = present.all(1)
     calibration.agreement.reset()
+    p_match: Tensor | None = None
     if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        _fit_agreement(calibration.agreement, [record[both] for record in clean], folds[both], report)
+        records = [record[both] for record in clean]
+        p_match = _fit_agreement(calibration.agreement, records, folds[both], report, answers, folds)
+    calibration.reliability.reset()
+    if answers is not None:
+        p_clean = [p[answers.families[:, m], answers.sources[:, m]] for m, p in enumerate(p_values)]
+        p = torch.stack([*p_clean, torch.ones(len(answers.sources)) if p_match is None else p_match], 1)
+        report.reliability = _fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
     target.load_state_dict(calibration.state_dict())
     return report
+
+
+def _fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold: Tensor) -> dict[str, float]:
+    """Fits how far answers can be relied on, by answers to samples that were damaged or mismatched on purpose.
+
+    Args:
+        p: (m, M + 1), the p-values of each source and of the pair.
+        fold: (m,).
+
+    Returns:
+        How well answers that agree are told from others, by what.
+    """
+    reliability, rate = calibration.reliability, calibration.config.alarm_rate
+    swapped = answers.sources[:, 0] != answers.sources[:, 1]
+    flagged = (p[:, :-1] <= rate).sum(1)
+    # the rule lowers what is flagged alone
+    weighed = (flagged == 1).long()
+    rows = torch.arange(len(p))
+    agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
+    # a second look falls on what is flagged, or does not belong together
+    looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
+    for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
+        _fit_odds(reliability, "", reliability_numbers(sureness, p)[~held], agrees[~held, None])
+        seen = looks & ~held
+        _fit_odds(reliability, "look_", reliability_numbers(answers.numbers, p)[seen], answers.agrees[seen, :3])
+        first = reliability(sureness, p)
+        best, believed = reliability.looked(answers.numbers, p).max(1)
+        second = torch.where(looks, answers.agrees[rows, believed], agrees)
+        kept[held] = torch.stack([first, agrees, torch.where(looks, best, first), second], 1)[held]
+    chosen = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[: len(reliability.kept)]
+    reliability.kept.zero_()[: len(chosen)] = kept[chosen]
+    reliability.count.fill_(float(len(chosen)))
+
+    def told(confidence: Tensor, right: Tensor) -> float:
+        return auroc(confidence[right == 0], confidence[right == 1])
+
+    return {
+        "first token's probability": told(sureness, agrees),
+        "one look": told(kept[:, 0], kept[:, 1]),
+        "second look": told(kept[:, 2], kept[:, 3]),
+    }
+
+
+def _fit_odds(reliability: Reliability, name: str, numbers: Tensor, agrees: Tensor) -> None:
+    """Logistic regressions of agreement (n, A) on numbers (n, F)."""
+    location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-3)
+    reliability.get_buffer(f"{name}location").copy_(location)
+    reliability.get_buffer(f"{name}scale").copy_(scale)
+    even = torch.full((len(numbers),), 1 / len(numbers))
+    fits = [fit_logistic((numbers - location) / scale, right, even, ridge=TRUST_RIDGE) for right in agrees.T]
+    reliability.get_buffer(f"{name}coefficients").copy_(torch.stack(fits).squeeze(0))
+
+
+def _unseen(detector: Detector, scores: Mapping[str, Tensor]) -> list[Tensor]:
+    """p-values (n,) of each family's damaged samples, by a detector that does not know the family."""
+    chosen, found = detector.left_out.clone(), []
+    for number, values in enumerate(scores.values()):
+        detector.left_out[number] = 1
+        found.append(detector.p_value(detector.largest(values)))
+        detector.left_out.copy_(chosen)
+    return found
 
 
 def _distances(statistics: Tensor, judges: Sequence[dict[str, Tensor]], folds: Tensor) -> Tensor:
@@ -214,8 +292,9 @@ def _fit_scores(detector: Detector, clean: Tensor, damaged: Sequence[Tensor]) ->
 
 def _fit_detector(
     detector: Detector, clean: Tensor, damaged: Mapping[str, Tensor], folds: Tensor
-) -> dict[str, Tensor]:
-    """Fits a detector and returns the scores (n, D + 1) of the damaged samples by fits that they took no part in.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Fits a detector and returns the scores (n, D + 1) of the clean samples, and by family of the damaged ones, by
+    fits that they took no part in.
 
     Args:
         clean: numbers (n, P).
@@ -241,7 +320,7 @@ def _fit_detector(
         return (values - detector.score_location) / detector.score_scale
 
     detector.remember(normalised(scores))
-    return {kind: normalised(values) for kind, values in bad.items()}
+    return normalised(scores), {kind: normalised(values) for kind, values in bad.items()}
 
 
 def _report_detection(
@@ -270,13 +349,33 @@ def _report_detection(
 
 
 def _fit_agreement(
-    agreement: Agreement, clean: Sequence[ModalityRecord], folds: Tensor, report: CalibrationReport
-) -> None:
-    """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations."""
+    agreement: Agreement,
+    clean: Sequence[ModalityRecord],
+    folds: Tensor,
+    report: CalibrationReport,
+    answers: Answers | None,
+    folds_of_all: Tensor,
+) -> Tensor | None:
+    """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations.
+
+    Args:
+        clean, folds: of the n samples that have both.
+        folds_of_all: of all samples.
+
+    Returns:
+        The p-values of the pairs of `answers`, by fits that their images took no part in; `None` where consistency tells
+        nothing of them.
+    """
+    consistency = None if answers is None else torch.zeros(len(answers.sources))
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
     for fold in range(FOLDS):
         held = folds == fold
         _fit_shared(agreement, [record.content[~held] for record in clean])
+        if answers is not None and consistency is not None:
+            asked = folds_of_all[answers.sources[:, 0]] == fold
+            contents = (answers.image_content[asked], answers.text_content[asked])
+            image, text = (agreement.shared(index, content) for index, content in enumerate(contents))
+            consistency[asked] = torch.cosine_similarity(image, text)
         shared = [agreement.shared(index, record.content[held]) for index, record in enumerate(clean)]
         views = {"canonical": shared, "representations": [record.representations[held] for record in clean]}
         for kind, (first, second) in views.items():
@@ -291,6 +390,9 @@ def _fit_agreement(
     agreement.remember(-matched[best][:, None])
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))
+    if consistency is None or best != "canonical" or not agreement.informative > 0:
+        return None
+    return agreement.p_value(-consistency)
 
 
 def _fit_shared(agreement: Agreement, contents: Sequence[Tensor]) -> None:

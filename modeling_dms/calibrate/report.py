@@ -35,6 +35,9 @@ class CalibrationReport:
             not above its part of the rate asked for, but where there are too few samples to tell.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better.
+        reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
+            probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
+            all agree, or none.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class CalibrationReport:
     achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
     mismatch_auroc: float | None = None
     consistency: str = "representations"
+    reliability: dict[str, float] = field(default_factory=dict)
 
     def blind(self, modality: str) -> list[str]:
         """The families of which even strong damage is mostly not flagged."""
@@ -71,4 +75,7 @@ class CalibrationReport:
                 lines.append(f"{modality}: mostly blind to {', '.join(self.blind(modality))}")
         if self.mismatch_auroc is not None:
             lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
+        if self.reliability:
+            shown = ", ".join(f"{name} {area:.3f}" for name, area in self.reliability.items())
+            lines.append(f"answers that agree with those to clean inputs, told from others: AUROC {shown}")
         return "\n".join(lines)

@@ -12,6 +12,8 @@ from transformers import initialization as init
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.typicality import log_distances
 from modeling_dms.observe.prompt import ModalityFeatures
+from modeling_dms.weigh.reliability import reliability_numbers
+from modeling_dms.weigh.second_look import FIRST_TOKENS
 
 
 SCALARS = ("confidence", "uncertainty", "energy")
@@ -253,6 +255,61 @@ class Agreement(Conformal):
         return self.p_value(-consistency).where(known, 1)
 
 
+class Reliability(Statistics):
+    """What calibration knows of how far answers can be relied on, see `weigh.reliability`.
+
+    Args:
+        modalities: M.
+    """
+
+    location: Tensor
+    scale: Tensor
+    coefficients: Tensor
+    look_location: Tensor
+    look_scale: Tensor
+    look_coefficients: Tensor
+    kept: Tensor
+    count: Tensor
+
+    def __init__(self, modalities: int):
+        first, look = 2 + modalities, FIRST_TOKENS + modalities + 1
+        super().__init__(
+            {
+                "location": (first,),
+                "scale": (first,),
+                "coefficients": (first + 1,),
+                # of a second look, for the answers to the image alone, to the text alone and to both
+                "look_location": (look,),
+                "look_scale": (look,),
+                "look_coefficients": (3, look + 1),
+                # of samples that calibration damaged and took no account of: reliability, and whether the answer
+                # agrees, without a second look and with it
+                "kept": (REMEMBERED, 4),
+                "count": (),
+            }
+        )
+
+    def forward(self, sureness: Tensor, p_values: Tensor) -> Tensor:
+        """Of answers, (B,) in [0, 1].
+
+        Args:
+            sureness: (B,), the probability of the likeliest first token.
+            p_values: (B, M + 1), of each modality, and of the pair.
+        """
+        standard = (reliability_numbers(sureness, p_values) - self.location) / self.scale
+        return (standard @ self.coefficients[:-1] + self.coefficients[-1]).sigmoid()
+
+    def looked(self, numbers: Tensor, p_values: Tensor) -> Tensor:
+        """Of the answers to the image alone, to the text alone and to both, (B, 3) in [0, 1].
+
+        Args:
+            numbers: (B, `FIRST_TOKENS`), of `first_tokens_compared`.
+            p_values: (B, M + 1), as of `forward`.
+        """
+        standard = (reliability_numbers(numbers, p_values) - self.look_location) / self.look_scale
+        return (standard @ self.look_coefficients[:, :-1].T + self.look_coefficients[:, -1]).sigmoid()
+
+
 class PixelRange(Statistics):
     """The lowest and the highest value that clean pictures have in each channel: of black and of white."""
 
@@ -265,6 +322,10 @@ class PixelRange(Statistics):
     def unit(self, pictures: Tensor) -> Tensor:
         """(n, 3, H, W), as the processor scales them -> black is 0 and white is 1."""
         return (pictures.float() - self.location.view(3, 1, 1)) / self.scale.view(3, 1, 1)
+
+    def scaled(self, pictures: Tensor) -> Tensor:
+        """The reverse of `unit`."""
+        return pictures * self.scale.view(3, 1, 1) + self.location.view(3, 1, 1)
 
 
 class Calibration(nn.Module):
@@ -298,6 +359,7 @@ class Calibration(nn.Module):
         self.detectors = nn.ModuleList(Detector(*evidence[index]) for index in of)  # type: ignore[assignment]
         self.agreement = Agreement(contents, config.subspace_size)
         self.pixels = PixelRange()
+        self.reliability = Reliability(len(sizes))
 
     @property
     def is_calibrated(self) -> bool:

@@ -12,7 +12,7 @@ from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS, surprisal_stat
 from modeling_dms.evidence.typicality import token_statistics
 from modeling_dms.observe.images import Images, of_images, parts_of
 from modeling_dms.observe.layers import kept_states, text_only_states
-from modeling_dms.observe.pictures import pictures_of
+from modeling_dms.observe.pictures import changed_pictures, pictures_of
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt, compact, take
 
@@ -161,28 +161,43 @@ class ObservationMixin:
 
     def _pictures(self, inputs: dict[str, Any]) -> list[Tensor]:
         """The pictures of a call in groups of one size, (n, 3, H, W) each, as the processor scales them."""
-        layout = inputs.get("image_grid_thw"), self.config.vision_config, self._picture_sizes(inputs)
-        return pictures_of(inputs["pixel_values"], *layout)
+        return pictures_of(inputs["pixel_values"], *self._layout(inputs))
 
-    def _pixel_statistics(
-        self, inputs: dict[str, Any], pooled: Any, change: Callable[[Tensor, Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def _layout(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        """Of the pixels of a call, see `changed_pictures`."""
+        return inputs.get("image_grid_thw"), self.config.vision_config, self._picture_sizes(inputs)
+
+    def _pixel_statistics(self, inputs: dict[str, Any], pooled: Any) -> Tensor:
         """`pixel_statistics` of each image: (I, P).
 
         Args:
             inputs: of `get_image_features`.
             pooled: the image tokens, see `image_statistics`.
+        """
+        # in the model's own precision, however the caller passes them
+        groups = [self.dms.calibration.pixels.unit(pictures.to(self.dtype)) for pictures in self._pictures(inputs)]
+        found = torch.cat([pixel_statistics(pictures) for pictures in groups])
+        return of_images(found, pooled, self._parts(**inputs))
+
+    def _changed_images(
+        self, inputs: dict[str, Any], pooled: Any, change: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """Inputs of `get_image_features` with other pixels.
+
+        Args:
+            inputs, pooled: as of `_pixel_statistics`.
             change: is given pictures (n, 3, H, W), black is 0 and white is 1, and the number of the image that each
                 belongs to, (n,), and returns others.
         """
-        groups, parts = self._pictures(inputs), self._parts(**inputs)
-        # in the model's own precision, however the caller passes them
-        groups = [self.dms.calibration.pixels.unit(pictures.to(self.dtype)) for pictures in groups]
-        if change is not None:
-            sizes = [len(pictures) for pictures in groups]
-            images = torch.arange(len(pooled)).repeat_interleave(torch.tensor(parts_of(sum(sizes), pooled, parts)))
-            groups = [change(*both) for both in zip(groups, images.split(sizes), strict=True)]
-        return of_images(torch.cat([pixel_statistics(pictures) for pictures in groups]), pooled, parts)
+        sizes, unit = [len(pictures) for pictures in self._pictures(inputs)], self.dms.calibration.pixels
+        parts = torch.tensor(parts_of(sum(sizes), pooled, self._parts(**inputs)))
+        images = iter(torch.arange(len(pooled)).repeat_interleave(parts).split(sizes))
+
+        def changed(pictures: Tensor) -> Tensor:
+            return unit.scaled(change(unit.unit(pictures), next(images))).to(pictures.dtype)
+
+        pixels = changed_pictures(inputs["pixel_values"], changed, *self._layout(inputs))
+        return {**inputs, "pixel_values": pixels}
 
     def _text_tokens(
         self, input_ids: Tensor | None, embeddings: Tensor | None, modality_ids: Tensor

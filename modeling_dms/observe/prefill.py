@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Prefill:
     The first pass over all of a prompt is the vanilla class's own, and tells how its text reads behind its image.
     Where the weights come out uniform that was all; otherwise the language model runs once more, with them. Some
     passes cannot be observed: of a part of the prompt, of a prompt to which candidates have been added, or with masks
-    that are made before the language model is called. Their weights are made in advance.
+    that are made before the language model is called. Their weights are made in advance, and no second look is taken.
 
     Args:
         steering: of the passes, its bias not known yet.
@@ -89,17 +89,32 @@ class Prefill:
         else:
             self.settle()
 
-    def end(self, last: Tensor) -> bool:
-        """The language model has run; whether it is to run again."""
+    def end(self, last: Tensor, again: Callable[[], Any]) -> bool:
+        """The language model has run; whether it is to run again.
+
+        Args:
+            last: what the output layer reads.
+            again: runs it on the same prompts.
+        """
         if not self._watch.keeps:
             return False
         self._watch.keeps = False
         each = len(last) // self.rows  # beams
         self.settle(Reading(last[::each], {layer: state[::each] for layer, state in self._watch.states.items()}))
         self._watch.states.clear()
+        look = cast(Schedule, self.schedule).look
+        if look is not None:
+            read = [last[::each]]
+            for bias in look.biases:
+                self.steering.bias = bias
+                read.append(again()[0][::each])
+            with steered(None), _prefill.set(None):
+                self.schedule = look.decide(read)
+            self.steering.bias = self.schedule.bias
         if self.stops:
             raise Reached
-        return self.steering.bias is not None
+        # a second look has left the cache as it read last
+        return look is not None or self.steering.bias is not None
 
 
 @dataclass
@@ -150,9 +165,13 @@ def _begin(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _end(stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     prefill = None if torch.compiler.is_compiling() else _prefill.get()
-    if prefill is None or not prefill.end(output[0]):
+    if prefill is None:
         return None
-    cache = cache_of(kwargs)
-    if cache is not None:
-        cache.reset()
-    return stack(*args, **kwargs)
+
+    def again() -> Any:
+        cache = cache_of(kwargs)
+        if cache is not None:
+            cache.reset()
+        return stack(*args, **kwargs)
+
+    return again() if prefill.end(output[0], again) else None

@@ -1,5 +1,6 @@
 """What a prompt holds where, and the small data classes that carry it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,8 @@ class Schedule:
         weights: (B, M).
         output: `None` where no signals were needed.
         bias: (B, P) on the prompt's keys; `None` where they are left as they are.
+        look: how to take a second look; `None` where none is to be taken.
+        reliability: (B,), NaN where no second look has told it.
     """
 
     modality_ids: Tensor
@@ -82,6 +85,21 @@ class Schedule:
     weights: Tensor
     output: DMSOutput | None = None
     bias: Tensor | None = None
+    look: "SecondLook | None" = None
+    reliability: Tensor | None = None
+
+
+@dataclass
+class SecondLook:
+    """Further passes over prompts, each with one modality alone, that decide which of them to believe.
+
+    Attributes:
+        biases: (B, P) of each pass.
+        decide: makes a schedule of what the output layer reads (B, P, D), in the first pass and in each of these.
+    """
+
+    biases: Sequence[Tensor]
+    decide: Callable[[Sequence[Tensor]], Schedule]
 
 
 def compact(where: Tensor) -> tuple[Tensor, Tensor]:

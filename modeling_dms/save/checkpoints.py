@@ -77,7 +77,9 @@ class CheckpointMixin:
         anew = {name for name in own if name.startswith("dms.scheduler.")}
         if "dms.calibration.detectors.0.count" in missing:
             anew |= {name for name in own if name.startswith(of_calibration)}
-        new = own if own <= missing else anew
+        # one that was calibrated before there was a third level has none
+        reliability = {name for name in own if name.startswith(f"{of_calibration}reliability.")}
+        new = own if own <= missing else anew | (reliability if reliability <= missing else set())
         if missing - new and not wants_info:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"

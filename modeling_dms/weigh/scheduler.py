@@ -167,7 +167,7 @@ def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConf
     # beside a clean one all evidence counts
     damage = damage - torch.where(least > 0, least + GARBAGE_LEAD, 0)
     scores = -saturate(config.kappa * damage.clamp_min(0), EVIDENCE_LIMIT)
-    if config.conflict_prior is None:
+    if config.conflict_prior not in MODALITIES:  # none, or one that takes a second look
         return scores, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)
     favour = torch.zeros_like(scores)

@@ -17,8 +17,10 @@ from modeling_dms.evidence.typicality import fit_logistic
 
 IMAGE_ALONE, TEXT_ALONE, BOTH = 0, 1, 2  # whose answer is believed
 COMPARED = 25  # numbers of three answers
+FIRST_TOKENS = 12  # of three distributions of the first token
 RIDGE = 1e-2
 _FARTHEST = 5.0  # standard deviations that one number counts
+_ODDS = 10.0
 
 
 @dataclass
@@ -60,6 +62,27 @@ def compared(image: Heard, text: Heard, both: Heard) -> Tensor:
         means[IMAGE_ALONE] - means[TEXT_ALONE],
     ]
     return torch.tensor(found)
+
+
+def first_tokens_compared(image: Tensor, text: Tensor, both: Tensor) -> Tensor:
+    """What distributions of the first token tell of each other: of the answers to the image alone, to the text alone
+    and to both how sure each is, how likely each finds the others' likeliest token, and how far they overlap.
+
+    Args:
+        image, text, both: (B, K).
+
+    Returns:
+        (B, `FIRST_TOKENS`), log-odds, within +-`_ODDS`.
+    """
+    said = (image, text, both)
+    found = [p.gather(-1, other.argmax(-1, keepdim=True))[:, 0] for p in said for other in said]
+    found += [torch.minimum(one, other).sum(-1) for one, other in ((image, text), (image, both), (text, both))]
+    return log_odds(torch.stack(found, -1))
+
+
+def log_odds(probability: Tensor) -> Tensor:
+    """log(p / (1 - p)), within +-`_ODDS`."""
+    return probability.float().logit(1e-6).clamp(-_ODDS, _ODDS)
 
 
 @dataclass

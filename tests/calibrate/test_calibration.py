@@ -460,7 +460,7 @@ def test_pixels_that_are_not_finite(backbone, value):
 
 
 def test_unknown_level():
-    refused(tiny.build("llava-llama"), tiny.clean_samples(), "level must be 1 or 2, got 3", level=3)
+    refused(tiny.build("llava-llama"), tiny.clean_samples(), "level must be 1, 2 or 3, got 4", level=4)
 
 
 def test_images_that_do_not_fit_the_prompts():

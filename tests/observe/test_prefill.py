@@ -10,12 +10,14 @@ from accelerate import cpu_offload
 from transformers import StaticCache
 
 from modeling_dms.auto import CLASSES
+from modeling_dms.weigh.second_look import BOTH, IMAGE_ALONE, TEXT_ALONE
 from tests import families, tiny
 
 
 # whose masks are made before the language model is called: their weights are made in advance
 MASKED_OUTSIDE = ("gemma3", "paligemma")
 FAMILIES = tuple(CLASSES)
+ALONE = [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]
 
 
 def known(model, image=False, text=False, suspicious=False):
@@ -184,3 +186,59 @@ def test_a_pass_that_fails_leaves_nothing_behind():
         model(**batch)
     handle.remove()
     assert torch.equal(model(**batch).logits, wanted.logits)
+
+
+# ---- a second look
+
+
+def trusting(model, believed):
+    """As if the third level of calibration had found that one of the three answers can always be relied on."""
+    trust = model.dms.calibration.reliability
+    trust.count.fill_(1)
+    trust.look_coefficients.zero_()[:, -1] = torch.tensor([float(answer == believed) for answer in range(3)])
+    model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = "learned"
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_second_look_takes_the_answer_that_can_be_relied_on_most(family):
+    batch = families.inputs(family)
+    asked = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    for believed, weights in {IMAGE_ALONE: [1.0, 0.0], TEXT_ALONE: [0.0, 1.0], BOTH: [0.5, 0.5]}.items():
+        model = trusting(known(families.build(family), image=True), believed)
+        with readings(model) as found:
+            outputs = model(**batch)
+        if family in MASKED_OUTSIDE:  # their weights are made in advance: the rule decides alone
+            assert (outputs.modality_weights[:, 0] < 0.5).all()
+            continue
+        # of both, of each alone, and of what is believed
+        assert found == [tuple(batch["input_ids"].shape)] * 4
+        given = torch.tensor([weights] * 2)
+        places = model._answer_places(batch["input_ids"], batch["attention_mask"])
+        said = [model(**batch, modality_weights=torch.tensor([w] * 2)).logits for w in ALONE]
+        alone = [logits[torch.arange(2), places].argmax(-1) for logits in said]
+        agree = torch.stack([one == alone[0] for one in alone]).all(0)
+        given[agree] = 0.5
+        assert torch.equal(outputs.modality_weights, given)
+        assert torch.equal(outputs.logits, model(**batch, modality_weights=given).logits)
+        expected = torch.where(agree & (believed != BOTH), 0.5, torch.tensor(1.0).sigmoid())
+        torch.testing.assert_close(outputs.reliability, expected)
+        by_itself, wanted = model.generate(**batch, **asked), model.generate(**batch, modality_weights=given, **asked)
+        assert torch.equal(by_itself.sequences, wanted.sequences)
+        torch.testing.assert_close(by_itself.reliability, expected)
+        assert torch.equal(model.get_modality_weights(**batch)[0], given)
+
+
+@torch.no_grad()
+def test_no_second_look_is_taken_at_what_is_fine_or_has_one_modality():
+    model = trusting(known(tiny.build("llava-llama")), IMAGE_ALONE)
+    batch = tiny.prompts("llava-llama")
+    with readings(model) as found:
+        assert (model(**batch).modality_weights == 0.5).all()
+    assert len(found) == 1
+    alone = {name: value for name, value in batch.items() if name != "pixel_values"}
+    alone["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, 20)
+    with readings(known(model, text=True)) as found:
+        assert (model(**alone).modality_weights == torch.tensor([0.0, 1.0])).all()
+    assert len(found) <= 2  # the text read alone

@@ -20,11 +20,13 @@ class Answer:
         text: the generated answer.
         weights: of image and context.
         signals: by name, of image and context; empty where nothing needed them (uniform scheduler, caller's weights).
+        reliability: how far the answer can be relied on, from 0 to 1; `None` where nothing is known of it.
     """
 
     text: str
     weights: list[float]
     signals: dict[str, list[float]]
+    reliability: float | None = None
 
 
 def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 300) -> tuple[Any, PromptCollator]:
@@ -78,7 +80,8 @@ def answer(
     prompt = inputs["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
     text = collator.processor.tokenizer.decode(generated.sequences[0, prompt:], skip_special_tokens=True).strip()
     signals = {name: values[0].tolist() for name, values in (generated.modality_signals or {}).items()}
-    return Answer(text, generated.modality_weights[0].tolist(), signals)
+    reliability = None if generated.reliability is None else float(generated.reliability[0])
+    return Answer(text, generated.modality_weights[0].tolist(), signals, reliability)
 
 
 def predict_one(question: str, image: Path | None, context: str | None, name: str, max_new_tokens: int) -> Answer:
@@ -92,6 +95,8 @@ def predict_one(question: str, image: Path | None, context: str | None, name: st
     sample = sample.replace(image=sample.load_image())
     given = answer(*load_for_answers(name, max_new_tokens), sample, max_new_tokens)
     print(f"answer: {given.text}")
+    if given.reliability is not None:
+        print(f"reliability: {given.reliability:.2f}, how surely it is the answer that undamaged inputs would give")
     print(f"{'':<14}{'image':>9}{'context':>9}")
     for row, values in {"weight": given.weights, **given.signals}.items():
         print(f"{row:<14}" + "".join(f"{value:>9.3f}" for value in values))

@@ -116,6 +116,8 @@ def show(
     static = answer(model, collator, sample, MAX_NEW_TOKENS, STATIC)
     dms, rate = answer(model, collator, sample, MAX_NEW_TOKENS), model.config.dms_config.alarm_rate
     said, bars = explain(dms, rate), draw_bars(dms, rate)
+    if dms.reliability is not None:
+        said += f" Its answer can be relied on with {dms.reliability:.2f}."
     return Shown(sample.load_image(), sample.context or "", static.text, dms.text, said, bars)
 
 

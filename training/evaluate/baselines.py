@@ -140,6 +140,7 @@ def make_methods(
         "rule": Scheduled("rule", _like(model, scheduler="rule")),
         "rule + prior": Scheduled("rule + prior", _like(model, scheduler="rule", conflict_prior="vision")),
         "rule + text prior": Scheduled("rule + text prior", _like(model, scheduler="rule", conflict_prior="text")),
+        "second look": Scheduled("second look", _like(model, scheduler="rule", conflict_prior="learned")),
         "own": Scheduled("own"),
         "oracle": Method("oracle"),
     }
@@ -177,7 +178,7 @@ def make_methods(
     return [found[name] for name in names]
 
 
-UNTRAINED = ("static", "rule", "rule + prior", "rule + text prior", "own", "oracle")
+UNTRAINED = ("static", "rule", "rule + prior", "rule + text prior", "second look", "own", "oracle")
 METHODS = (
     *UNTRAINED[:-1],
     "learned",

@@ -25,7 +25,13 @@ def check_base(name: str, out: Path) -> None:
 
 
 def run_calibration(
-    name: str, data: str, out: Path, count: int = 1000, dms: dict | None = None, leave_out: Sequence[str] = ()
+    name: str,
+    data: str,
+    out: Path,
+    count: int = 1000,
+    dms: dict | None = None,
+    leave_out: Sequence[str] = (),
+    max_asked: int = 200,
 ) -> Any:
     """Calibrates a checkpoint on `count` clean training images of `data` and saves it, an adapter as an adapter, with
     what it sees of damage in `calibration.txt` and `calibration.png`.
@@ -33,6 +39,7 @@ def run_calibration(
     Args:
         dms: fields of DMSConfig, instead of the checkpoint's.
         leave_out: families of self-made damage that it must not know.
+        max_asked: see `model.calibrate`.
 
     Returns:
         The report, which can be printed.
@@ -50,7 +57,7 @@ def run_calibration(
         check_base(name, out)
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     samples = kept(samples, collator.split_askable, UNASKABLE)
-    report = calibrate(model, collator, samples, count, leave_out=leave_out)
+    report = calibrate(model, collator, samples, count, leave_out=leave_out, max_asked=max_asked)
     with replacing(out) as folder:
         model.save_pretrained(folder)
         if (folder / "adapter_config.json").exists():

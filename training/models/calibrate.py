@@ -17,8 +17,9 @@ def calibrate(
     samples: Sequence[Sample],
     count: int,
     show_progress: bool = True,
-    level: int = 2,
+    level: int = 3,
     leave_out: Sequence[str] = (),
+    max_asked: int = 200,
 ) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on samples of distinct images, evenly spread over the data:
     the first ones of a sorted set would be of one kind.
@@ -50,4 +51,4 @@ def calibrate(
         )
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
     batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
-    return model.calibrate(batches, level, count, show_progress, leave_out)
+    return model.calibrate(batches, level, count, show_progress, leave_out, max_asked)

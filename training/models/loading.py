@@ -60,13 +60,15 @@ def load(
         if own.get("scheduler") != "learned":  # one that is asked for is new
             for part, value in model.dms.scheduler.state_dict().items():
                 weights.setdefault(f"base_model.model.dms.scheduler.{part}", value)
-        if "base_model.model.dms.calibration.agreement.0_map" not in weights:
+        calibration = "base_model.model.dms.calibration."
+        fitted = {f"{calibration}{part}": value for part, value in model.dms.calibration.state_dict().items()}
+        if f"{calibration}agreement.0_map" not in weights:
             # calibrated by version 0.1, to other numbers: of that there is left that it was
-            fitted = {
-                f"base_model.model.dms.calibration.{p}": v for p, v in model.dms.calibration.state_dict().items()
-            }
             weights |= {part: value for part, value in fitted.items() if not part.endswith(".level")}
             weights = {**fitted, **weights}
+        reliability = {part: value for part, value in fitted.items() if part.startswith(f"{calibration}reliability.")}
+        if not weights.keys() & reliability:  # calibrated before there was a third level
+            weights |= reliability
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         try:
             set_peft_model_state_dict(adapted, weights)

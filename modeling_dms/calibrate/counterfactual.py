@@ -1,0 +1,166 @@
+"""What the backbone answers to samples that calibration damages or mismatches itself, and to each source alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_dms.observe.images import Images
+from modeling_dms.weigh.second_look import BOTH, IMAGE_ALONE, TEXT_ALONE, first_tokens_compared
+
+
+NONE = -1  # the family of what is not damaged
+LOWERED = 0.01  # the weight of what is damaged, as the rule has it
+# weights of image and text; where the answer to a source alone is asked for, the other has none
+WEIGHTS = {IMAGE_ALONE: (1.0, 0.0), TEXT_ALONE: (0.0, 1.0), BOTH: (0.5, 0.5)}
+
+
+@dataclass
+class Copy:
+    """How a copy of a batch differs from it.
+
+    Attributes:
+        changed: inputs of `forward`.
+        image_content, text_content: (B, F) each, see `ModalityFeatures`.
+        families: the numbers of those that image and text are damaged by, or `NONE`.
+        shifts: for image and text 1 where they are those of the row before, else 0.
+    """
+
+    changed: dict[str, Any]
+    image_content: Tensor
+    text_content: Tensor
+    families: tuple[int, int] = (NONE, NONE)
+    shifts: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Answers:
+    """First tokens of answers to n samples, compared with those to the same samples as they were.
+
+    Attributes:
+        sources: (n, M), the place among the samples of the calibration of the one that each source is of.
+        families: (n, M), the number of the family that each source was damaged by, or `NONE`.
+        numbers: (n, `FIRST_TOKENS`), of `first_tokens_compared`.
+        agrees: (n, 4), 1 where the likeliest token is that of the answer to the sample as it was: to the image alone,
+            the text alone, both, and to both with what is damaged at the rule's weight.
+        sureness: (n, 2), the probability of the likeliest token of the last two.
+        image_content, text_content: (n, F) each, see `ModalityFeatures`.
+    """
+
+    sources: Tensor
+    families: Tensor
+    numbers: Tensor
+    agrees: Tensor
+    sureness: Tensor
+    image_content: Tensor
+    text_content: Tensor
+
+    @staticmethod
+    def cat(answers: Sequence["Answers"]) -> "Answers":
+        """One after the other."""
+        return Answers(*(torch.cat(parts) for parts in zip(*(vars(a).values() for a in answers), strict=True)))
+
+
+def swapped_images(inputs: dict[str, Any], images: Images, batch: int) -> dict[str, Any] | None:
+    """Image inputs with those of the row before in place of each row's own; `None` where rows differ in their images.
+
+    Args:
+        inputs: of `get_image_features`.
+        images: theirs.
+    """
+    lengths = images.lengths
+    if batch < 2 or len(lengths) % batch or bool((lengths != lengths[0]).any()):
+        return None
+    parts = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if any(len(value) % batch for value in parts.values()):
+        return None
+    return {name: value.unflatten(0, (batch, -1)).roll(1, 0).flatten(0, 1) for name, value in parts.items()}
+
+
+def swapped_texts(input_ids: Tensor, is_text: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and places of the text (B, L) with the text of the row before in place of each row's own: as much of it as
+    there is room for; places that are left over are no longer text."""
+    ids, still = input_ids.clone(), is_text.clone()
+    for row in range(len(ids)):
+        own, other = is_text[row].nonzero()[:, 0], input_ids[row - 1, is_text[row - 1]]
+        count = min(len(own), len(other))
+        ids[row, own[:count]] = other[:count]
+        still[row, own[max(count, min(1, len(own))) :]] = False
+    return ids, still
+
+
+class CounterfactualMixin:
+    """Adds to a model that continues prompts what calibration asks it."""
+
+    config: Any
+
+    def _answer_places(self, ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """Where the first token of each answer is predicted: (B,).
+
+        Args:
+            ids, attention_mask: (B, P); of the ids only the shape matters.
+            labels: (B, P), if the answers follow the prompts within them.
+        """
+        read = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+        if labels is not None and labels.shape == ids.shape:
+            read = read * ((labels != -100).cumsum(1) == 0)
+        return ids.shape[1] - 1 - read.flip(1).argmax(1)
+
+    def _first_tokens(self, inputs: dict[str, Any], labels: Tensor | None, weights: Tensor) -> Tensor:
+        """Distributions (B, K) of the first token that follows prompts, in float32.
+
+        Args:
+            inputs: of `forward`, their images encoded; ids and mask (B, P).
+            labels: (B, P), where the answers follow the prompts within `inputs`.
+            weights: (B, M).
+        """
+        ids = inputs["input_ids"]
+        asked = {**inputs, "modality_weights": weights, "use_cache": False}
+        if self.config.get_text_config().is_encoder_decoder:
+            start = self.config.get_text_config(decoder=True).decoder_start_token_id
+            return self(**asked, decoder_input_ids=torch.full_like(ids[:, :1], start)).logits[:, 0].float().softmax(-1)
+        places = self._answer_places(ids, inputs["attention_mask"], labels)
+        kept, which = places.unique(return_inverse=True)
+        logits = self(**asked, logits_to_keep=kept).logits
+        if logits.shape[1] == ids.shape[1]:
+            which = places
+        return logits[torch.arange(len(ids), device=ids.device), which].float().softmax(-1)
+
+    def _answers(
+        self,
+        clean: dict[str, Any],
+        copies: Sequence[Copy],
+        labels: Tensor | None,
+        rows: Tensor,
+        first: int,
+    ) -> Answers:
+        """Answers to copies of a batch, the first of which is the batch itself.
+
+        Args:
+            clean: inputs of `forward` with `modality_ids`, its images encoded.
+            labels: see `_first_tokens`.
+            rows: (B,), which of them have all sources.
+            first: the place of the first among the samples of the calibration.
+        """
+        count, found, truth = len(rows), [], None
+        places = rows.nonzero()[:, 0]
+        for copy in copies:
+            inputs, asked, (image, text) = {**clean, **copy.changed}, dict(WEIGHTS), copy.families
+            if (image == NONE) != (text == NONE):
+                asked[len(asked)] = (1 - LOWERED, LOWERED) if image == NONE else (LOWERED, 1 - LOWERED)
+            device = clean["input_ids"].device
+            said = [
+                self._first_tokens(inputs, labels, torch.tensor([asked[answer]], device=device).expand(count, -1))
+                for answer in sorted(asked)
+            ]
+            truth = said[BOTH].argmax(-1) if truth is None else truth
+            weighed = said[-1]
+            agrees = torch.stack([(p.argmax(-1) == truth).float() for p in (*said[: BOTH + 1], weighed)], 1)
+            sure = torch.stack([p.amax(-1) for p in (said[BOTH], weighed)], 1)
+            sources = first + torch.stack([(places - shift) % count for shift in copy.shifts], 1)
+            parts = first_tokens_compared(*said[: BOTH + 1]), agrees, sure, copy.image_content, copy.text_content
+            of = torch.tensor(copy.families).expand(len(places), -1)
+            found.append(Answers(sources, of, *(part.float().cpu()[rows] for part in parts)))
+        return Answers.cat(found)

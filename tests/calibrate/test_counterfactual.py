@@ -1,0 +1,165 @@
+"""Calibration's third level: which answers are asked for, and what is made of them."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_dms.calibrate.counterfactual import NONE, swapped_images, swapped_texts
+from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
+from modeling_dms.observe.images import Images
+from modeling_dms.weigh.second_look import BOTH, TEXT_ALONE
+from tests import tiny
+
+
+CONTINUING = ("llava-llama", "blip2-opt", "blip2-t5")
+
+
+def calibrated(backbone, asked=64, **dms):
+    model = tiny.build(backbone, false_alarm_rate=0.05, **dms).eval()
+    model.calibrate(tiny.clean_samples(), show_progress=False, max_asked=asked)
+    return model
+
+
+@torch.no_grad()
+def told(model, inputs):
+    if model.config.is_encoder_decoder:
+        inputs = {**inputs, "decoder_input_ids": torch.full_like(inputs["input_ids"][:, :1], tiny.PAD)}
+    return model(**inputs)
+
+
+# ---- pairs that do not belong together
+
+
+def test_each_row_gets_the_text_of_the_row_before():
+    ids = torch.tensor([[5, 1, 2, 3, 9], [5, 6, 7, 0, 9], [8, 8, 0, 0, 9]])
+    text = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    found, still = swapped_texts(ids, text)
+    assert found.tolist() == [[5, 8, 8, 3, 9], [5, 1, 2, 0, 9], [6, 7, 0, 0, 9]]
+    assert still.long().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+    _, left = swapped_texts(ids, text & (torch.arange(3) != 1)[:, None])
+    assert left.any(1).tolist() == [True, False, True]  # a text never becomes none
+
+
+def test_images_are_swapped_where_all_rows_have_as_many_tokens():
+    pixels, grid = torch.arange(6.0).view(6, 1), torch.tensor([[1, 2, 1]] * 3)
+    images = Images(None, torch.zeros(6, 2), torch.tensor([2, 2, 2]), None)
+    found = swapped_images({"pixel_values": pixels, "image_grid_thw": grid, "other": 3}, images, 3)
+    assert found["pixel_values"].flatten().tolist() == [4, 5, 0, 1, 2, 3]
+    assert torch.equal(found["image_grid_thw"], grid)
+    assert set(found) == {"pixel_values", "image_grid_thw"}
+    uneven = Images(None, torch.zeros(6, 2), torch.tensor([1, 2, 3]), None)
+    assert swapped_images({"pixel_values": pixels}, uneven, 3) is None
+    assert swapped_images({"pixel_values": pixels}, images, 2) is None
+    assert swapped_images({"pixel_values": pixels}, Images(None, None, torch.tensor([2]), None), 1) is None
+
+
+# ---- what is asked
+
+
+@pytest.mark.parametrize("backbone", CONTINUING)
+def test_clean_samples_agree_with_themselves_and_a_text_alone_does_not_hear_the_image(backbone, monkeypatch):
+    model, kept = tiny.build(backbone).eval(), []
+    monkeypatch.setattr("modeling_dms.calibrate.fit._fit_reliability", lambda *args: kept.append(args[1]))
+    model.calibrate(tiny.clean_samples(), show_progress=False, max_asked=32)
+    (answers,) = kept
+    sources, families = answers.sources, answers.families
+    assert len(sources) == 6 * 32  # clean, three kinds of damage, two of mismatches
+    clean = (families == NONE).all(1) & (sources[:, 0] == sources[:, 1])
+    assert (answers.agrees[clean, BOTH] == 1).all()
+    assert (answers.agrees[clean, 3] == 1).all()
+    image = families[:, 1].eq(NONE) & (families[:, 0] != NONE)
+    assert torch.equal(answers.agrees[image, TEXT_ALONE], answers.agrees[clean, TEXT_ALONE])
+    assert torch.equal(sources[clean], torch.arange(32)[:, None].expand(-1, 2))
+    swapped = sources[sources[:, 0] != sources[:, 1]]
+    assert set((swapped[:, 0] - swapped[:, 1]).abs().tolist()) == {1, 31}
+    assert int(families[:, 0].max()) < len(IMAGE_FAMILIES)
+    assert int(families[:, 1].max()) < len(TEXT_FAMILIES)
+    assert answers.numbers.isfinite().all()
+
+
+def test_answers_within_the_prompts_are_not_read():
+    """Batches of training hold them, right-padded: what follows the question is as good as absent."""
+    model = tiny.build("llava-llama").eval()
+    inputs = tiny.clean_samples(count=4, size=4)[0]
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    weights = torch.full((4, 2), 0.5)
+    with torch.no_grad():
+        encoded = model.with_images_encoded(inputs)
+        wanted = model._first_tokens(encoded, None, weights)
+        longer = {**encoded}
+        longer["input_ids"] = torch.cat([encoded["input_ids"], torch.full((4, 2), 7)], 1)
+        longer["attention_mask"] = torch.cat([encoded["attention_mask"], torch.ones(4, 2, dtype=torch.long)], 1)
+        labels = longer["input_ids"].masked_fill(torch.arange(longer["input_ids"].shape[1]) < 0, 0).clone()
+        labels[:, :-2] = -100
+        found = model._first_tokens(longer, labels, weights)
+        padded = {**longer, "attention_mask": longer["attention_mask"].clone()}
+        padded["attention_mask"][:, -2:] = 0
+        torch.testing.assert_close(model._first_tokens(padded, None, weights), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+# ---- what is made of it
+
+
+@pytest.mark.parametrize("backbone", CONTINUING)
+@torch.no_grad()
+def test_outputs_say_how_far_they_can_be_relied_on(backbone):
+    model = calibrated(backbone)
+    batch = tiny.clean_samples(count=8, size=8, seed=3)[0]
+    out = told(model, batch)
+    assert out.reliability.shape == (8,)
+    assert (out.reliability >= 0).all()
+    assert (out.reliability <= 1).all()
+    assert out.reliability.std() > 0
+    generated = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    torch.testing.assert_close(generated.reliability, out.reliability, rtol=1e-4, atol=1e-5)
+    beams = model.generate(**batch, max_new_tokens=3, num_beams=2, do_sample=False, return_dict_in_generate=True)
+    torch.testing.assert_close(beams.reliability, out.reliability, rtol=1e-4, atol=1e-5)
+    for place in range(2):
+        one = told(model, tiny.row(batch, place))
+        torch.testing.assert_close(one.reliability[0], out.reliability[place], rtol=1e-3, atol=1e-4)
+    # without a calibration of the third level, and where the prompt holds the answer, nothing is known
+    assert told(tiny.build(backbone).eval(), batch).reliability is None
+    assert model(**batch, labels=batch["input_ids"]).reliability is None
+    assert told(model, {**batch, "modality_weights": torch.full((8, 2), 0.5)}).reliability is None
+    threshold = model.abstention_threshold(0.5)
+    assert 0 <= threshold <= model.abstention_threshold(0.1)
+
+
+def test_it_travels_with_the_checkpoint(tmp_path):
+    model = calibrated("llava-llama")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    batch = tiny.clean_samples(count=8, size=8, seed=3)[0]
+    assert torch.equal(told(loaded, batch).reliability, told(model, batch).reliability)
+    assert loaded.abstention_threshold(0.3) == model.abstention_threshold(0.3)
+    # one that was calibrated before there was a third level is as it was
+    state, part = load_file(tmp_path / "model.safetensors"), "dms.calibration.reliability."
+    older = {name: value for name, value in state.items() if part not in name}
+    save_file(older, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    out = told(loaded, batch)
+    assert out.reliability is None
+    assert torch.equal(out.modality_weights, told(model, batch).modality_weights)
+    del state[f"{part}coefficients"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights.*reliability\.coefficients"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_lower_levels_and_classes_that_do_not_answer_know_nothing_of_it():
+    model = tiny.build("llava-llama")
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
+    assert model.dms.calibration.is_calibrated
+    assert not model.dms.calibration.reliability.count
+    with pytest.raises(ValueError, match="level 3"):
+        model.abstention_threshold(0.1)
+    # one that was fitted before is gone: it was fitted to another calibration
+    model.calibrate(tiny.clean_samples(), show_progress=False)
+    assert model.dms.calibration.reliability.count > 0
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
+    assert not model.dms.calibration.reliability.count
+    retrieval = tiny.build("retrieval")
+    retrieval.calibrate([tiny.image_first(batch) for batch in tiny.clean_samples()], show_progress=False)
+    assert retrieval.dms.calibration.is_calibrated
+    assert not retrieval.dms.calibration.reliability.count

@@ -1,0 +1,73 @@
+"""Reliability: its numbers are finite whatever the inputs, a second look compares answers, abstention keeps a risk."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_dms.weigh.reliability import MOST, abstention_threshold, reliability_numbers
+from modeling_dms.weigh.second_look import FIRST_TOKENS, first_tokens_compared, log_odds
+
+
+bounded = settings(max_examples=25, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+
+
+def drawn(seed, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@bounded
+@given(seed=seeds, words=st.integers(2, 9), sharp=st.sampled_from([0.1, 1.0, 50.0, 1e4]))
+def test_any_distributions_give_finite_numbers(seed, words, sharp):
+    image, text, both = (sharp * drawn(seed, 3, 4, words)).softmax(-1)
+    numbers = first_tokens_compared(image, text, both)
+    assert numbers.shape == (4, FIRST_TOKENS)
+    assert numbers.isfinite().all()
+    same = first_tokens_compared(both, both, both)
+    # each is as sure of the others' token as of its own, and they overlap whole
+    torch.testing.assert_close(same[:, :9], log_odds(both.amax(-1))[:, None].expand(-1, 9))
+    assert (same[:, 9:] == log_odds(torch.ones(()))).all()
+
+
+def test_what_is_compared_stands_where_it_is_named():
+    image, text, both = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.6, 0.3]], [[0.3, 0.3, 0.4]]])
+    numbers = first_tokens_compared(image, text, both)[0].sigmoid()
+    expected = [0.7, 0.2, 0.1, 0.1, 0.6, 0.3, 0.3, 0.3, 0.4, 0.1 + 0.2 + 0.1, 0.3 + 0.2 + 0.1, 0.1 + 0.3 + 0.3]
+    torch.testing.assert_close(numbers, torch.tensor(expected))
+
+
+def test_evidence_counts_up_to_a_limit():
+    numbers = reliability_numbers(torch.tensor([0.5, 1.0]), torch.tensor([[1.0, 1e-30], [0.5, 1.0]]))
+    assert numbers[0].tolist() == [0, 0, MOST]
+    assert numbers[1].isfinite().all()
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.1, 0.3])
+def test_no_more_than_the_risk_is_answered_wrongly(risk):
+    """Over many calibration sets, and close to it, so that no more than needed is left unanswered."""
+    count, shares = 200, []
+    for seed in range(200):
+        reliability = drawn(seed, 2 * count)
+        # told less surely than it says
+        agrees = (drawn(seed + 1000, 2 * count) < 0.2 + 0.8 * reliability).float()
+        threshold = abstention_threshold(reliability[:count], agrees[:count], risk)
+        given = reliability[count:] >= threshold
+        shares.append(float((given & (agrees[count:] == 0)).float().mean()))
+    mean = sum(shares) / len(shares)
+    assert risk - 3 / count - 0.005 <= mean <= risk + 0.003
+
+
+def test_edges_of_abstention():
+    reliability = torch.tensor([0.9, 0.8, 0.8, 0.1])
+    assert abstention_threshold(reliability, torch.ones(4), 0.3) == 0
+    # one of four and the new one: too many, whatever is answered
+    assert abstention_threshold(reliability, torch.ones(4), 0.1) == torch.inf
+    # samples of one reliability go together
+    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), 0.3) == pytest.approx(0.9)
+    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), 0.4) == pytest.approx(0.8)
+    for risk in (0, 1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="risk must lie between 0 and 1"):
+            abstention_threshold(reliability, torch.ones(4), risk)
+    with pytest.raises(ValueError, match="level 3"):
+        abstention_threshold(torch.zeros(0), torch.zeros(0), 0.1)
