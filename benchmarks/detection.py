@@ -112,7 +112,7 @@ def look(model: Any, collator: PromptCollator, samples: Sequence[Sample], in_pro
     if not in_prompt:
         model._text_within = lambda *_: None
     for start in range(0, len(samples), BATCH):
-        records, _, _, read = model._calibration_batch(collator(samples[start : start + BATCH]), 1, generator)
+        records, _, _, read, _ = model._calibration_batch(collator(samples[start : start + BATCH]), 1, generator)
         found.append([*records, read])
     if not in_prompt:
         del model._text_within
@@ -407,7 +407,9 @@ class Run:
     def collected(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tuple[Data, dict[str, Tensor]]:
         """What a calibration is fitted to, and the range of the pixels."""
         batches = (collator(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH))
-        return model._calibration_data(batches, 2, len(samples), True), model.dms.calibration.pixels.state_dict()
+        return model._calibration_data(batches, 2, len(samples), True, 0)[
+            :4
+        ], model.dms.calibration.pixels.state_dict()
 
     def section(self) -> list[str]:
         """Clean samples, kinds of damage, mismatches."""
