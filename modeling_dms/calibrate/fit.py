@@ -363,8 +363,8 @@ def _fit_agreement(
         folds_of_all: of all samples.
 
     Returns:
-        The p-values of the pairs of `answers`, by fits that their images took no part in; `None` where consistency tells
-        nothing of them.
+        The p-values of the pairs of `answers`, by fits that their images took no part in; `None` where consistency
+        tells nothing of them.
     """
     consistency = None if answers is None else torch.zeros(len(answers.sources))
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
