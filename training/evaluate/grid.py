@@ -128,7 +128,7 @@ class Cell:
 
     Attributes:
         method, condition, seed: which.
-        metrics: by name, (n,) each; `score` is the task's main one.
+        metrics: by name, (n,) each; `score` is the task's main one, `reliability` what a method says of its answers.
         weights: (n, M), `None` for a method without.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
             methods, and answers of methods that weigh a whole batch alike found once, and counted for each.
@@ -205,7 +205,7 @@ def run_condition(
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)
     chosen = methods_of(methods, condition)
-    own: list[tuple[int, str, list[dict[str, Any]], list | None, float]] = []
+    own: list[tuple[int, str, list[dict[str, Any]], list | None, float, list | None]] = []
     unfit: list[tuple[str, str]] = []
     starts = range(0, len(corrupted), batch_size)
     for number, start in enumerate(starts):
@@ -225,7 +225,8 @@ def run_condition(
             vanilla = not hasattr(model, "families_left_out")
             with contextlib.nullcontext() if vanilla else model.families_left_out(condition.unseen_families):
                 decision = method.decide(model, batch)
-            deciding = time.perf_counter() - began
+                deciding = time.perf_counter() - began
+                trust = method.reliability(model, batch)
             weights = None if (given := method.weights(decision)) is None else given.tolist()
             # methods that have weights answer by these alone
             known = None if weights is None else by_weights.get(str(weights))
@@ -234,7 +235,8 @@ def run_condition(
                 known = task.answer(method, model, batch, decision), time.perf_counter() - began
                 if weights is not None:
                     by_weights[str(weights)] = known
-            own.append((number, method.name, known[0], weights, encoding + deciding + known[1]))
+            reliability = None if trust is None else trust.tolist()
+            own.append((number, method.name, known[0], weights, encoding + deciding + known[1], reliability))
     rows = sorted(gather_object(own), key=lambda row: row[0])
     failed |= dict(gather_object(unfit))
     if not rows:
@@ -248,6 +250,8 @@ def run_condition(
         answers = [answer for row in mine for answer in row[2]]
         weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
         metrics = task.scores(answers, answered)
+        if mine[0][5] is not None:
+            metrics["reliability"] = np.array([trust for row in mine for trust in row[5]])
         if failed or not measured.all():
             kept = [place for place, sample in enumerate(samples) if measured[place] and sample.id not in failed]
             metrics = {name: _spread(values, kept, len(samples), 0.0) for name, values in metrics.items()}

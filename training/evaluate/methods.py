@@ -59,8 +59,7 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
     """
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no language model that could continue a prompt")
-    unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
-    inputs = {name: value for name, value in prompt.items() if name not in unused}
+    inputs = _inputs(prompt)
     language, rows = model.config.get_text_config(), len(prompt["input_ids"])
     if language.is_encoder_decoder:
 
@@ -109,6 +108,10 @@ class Method:
         """From prompts without answers: here the modality weights (B, M)."""
         ids = prompt["input_ids"]
         return torch.full((len(ids), len(MODALITIES)), 1 / len(MODALITIES), device=ids.device)
+
+    def reliability(self, model: PreTrainedModel, prompt: Batch) -> Tensor | None:
+        """How far the answers can be relied on, (B,) in [0, 1]; `None` for a method that does not tell."""
+        return None
 
     def weights(self, decision: Tensor) -> Tensor | None:
         """Modality weights (B, M), `None` for a method that has none."""
@@ -227,9 +230,25 @@ class Scheduled(Method):
             raise ValueError(
                 f"{self.name}: a model with scheduler='uniform' computes no signals; load it with another scheduler"
             )
-        unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
         with scheduled_by(model, self.scheduler):
-            return model.get_modality_weights(**{name: v for name, v in prompt.items() if name not in unused})[0]
+            return model.get_modality_weights(**_inputs(prompt))[0]
+
+    def reliability(self, model: PreTrainedModel, prompt: Batch) -> Tensor | None:
+        if not model.dms.calibration.reliability.count > 0:
+            return None
+        inputs, language = _inputs(prompt), model.config.get_text_config()
+        if language.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.full_like(prompt["input_ids"][:, :1], language.decoder_start_token_id)
+        else:
+            inputs["logits_to_keep"] = 1
+        with scheduled_by(model, self.scheduler):
+            return model(**inputs).reliability
+
+
+def _inputs(prompt: Batch) -> Batch:
+    """What a model takes of a batch."""
+    unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
+    return {name: value for name, value in prompt.items() if name not in unused}
 
 
 @contextlib.contextmanager

@@ -156,6 +156,8 @@ def _group_row(results: Results, group: str, method: str, wanted: Callable) -> d
         confidence = results.array(method, wanted, "confidence")
         row["aurc"] = aurc(confidence[some], own[some])
         row["ece"] = expected_calibration_error(confidence[some], own[some])
+    if "reliability" in results.chosen(method, wanted)[0].metrics and np.isin(own, (0, 1)).all():
+        row["aurc_reliability"] = aurc(results.array(method, wanted, "reliability")[some], own[some])
     return row
 
 
@@ -272,7 +274,7 @@ def render(results: dict[str, Any]) -> str:
         parts.append(f"Chosen on validation or training data: {shown}.")
     for group in dict.fromkeys(row["group"] for row in numbers["groups"]):
         rows = [row for row in numbers["groups"] if row["group"] == group]
-        body = []
+        told, body = any("aurc_reliability" in row for row in rows), []
         for row in rows:
             low, high = row["interval"]
             gap = None if row["method"] in (STATIC, ORACLE) else row["gap_closed"]
@@ -284,9 +286,11 @@ def render(results: dict[str, Any]) -> str:
                     share(gap),
                     _number(row.get("aurc")),
                     _number(row.get("ece")),
+                    *([_number(row.get("aurc_reliability"))] if told else []),
                 ]
             )
         head = ("method", run["metric"], "- static, points", "gap closed", "AURC", "ECE")
+        head += ("AURC, reliability",) * told
         parts.append(f"## {group}: {rows[0]['conditions']} condition(s)\n\n{table(head, body)}")
     if numbers["against"] is not None:
         dms, minus, clean = (numbers["against"][name] for name in ("dms", "minus", "clean"))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
-from modeling_dms.training.data import load_easy_vqa
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.data.samples import SPLITS, split_readable
 from modeling_dms.training.evaluate import baselines, grid
 from modeling_dms.training.evaluate.baselines import METHODS, fit_scheduler, make_methods, record, scorer
@@ -27,6 +27,7 @@ from modeling_dms.training.evaluate.methods import GRIDS, AdaptVis, ContrastiveD
 from modeling_dms.training.evaluate.report import Results, render, summarize
 from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of, evaluate, one_per_image
 from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 from modeling_dms.weigh.scheduler import ModalityScheduler
 from tests import tiny
@@ -82,6 +83,24 @@ def test_methods_that_weigh_a_batch_alike_answer_it_once(vqa, monkeypatch):
     assert asked == ["static", "other", "AdaptVis"] * 2
     for one, other in zip(together, alone, strict=True):
         same(one, other)
+
+
+def test_schedulers_say_how_far_their_answers_can_be_relied_on(vqa):
+    _, task, samples = vqa
+    model, processor = load("demo-llava")
+    calibrate(model.eval(), PromptCollator(processor), load_easy_vqa("train"), 60, max_asked=40)
+    scheduler = baselines._like(model, scheduler="rule", conflict_prior="learned")
+    methods = [Method(), Scheduled("rule"), Scheduled("second look", scheduler)]
+    static, rule, looked = run_condition(model, task, methods, samples, BLACK, 0, 5)
+    assert "reliability" not in static.metrics
+    for cell in (rule, looked):
+        assert ((cell.metrics["reliability"] > 0) & (cell.metrics["reliability"] < 1)).all()
+    # a black image is believed in neither case, and a second look leaves it no weight at all where answers differ
+    assert (rule.weights[:, 0] < 0.1).mean() > 0.9
+    assert set(looked.weights.round(3).ravel()) <= {0, 0.5, 1}
+    assert not np.array_equal(rule.metrics["reliability"], looked.metrics["reliability"])
+    again = run_condition(model, task, methods, samples, BLACK, 0, 14)
+    np.testing.assert_allclose(again[2].metrics["reliability"], looked.metrics["reliability"], atol=1e-4)
 
 
 def test_the_oracle_is_told_the_damaged_modality_and_takes_the_better_weights(vqa):
@@ -792,6 +811,20 @@ def test_numbers_by_hand():
     assert {row["method"]: row["ratio"] for row in numbers["cost"]} == {"static": 1, "rule": 1, "oracle": 1}
     with pytest.raises(ValueError, match="static"):
         Results([cell("rule", CLEAN, 0, [1])])
+
+
+def test_reliability_orders_answers_as_a_confidence_does():
+    trusted = cell("rule", CLEAN, 0, [0, 1, 1, 1])
+    trusted.metrics["reliability"] = np.array([0.1, 0.2, 0.3, 0.4])
+    cells = [cell("static", CLEAN, 0, [0, 1, 1, 1], None, [0.9, 0.2, 0.3, 0.4]), trusted]
+    numbers = summarize(cells)
+    static, rule = numbers["groups"]
+    assert rule["aurc_reliability"] == pytest.approx(1 / 16)
+    assert "aurc_reliability" not in static
+    run = {"model": "m", "metric": "VQA accuracy", "command": "dms evaluate", "samples": 4, "split": "test"}
+    run |= {"data": "d", "seeds": [0], "failed": {}, "chosen": {}}
+    assert "AURC, reliability" in render({"run": run, "results": numbers})
+    assert "AURC, reliability" not in render({"run": run, "results": summarize(cells[:1])})
 
 
 def test_no_error_of_a_metric_without_an_upper_end():
