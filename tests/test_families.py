@@ -152,6 +152,8 @@ def test_calibration_sees_damage(family):
     out, broken = (model(**b).modality_signals.p_clean[:, 0].log().neg() for b in (batch, families.repainted(batch)))
     assert (broken > out).all()
     assert (broken > 0).all()
+    assert model.dms.calibration.reliability.count > 0
+    assert ((model(**batch).reliability > 0) & (model(**batch).reliability < 1)).all()
 
 
 def test_flattened_patches_are_put_together_as_the_processor_took_them_apart():
@@ -304,7 +306,7 @@ def test_a_checkpoint_is_loaded_calibrated_and_asked_as_dms_commands_do(family, 
         Sample(id=str(i), image=picture(8, 8, i), context=words[i % 3], question="what ?", answers=("red",))
         for i in range(60)
     ]
-    report = calibrate(model, collator, samples, 60, show_progress=False)
+    report = calibrate(model, collator, samples, 60, show_progress=False, level=2)
     assert report.samples == {"vision": 60, "text": 60}
     batch = collator(samples[:2])
     decision = Scheduled().decide(model, batch)

@@ -115,7 +115,7 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 def _model(**dms):
     """Calibrated and "trained". No contrastive loss: its negatives are the rest of the process's own batch."""
     model = tiny.build("llava-llama", scheduler="learned", stirred=True, lambda_consistency=0, **dms)
-    model.calibrate(tiny.clean_samples(), show_progress=False)
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
     return model.train()
 
 

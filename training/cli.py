@@ -223,7 +223,7 @@ def calibrate(
     asked: Annotated[
         int,
         typer.Option(min=0, help="Samples of which it is asked what it would answer if they were damaged; 0: none."),
-    ] = 200,
+    ] = 100,
 ) -> None:
     """Fits what clean data look like, and how far answers can be relied on.
 

@@ -43,7 +43,7 @@ class CalibrationMixin(CounterfactualMixin):
         max_samples: int = 1000,
         show_progress: bool = True,
         leave_out: Sequence[str] = (),
-        max_asked: int = 200,
+        max_asked: int = 100,
     ) -> CalibrationReport:
         """Fits how clean samples look, from level 2 on what tells damage from them, and at level 3 how far answers can
         be relied on. No labels, no gradients.

@@ -41,7 +41,7 @@ def answer(model, inputs):
 
 def calibrate(backbone, **dms):
     model = tiny.build(backbone, false_alarm_rate=RATE, **dms)
-    return model, model.calibrate(samples(backbone), show_progress=False)
+    return model, model.calibrate(samples(backbone), level=2, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_other_schedulers_see_what_was_calibrated():
 def test_missing_modalities_mixed_in(backbone):
     model = tiny.build(backbone, false_alarm_rate=RATE)
     batches = tiny.clean_samples(count=120, missing=True)
-    report = model.calibrate(batches, show_progress=False)
+    report = model.calibrate(batches, level=2, show_progress=False)
     assert report.samples == {"vision": 80, "text": 80}
     inputs = fresh(backbone, count=30, missing=True)
     out = answer(model, inputs)
@@ -237,7 +237,7 @@ def test_modality_mask_leaves_stand_ins_out():
         batch["pixel_values"][absent] = 0
         batch["modality_mask"] = torch.stack([~absent, torch.ones_like(absent)], 1)
     model = tiny.build("llava-llama", false_alarm_rate=RATE)
-    report = model.calibrate(batches, show_progress=False)
+    report = model.calibrate(batches, level=2, show_progress=False)
     assert report.samples == {"vision": 90, "text": 120}
     blank = {**fresh("llava-llama"), "pixel_values": torch.zeros(128, 3, 8, 8)}
     assert (answer(model, blank).modality_signals.p_clean[:, 0] <= RATE / 2).float().mean() > 0.9
@@ -269,7 +269,7 @@ def test_everything_else_is_untouched():
     copies = [{name: value.clone() for name, value in batch.items()} for batch in batches]
     torch.manual_seed(4)
     state = torch.get_rng_state()
-    model.calibrate(batches, show_progress=False)
+    model.calibrate(batches, level=2, show_progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == flags
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
@@ -306,9 +306,9 @@ def test_calibration_is_deterministic(backbone, calibrated):
     assert_same(buffers(again), buffers(model))
     assert str(again_report) == str(report)
     # a second calibration starts anew
-    again.calibrate((tiny.noisy(batch) for batch in samples(backbone)), show_progress=False)
+    again.calibrate((tiny.noisy(batch) for batch in samples(backbone)), level=2, show_progress=False)
     assert not torch.equal(buffers(again)["modalities.0.mean"], buffers(model)["modalities.0.mean"])
-    again.calibrate(samples(backbone), show_progress=False)
+    again.calibrate(samples(backbone), level=2, show_progress=False)
     assert_same(buffers(again), buffers(model))
 
 
@@ -341,7 +341,7 @@ def test_a_calibration_of_version_0_1_is_none(calibrated, tmp_path, caplog):
         out = answer(loaded, tiny.noisy(fresh(backbone)))
     assert "calibrated by modeling_dms 0.1" in caplog.text
     assert (out.modality_weights == 0.5).all()
-    loaded.calibrate(samples(backbone), show_progress=False)
+    loaded.calibrate(samples(backbone), level=2, show_progress=False)
     assert (answer(loaded, tiny.noisy(fresh(backbone))).modality_weights[:, 0] < 0.5).float().mean() > 0.9
 
 
@@ -353,7 +353,7 @@ def test_it_streams_and_stops():
             served.append(seed)
             yield tiny.clean_samples(count=32, seed=seed)[0]
 
-    report = tiny.build("llava-llama").calibrate(stream(), max_samples=64, show_progress=False)
+    report = tiny.build("llava-llama").calibrate(stream(), level=2, max_samples=64, show_progress=False)
     assert report.samples == {"vision": 64, "text": 64}
     assert len(served) == 2
 
@@ -365,7 +365,7 @@ def test_a_family_is_left_out_by_calibration_or_afterwards_alike(calibrated):
     model, _ = calibrated("llava-llama")
     out = ("noise", "shuffle")
     twin = tiny.build("llava-llama", false_alarm_rate=RATE)
-    report = twin.calibrate(samples("llava-llama"), show_progress=False, leave_out=out)
+    report = twin.calibrate(samples("llava-llama"), level=2, show_progress=False, leave_out=out)
     inputs = tiny.noisy(random_words(fresh("llava-llama")), 0.1)
     whole, without = answer(model, inputs), answer(twin, inputs)
     with model.families_left_out(out):
@@ -442,7 +442,7 @@ def test_too_few_samples():
     few = tiny.clean_samples(count=64)
     few[1]["modality_mask"] = torch.tensor([[True, False]] * 32)
     refused(model, few, "32 samples with text.*50")
-    model.calibrate(tiny.clean_samples(count=50), show_progress=False)
+    model.calibrate(tiny.clean_samples(count=50), level=2, show_progress=False)
     refused(model, tiny.clean_samples(count=49), "49 samples")
 
 

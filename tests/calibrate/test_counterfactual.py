@@ -147,6 +147,12 @@ def test_it_travels_with_the_checkpoint(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def test_the_same_data_give_the_same_reliability():
+    first, second = calibrated("llava-llama"), calibrated("llava-llama")
+    for name, value in first.dms.calibration.reliability.state_dict().items():
+        assert torch.equal(second.dms.calibration.reliability.state_dict()[name], value), name
+
+
 def test_lower_levels_and_classes_that_do_not_answer_know_nothing_of_it():
     model = tiny.build("llava-llama")
     model.calibrate(tiny.clean_samples(), level=2, show_progress=False)

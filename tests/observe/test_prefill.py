@@ -94,7 +94,7 @@ def test_a_flagged_image_steers_the_pass_and_what_is_generated(family, models):
 @torch.no_grad()
 def test_only_suspicious_texts_are_read_alone(backbone):
     model = tiny.build(backbone, false_alarm_rate=0.05)
-    model.calibrate(tiny.clean_samples(), show_progress=False)
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
     batch = tiny.clean_samples(count=24, size=24, seed=3)[0]
     batch["input_ids"][:6, -6:] = 60 + torch.arange(6)  # words that clean texts never hold
     with readings(model) as found:

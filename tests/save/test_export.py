@@ -84,7 +84,7 @@ def exported(tmp_path_factory):
     for backbone in BACKBONES:
         model = tiny.build(backbone, scheduler="learned", stirred=True)
         if backbone != "retrieval":
-            model.calibrate(tiny.clean_samples(), show_progress=False)
+            model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
         model.save_pretrained(root / backbone)
         inputs = tiny.prompts(backbone, "mixed", "left")
         weights = tiny.uneven(len(inputs["input_ids"]))

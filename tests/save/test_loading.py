@@ -147,7 +147,7 @@ def saved(tmp_path_factory):
         if backbone not in made:
             model = tiny.build(backbone, scheduler="learned", stirred=True)
             if backbone != "retrieval":
-                model.calibrate(tiny.clean_samples(), show_progress=False)
+                model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
             directory = tmp_path_factory.mktemp(backbone)
             model.save_pretrained(directory)
             made[backbone] = model, directory

@@ -31,7 +31,7 @@ def run_calibration(
     count: int = 1000,
     dms: dict | None = None,
     leave_out: Sequence[str] = (),
-    max_asked: int = 200,
+    max_asked: int = 100,
 ) -> Any:
     """Calibrates a checkpoint on `count` clean training images of `data` and saves it, an adapter as an adapter, with
     what it sees of damage in `calibration.txt` and `calibration.png`.

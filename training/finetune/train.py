@@ -96,8 +96,10 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         with_ids=True,
     )
     samples = kept(samples, collator.split_askable, UNASKABLE)
+    moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
-        calibrate(model, collator, samples, data.calibration_samples, show_progress)
+        # how far answers can be relied on is asked at the end
+        calibrate(model, collator, samples, data.calibration_samples, show_progress, level=2 if moves else 3)
     trained = prepare(
         model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets, choices.save_bridge
     )
@@ -110,16 +112,15 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
         callbacks=[EpochCallback()],
     )
     trainer.request = request
-    moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
 
-    def calibrate_again() -> None:
-        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress=False)
+    def calibrate_again(level: int = 2) -> None:
+        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress=False, level=level)
 
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if moves:
-        calibrate_again()
+        calibrate_again(level=3)
     trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
     if training.should_save:
         log = run / "log.json"

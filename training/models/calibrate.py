@@ -19,7 +19,7 @@ def calibrate(
     show_progress: bool = True,
     level: int = 3,
     leave_out: Sequence[str] = (),
-    max_asked: int = 200,
+    max_asked: int = 100,
 ) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on samples of distinct images, evenly spread over the data:
     the first ones of a sorted set would be of one kind.

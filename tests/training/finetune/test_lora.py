@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
     for backbone, targets in TARGETS.items():
         base_directory, adapter_directory = root / backbone / "base", root / backbone / "adapter"
         base = tiny.build(backbone, scheduler="learned")
-        base.calibrate(tiny.clean_samples(), show_progress=False)
+        base.calibrate(tiny.clean_samples(), level=2, show_progress=False)
         base.save_pretrained(base_directory)
         base = tiny.realigned(AutoModelForImageTextToText.from_pretrained(base_directory))
         torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_calibration_of_an_adapted_model_is_saved_with_the_adapter(tmp_path):
     base.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=4, target_modules=TARGETS["llava-llama"], modules_to_save=["dms"])
     model = get_peft_model(base, config).eval()
-    model.calibrate(tiny.clean_samples(), show_progress=False)
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
     model.save_pretrained(tmp_path / "adapter")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     again = tiny.realigned(PeftModel.from_pretrained(again, tmp_path / "adapter").eval())
