@@ -51,7 +51,7 @@ REPLACED = {
 
 # behind commands, so that they take seconds
 SMALL = {
-    "calibrate": "--samples 60",
+    "calibrate": "--samples 60 --asked 32",
     "train": "--max_steps 2 --per_device_train_batch_size 2 --max_samples 1000 --calibration_samples 60 "
     "--use_cpu true --report_to none",
     "evaluate": "--samples 3 --seeds 1 --severities 5 --kinds image:fog,text:typos --training-samples 20 "
