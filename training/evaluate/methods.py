@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +234,7 @@ class Scheduled(Method):
             return model.get_modality_weights(**_inputs(prompt))[0]
 
     def reliability(self, model: PreTrainedModel, prompt: Batch) -> Tensor | None:
-        if not model.dms.calibration.reliability.count > 0:
+        if not cast(Any, model).dms.calibration.reliability.count > 0:
             return None
         inputs, language = _inputs(prompt), model.config.get_text_config()
         if language.is_encoder_decoder:
