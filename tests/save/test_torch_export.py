@@ -64,7 +64,8 @@ def dynamic(backbone):
 @torch.no_grad()
 def exported(backbone, **choices):
     """A calibrated model and its program."""
-    tensors = Tensors(tiny.calibrated(backbone, **choices)).eval()
+    # one of its own: of a model that has run in several threads, the length of the prompts counts as fixed
+    tensors = Tensors(tiny.calibrated.__wrapped__(backbone, **choices)).eval()
     return tensors, export(tensors, inputs(), dynamic_shapes=dynamic(backbone))
 
 

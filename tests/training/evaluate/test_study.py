@@ -29,7 +29,7 @@ CLEAN, BLANK = Condition("clean", "clean"), Condition("image:black", "unseen ima
 def calibrated():
     model, processor = load("demo-llava", {"scheduler": "rule"})
     collator = PromptCollator(processor)
-    calibrate(model.eval(), collator, load_easy_vqa("train"), 60, show_progress=False)
+    calibrate(model.eval(), collator, load_easy_vqa("train"), 60, show_progress=False, level=2)
     return model, collator
 
 
