@@ -407,9 +407,8 @@ class Run:
     def collected(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tuple[Data, dict[str, Tensor]]:
         """What a calibration is fitted to, and the range of the pixels."""
         batches = (collator(samples[start : start + BATCH]) for start in range(0, len(samples), BATCH))
-        return model._calibration_data(batches, 2, len(samples), True, 0)[
-            :4
-        ], model.dms.calibration.pixels.state_dict()
+        found = model._calibration_data(batches, 2, len(samples), True, 0)[:4]
+        return found, model.dms.calibration.pixels.state_dict()
 
     def section(self) -> list[str]:
         """Clean samples, kinds of damage, mismatches."""

@@ -128,16 +128,17 @@ def section(name: str, found: dict[str, dict[str, np.ndarray]], kept: np.ndarray
     rows = []
     for risk in RISKS:
         for place, look in enumerate(PRIORS):
-            own = kept[:, 2 * place : 2 * place + 2]
+            own = kept[:, [2 * place, 2 * place + 1, -1]]
             shares, answered = [], []
             for seed in range(SPLITS):
-                order = np.random.default_rng(seed).permutation(len(own))
-                here, there = own[order[: len(own) // 2]], own[order[len(own) // 2 :]]
-                threshold = abstention_threshold(torch.tensor(here[:, 0]), torch.tensor(here[:, 1]), risk)
+                drawn = np.random.default_rng(seed).permutation(np.unique(own[:, 2]))
+                half = np.isin(own[:, 2], drawn[: len(drawn) // 2])
+                here, there = own[half], own[~half]
+                threshold = abstention_threshold(*torch.tensor(here).T, risk)
                 given = there[:, 0] >= threshold
                 shares.append((given & (there[:, 1] == 0)).mean())
                 answered.append(given.mean())
-            threshold = abstention_threshold(torch.tensor(own[:, 0]), torch.tensor(own[:, 1]), risk)
+            threshold = abstention_threshold(*torch.tensor(own).T, risk)
             of = np.concatenate([one[look] for one in found.values()])
             given = of[:, 3] >= threshold
             wrong = (given & (of[:, 0] < 0.5)).mean()
@@ -148,7 +149,7 @@ def section(name: str, found: dict[str, dict[str, np.ndarray]], kept: np.ndarray
     told = (
         "A caller that abstains below `model.abstention_threshold(risk)`: the share of samples that are answered, and "
         f"answered wrongly, among those that calibration itself has damaged ({SPLITS} random halves, one for the "
-        "threshold and one to measure), and among those above."
+        "threshold and one to measure, all copies of a sample in one), and among those above."
     )
     heads = ("risk", "look", "wrong", "answered", "wrong, above", "answered, above")
     return [f"## {name}", table(head, lines), told, table(heads, rows)]

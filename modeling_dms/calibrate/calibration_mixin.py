@@ -144,8 +144,8 @@ class CalibrationMixin(CounterfactualMixin):
         """
         trust = self.dms.calibration.reliability
         looks = 2 * (self.config.dms_config.conflict_prior == "learned")
-        kept = trust.kept[: int(trust.count), looks : looks + 2].cpu()
-        return abstention_threshold(kept[:, 0], kept[:, 1], risk)
+        kept = trust.kept[: int(trust.count)].cpu()
+        return abstention_threshold(kept[:, looks], kept[:, looks + 1], kept[:, -1], risk)
 
     @contextlib.contextmanager
     def families_left_out(self, families: Sequence[str]) -> Iterator[None]:

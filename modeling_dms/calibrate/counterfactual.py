@@ -12,7 +12,6 @@ from modeling_dms.weigh.second_look import BOTH, IMAGE_ALONE, TEXT_ALONE, first_
 
 
 NONE = -1  # the family of what is not damaged
-LOWERED = 0.01  # the weight of what is damaged, as the rule has it
 # weights of image and text; where the answer to a source alone is asked for, the other has none
 WEIGHTS = {IMAGE_ALONE: (1.0, 0.0), TEXT_ALONE: (0.0, 1.0), BOTH: (0.5, 0.5)}
 
@@ -144,12 +143,12 @@ class CounterfactualMixin:
             rows: (B,), which of them have all sources.
             first: the place of the first among the samples of the calibration.
         """
-        count, found, truth = len(rows), [], None
+        count, found, truth, low = len(rows), [], None, self.config.dms_config.weight_floor
         places = rows.nonzero()[:, 0]
         for copy in copies:
             inputs, asked, (image, text) = {**clean, **copy.changed}, dict(WEIGHTS), copy.families
             if (image == NONE) != (text == NONE):
-                asked[len(asked)] = (1 - LOWERED, LOWERED) if image == NONE else (LOWERED, 1 - LOWERED)
+                asked[len(asked)] = (1 - low, low) if image == NONE else (low, 1 - low)
             device = clean["input_ids"].device
             said = [
                 self._first_tokens(inputs, labels, torch.tensor([asked[answer]], device=device).expand(count, -1))

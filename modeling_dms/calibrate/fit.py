@@ -204,8 +204,10 @@ def _fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold
         best, believed = reliability.looked(answers.numbers, p).max(1)
         second = torch.where(looks, answers.agrees[rows, believed], agrees)
         kept[held] = torch.stack([first, agrees, torch.where(looks, best, first), second], 1)[held]
-    chosen = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[: len(reliability.kept)]
-    reliability.kept.zero_()[: len(chosen)] = kept[chosen]
+    # all copies of a sample together
+    sample = answers.sources[:, 0].float()
+    chosen = sample.argsort(stable=True)[: len(reliability.kept)]
+    reliability.kept.zero_()[: len(chosen)] = torch.cat([kept, sample[:, None]], 1)[chosen]
     reliability.count.fill_(float(len(chosen)))
 
     def told(confidence: Tensor, right: Tensor) -> float:

@@ -283,8 +283,8 @@ class Reliability(Statistics):
                 "look_scale": (look,),
                 "look_coefficients": (3, look + 1),
                 # of samples that calibration damaged and took no account of: reliability, and whether the answer
-                # agrees, without a second look and with it
-                "kept": (REMEMBERED, 4),
+                # agrees, without a second look and with it, and which sample it is a copy of
+                "kept": (REMEMBERED, 5),
                 "count": (),
             }
         )

@@ -29,13 +29,15 @@ def reliability_numbers(sureness: Tensor, p_values: Tensor) -> Tensor:
     return torch.cat([sure, -p_values.log().clamp_min(-MOST)], 1)
 
 
-def abstention_threshold(reliability: Tensor, agrees: Tensor, risk: float) -> float:
+def abstention_threshold(reliability: Tensor, agrees: Tensor, samples: Tensor, risk: float) -> float:
     """The lowest threshold at which answers that are both given and wrong are at most a share `risk` of new samples,
     on average over calibration sets, where a sample is answered if its reliability is at least the threshold.
 
     Args:
         reliability: (n,), of samples that took no part in the fit of what gives it.
         agrees: (n,), 1 where the answer is right, else 0.
+        samples: (n,), numbers of the samples, of which each may stand there in several copies. Copies of one sample
+            are no independent ones: the mean of them counts.
         risk: above 0 and below 1.
 
     Returns:
@@ -50,8 +52,9 @@ def abstention_threshold(reliability: Tensor, agrees: Tensor, risk: float) -> fl
         raise ValueError("no calibrated reliability: run `model.calibrate` at level 3")
     order = reliability.argsort(descending=True)
     given, wrong = reliability[order], 1 - agrees[order].float()
-    # of n samples and a new one, which may be wrong
-    held = (wrong.cumsum(0) + 1) / (len(wrong) + 1) <= risk
+    _, number, copies = samples[order].unique(return_inverse=True, return_counts=True)
+    # of all samples and a new one, which may be wrong
+    held = ((wrong / copies[number]).cumsum(0) + 1) / (len(copies) + 1) <= risk
     # samples of one reliability are answered together
     last = torch.cat([given[1:] != given[:-1], torch.ones(1, dtype=torch.bool)])
     fine = (held & last).nonzero()[:, 0]

@@ -51,23 +51,39 @@ def test_no_more_than_the_risk_is_answered_wrongly(risk):
         reliability = drawn(seed, 2 * count)
         # told less surely than it says
         agrees = (drawn(seed + 1000, 2 * count) < 0.2 + 0.8 * reliability).float()
-        threshold = abstention_threshold(reliability[:count], agrees[:count], risk)
+        threshold = abstention_threshold(reliability[:count], agrees[:count], torch.arange(count), risk)
         given = reliability[count:] >= threshold
         shares.append(float((given & (agrees[count:] == 0)).float().mean()))
     mean = sum(shares) / len(shares)
     assert risk - 3 / count - 0.005 <= mean <= risk + 0.003
 
 
+def test_copies_of_a_sample_count_as_one():
+    """Whose answers are all wrong or all right: as many copies promise no more than one of each would."""
+    count, risk, shares = 40, 0.1, []
+    for seed in range(400):
+        reliability = drawn(seed, 2 * count)
+        agrees = (drawn(seed + 1000, 2 * count) < 0.2 + 0.8 * reliability).float()
+        first = torch.arange(count)
+        once = abstention_threshold(reliability[:count], agrees[:count], first, risk)
+        copied = [part[:count].repeat(6) for part in (reliability, agrees, torch.arange(2 * count))]
+        assert abstention_threshold(*copied, risk) == pytest.approx(once)
+        given = reliability[count:] >= once
+        shares.append(float((given & (agrees[count:] == 0)).float().mean()))
+    assert sum(shares) / len(shares) <= risk + 0.005
+
+
 def test_edges_of_abstention():
     reliability = torch.tensor([0.9, 0.8, 0.8, 0.1])
-    assert abstention_threshold(reliability, torch.ones(4), 0.3) == 0
+    each = torch.arange(4)
+    assert abstention_threshold(reliability, torch.ones(4), each, 0.3) == 0
     # one of four and the new one: too many, whatever is answered
-    assert abstention_threshold(reliability, torch.ones(4), 0.1) == torch.inf
+    assert abstention_threshold(reliability, torch.ones(4), each, 0.1) == torch.inf
     # samples of one reliability go together
-    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), 0.3) == pytest.approx(0.9)
-    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), 0.4) == pytest.approx(0.8)
+    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), each, 0.3) == pytest.approx(0.9)
+    assert abstention_threshold(reliability, torch.tensor([1.0, 1, 0, 0]), each, 0.4) == pytest.approx(0.8)
     for risk in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match="risk must lie between 0 and 1"):
-            abstention_threshold(reliability, torch.ones(4), risk)
+            abstention_threshold(reliability, torch.ones(4), each, risk)
     with pytest.raises(ValueError, match="level 3"):
-        abstention_threshold(torch.zeros(0), torch.zeros(0), 0.1)
+        abstention_threshold(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0.1)
