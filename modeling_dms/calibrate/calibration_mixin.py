@@ -274,8 +274,9 @@ class CalibrationMixin(CounterfactualMixin):
                 Copy(other_text, image, bad_text, (NONE, asked[1])),
                 Copy({**other_image, **other_text}, bad_image, bad_text, asked[:2]),
             ]
-            of_others = self._as_text(inputs, ids, *swapped_texts(inputs["input_ids"], is_text))
-            copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
+            if len(ids) > 1:  # there are others
+                of_others = self._as_text(inputs, ids, *swapped_texts(inputs["input_ids"], is_text))
+                copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
             of_images = {name: inputs[name] for name in self._image_parameters if isinstance(inputs.get(name), Tensor)}
             swapped = swapped_images({**of_images, "pixel_values": pixel_values}, images, len(ids))
             if swapped is not None:

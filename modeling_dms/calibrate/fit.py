@@ -185,7 +185,7 @@ def _fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold
         fold: (m,).
 
     Returns:
-        How well answers that agree are told from others, by what.
+        How well answers that agree are told from others, by what; nothing where too few were asked to fit anything.
     """
     reliability, rate = calibration.reliability, calibration.config.alarm_rate
     swapped = answers.sources[:, 0] != answers.sources[:, 1]
@@ -196,6 +196,8 @@ def _fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold
     agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
     # a second look falls on what is flagged, or does not belong together
     looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
+    if int(looks.sum()) < MIN_SAMPLES:
+        return {}
     for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
         _fit_odds(reliability, "", reliability_numbers(sureness, p)[~held], agrees[~held, None])
         seen = looks & ~held

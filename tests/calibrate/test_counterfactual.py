@@ -147,6 +147,20 @@ def test_it_travels_with_the_checkpoint(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
+def test_batches_of_one_and_too_few_answers():
+    """In a batch of one there is no other sample to take an image or a text from; of few answers nothing is fitted."""
+    model = tiny.build("llava-llama", false_alarm_rate=0.05)
+    report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=40)
+    assert set(report.reliability) == {"first token's probability", "one look", "second look"}
+    kept = model.dms.calibration.reliability
+    assert int(kept.count) == 4 * 40  # clean, image, text and both damaged
+    assert all(value.isfinite().all() for value in kept.state_dict().values())
+    report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=3)
+    assert report.reliability == {}
+    assert model.dms.calibration.is_calibrated
+    assert not kept.count
+
+
 def test_the_same_data_give_the_same_reliability():
     first, second = calibrated("llava-llama"), calibrated("llava-llama")
     for name, value in first.dms.calibration.reliability.state_dict().items():
