@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
+from modeling_dms.calibrate.calibration import LOOKED_AT, Calibration
 from modeling_dms.calibrate.damage import FAMILIES
-from modeling_dms.calibrate.fit import DamagedRecord, ModalityRecord, fit_calibration
-from modeling_dms.calibrate.statistics import LOOKED_AT, Calibration
+from modeling_dms.calibrate.fit import fit_calibration
+from modeling_dms.calibrate.records import DamagedRecord, ModalityRecord
 from modeling_dms.evidence.pixels import PIXEL_STATISTICS
 from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.evidence.typicality import auroc

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling_dms.calibrate.fit import ModalityRecord
-from modeling_dms.calibrate.statistics import Calibration
+from modeling_dms.calibrate.calibration import Calibration
+from modeling_dms.calibrate.records import ModalityRecord
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.unimodal import (
     confidence,

@@ -1,18 +1,16 @@
 """What every DMS class adds to its vanilla class: observe, weigh, steer; loading and saving."""
 
-import functools
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
@@ -26,12 +24,12 @@ from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
 from modeling_dms.observe.prefill import Reading
-from modeling_dms.observe.prompt import VISION, Prompt, Schedule, SecondLook
-from modeling_dms.outputs import DMSOutput, dms_output
+from modeling_dms.observe.prompt import VISION, Prompt, Schedule
+from modeling_dms.outputs import dms_output
+from modeling_dms.reliability_mixin import ReliabilityMixin
 from modeling_dms.save.checkpoints import CheckpointMixin
 from modeling_dms.steer.bias import first_attended, key_bias
 from modeling_dms.weigh.scheduler import ZeroLinear, uniform_weights
-from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +41,7 @@ def _whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
+class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointMixin):
     """Adds the `dms` submodule to a class of transformers: what is observed of a prompt, and the weights it gives."""
 
     dms: DynamicModalityScheduling
@@ -118,6 +116,12 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         # quantised, wrapped or offloaded: only the module itself knows how
         logits = head(states.to(head.weight.dtype if head.weight.dtype.is_floating_point else self.dtype))
         return logits if tokens is None else logits.gather(-1, tokens.expand(*logits.shape[:-1], -1))
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether other processes hold parts of the model."""
+        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(cast(nn.Module, self))
+        return sharded or any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     # --- weigh
 
@@ -217,65 +221,6 @@ class DMSMixin(ObservationMixin, CalibrationMixin, CheckpointMixin):
         if reading is not None and output is not None:
             schedule.look = self._second_look(prompt, schedule, output)
         return schedule
-
-    def _second_look(self, prompt: Prompt, schedule: Schedule, output: DMSOutput) -> SecondLook | None:
-        """A second look at prompts that disagree or look damaged, if the scheduler asks for it."""
-        config = self.dms.scheduler.config
-        if config.conflict_prior != "learned" or not self.dms.calibration.reliability.count > 0:
-            return None
-        rows = (output.signals.p_values <= config.alarm_rate).any(1) & prompt.modality_mask.all(1)
-        if not rows.any():
-            return None
-        biases = []
-        for modality in range(len(MODALITIES)):
-            weights = schedule.weights.clone()
-            weights[rows] = F.one_hot(torch.tensor(modality), len(MODALITIES)).to(weights)
-            biases.append(cast(Tensor, self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)))
-        return SecondLook(biases, functools.partial(self._decide, prompt, schedule, output, rows))
-
-    def _decide(
-        self, prompt: Prompt, schedule: Schedule, output: DMSOutput, rows: Tensor, read: Sequence[Tensor]
-    ) -> Schedule:
-        """The schedule after a second look at some rows (B,): the answer that can be relied on most decides, unless
-        all agree.
-
-        Args:
-            read: what the output layer reads (B, P, D), of both modalities and of each alone.
-        """
-        places = self._answer_places(prompt.modality_ids, prompt.attention_mask)
-        index = rows.nonzero()[:, 0]
-        said = [self._readout(states[index, places[index]]).float().softmax(-1) for states in read]
-        both, *alone = said
-        trust = self.dms.calibration.reliability.looked(
-            first_tokens_compared(*alone, both), output.signals.p_values[index]
-        )
-        one = both.argmax(-1)
-        agree = torch.stack([p.argmax(-1) == one for p in alone]).all(0)
-        best, believed = trust.max(1)
-        believed, best = torch.where(agree, BOTH, believed), torch.where(agree, trust[:, BOTH], best)
-        weights, reliability = schedule.weights.clone(), torch.full_like(schedule.weights[:, 0], torch.nan)
-        choices = [*torch.eye(len(MODALITIES)), torch.full((len(MODALITIES),), 1 / len(MODALITIES))]
-        weights[index] = torch.stack(choices).to(weights)[believed]
-        reliability[index] = best
-        bias = self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)
-        output = replace(output, weights=weights)
-        return Schedule(prompt.modality_ids, prompt.modality_mask, weights, output, bias, None, reliability)
-
-    def _reliability(self, schedule: Schedule | None, sureness: Tensor | None) -> Tensor | None:
-        """How far answers can be relied on: (B,) in [0, 1]; `None` where nothing is known of it.
-
-        Args:
-            sureness: the probability of the likeliest first token, (B,), or several times for each prompt.
-        """
-        trust = self.dms.calibration.reliability
-        if schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
-            return None
-        if not trust.count > 0:
-            return None
-        p_values = schedule.output.signals.p_values
-        found = trust(sureness[:: len(sureness) // len(p_values)].to(p_values.device), p_values)
-        known = schedule.reliability
-        return found if known is None else torch.where(known.isnan(), found, known)
 
     def _key_bias(self, weights: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """The attention bias (B, P), or `None` where fusion is not by attention or nothing is to be changed.

@@ -2,16 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -21,7 +17,7 @@ from modeling_dms.observe.first_tokens import FirstTokens
 from modeling_dms.observe.images import Images, image_statistics
 from modeling_dms.observe.layers import kept_states
 from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill, settled
-from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule
+from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule, with_own_parameters
 from modeling_dms.outputs import ModalitySignals, with_weights
 from modeling_dms.steer.bias import embedding_scale
 from modeling_dms.steer.masks import Steering, check_applied, scale_embeddings, steered
@@ -32,22 +28,6 @@ from modeling_dms.weigh.scheduler import uniform_weights
 logger = logging.get_logger(__name__)
 
 _generation: Running[Generation | None] = Running("generation", None)
-
-
-def _with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str]) -> Callable:
-    """`method` with the signature of the vanilla one and `own` behind it: `Trainer` and `generate` look there for what
-    a model takes."""
-
-    @functools.wraps(method)
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
-    signature = inspect.signature(vanilla)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
-    parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return call
 
 
 class SteeredMixin(DMSMixin):
@@ -70,9 +50,9 @@ class SteeredMixin(DMSMixin):
         cls._forward_parameters = tuple(inspect.signature(vanilla.forward).parameters)[1:]
         named = (*inspect.signature(vanilla.get_image_features).parameters, "image_sizes")
         cls._image_parameters = tuple(name for name in cls._forward_parameters if name in named)
-        cls.forward = _with_own_parameters(cls.forward, vanilla.forward, OWN)
+        cls.forward = with_own_parameters(cls.forward, vanilla.forward)
         prepare = "prepare_inputs_for_generation"
-        setattr(cls, prepare, _with_own_parameters(getattr(cls, prepare), getattr(vanilla, prepare), ()))
+        setattr(cls, prepare, with_own_parameters(getattr(cls, prepare), getattr(vanilla, prepare), ()))
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -167,8 +147,7 @@ class SteeredMixin(DMSMixin):
         inputs = {"input_ids": None, "pixel_values": None, **inputs, "use_cache": False}
         with prefill.observed():
             super().forward(**self._with_stand_ins(inputs))
-        prefill.settle()
-        return cast(Schedule, prefill.schedule)
+        return prefill.settle()
 
     def _with_stand_ins(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of the vanilla `forward`, with what it wants where there are no images."""
@@ -257,12 +236,6 @@ class SteeredMixin(DMSMixin):
             return weigh()
         return Prefill(self._steering_of(None), *prompt.modality_ids.shape, weigh, stops)
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether other processes hold parts of the model."""
-        sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(cast(nn.Module, self))
-        return sharded or any(isinstance(parameter, DTensor) for parameter in self.parameters())
-
     def _warn_unobserved(
         self,
         what: str = "embeddings without `modality_ids`, image tokens without their pixels, or images whose tokens the "
@@ -304,15 +277,13 @@ class SteeredMixin(DMSMixin):
             steering, prefill = schedule.steering, schedule
             with prefill.observed():
                 outputs = super().forward(**inputs)
-            if prefill.schedule is None:
-                # its language model, or a part of it, is compiled
-                prefill.settle()
-                if steering.bias is not None:
-                    if cache is not None:
-                        cache.reset()
-                    with steered(steering):
-                        outputs = super().forward(**inputs)
-            schedule = prefill.schedule
+            unread = prefill.schedule is None  # its language model, or a part of it, is compiled
+            schedule = prefill.settle()
+            if unread and steering.bias is not None:
+                if cache is not None:
+                    cache.reset()
+                with steered(steering):
+                    outputs = super().forward(**inputs)
         else:
             fresh = schedule is not None and known and cache is not None and not torch.compiler.is_compiling()
             begins = not known or cache is None or (fresh and cache.get_seq_length() == 0)
@@ -330,21 +301,6 @@ class SteeredMixin(DMSMixin):
         sureness = None if known or labels is not None else self._sureness(outputs, schedule, inputs)
         reliability = self._reliability(schedule, sureness)
         return self._with_dms(outputs, schedule, None if known else labels, target, num_items, reliability)
-
-    def _sureness(self, outputs: Any, schedule: Schedule | None, inputs: dict[str, Any]) -> Tensor | None:
-        """The probability (B,) of the likeliest token that follows prompts."""
-        logits = outputs.get("logits")
-        if schedule is None or logits is None or torch.compiler.is_compiling():
-            return None
-        ids, mask = schedule.modality_ids, inputs.get("attention_mask")
-        if not self._is_causal:
-            logits = logits[:, 0]
-        elif logits.shape[1] != ids.shape[1]:
-            logits = logits[:, -1]
-        else:
-            places = self._answer_places(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-            logits = logits[torch.arange(len(logits), device=logits.device), places.to(logits.device)]
-        return logits.detach().float().softmax(-1).amax(-1)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the vanilla class's; masks that `generate` makes in advance for a static cache get the bias."""
@@ -373,8 +329,7 @@ class SteeredMixin(DMSMixin):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim > 2:
             if isinstance(schedule, Prefill):
-                schedule.settle()
-                schedule = schedule.schedule
+                schedule = schedule.settle()
             if self._steering(schedule) is not None:
                 raise ValueError(
                     f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass "
@@ -387,6 +342,5 @@ class SteeredMixin(DMSMixin):
     def _generated(self, generated: Any, schedule: Schedule | Prefill | None, first: FirstTokens) -> Any:
         """What `generate` returned, with what DMS knows of it."""
         if isinstance(schedule, Prefill):
-            schedule.settle()
-            schedule = schedule.schedule
+            schedule = schedule.settle()
         return with_weights(generated, schedule, self._reliability(schedule, first.sureness))

@@ -316,6 +316,8 @@ def test_public_names_are_on_the_api_pages(module):
         "evidence.surprisal",
         "evidence.typicality",
         "calibrate.statistics",
+        "calibrate.conformal",
+        "calibrate.calibration",
         "weigh.scheduler",
         "weigh.losses",
         "steer.bias",

@@ -72,8 +72,8 @@ def test_the_model_does_not_know_the_training(path):
 
 
 # each room may import those before it, and itself; those of the training all of the model's
-MODEL_ROOMS = ("_compat", "outputs", "save", "steer", "evidence", "observe", "weigh", "calibrate", "dms", "mixin")
-MODEL_ROOMS += ("steered_mixin", "qformer_mixin", "shells", "auto", "__init__")
+MODEL_ROOMS = ("_compat", "outputs", "save", "steer", "evidence", "observe", "weigh", "calibrate", "dms")
+MODEL_ROOMS += ("reliability_mixin", "mixin", "steered_mixin", "qformer_mixin", "shells", "auto", "__init__")
 ROOMS = (
     "names",
     "extras",
@@ -153,6 +153,11 @@ def test_imports_have_no_cycle():
     while ready := [name for name in graph if name not in done and graph[name] <= done]:
         done.update(ready)
     assert done == set(graph), f"in or behind a cycle: {sorted(set(graph) - done)}"
+
+
+@pytest.mark.parametrize("path", sources("modeling_dms"))
+def test_a_file_of_the_model_is_read_in_one_sitting(path):
+    assert len((ROOT / path).read_text().splitlines()) <= 350
 
 
 # ---- the wheel

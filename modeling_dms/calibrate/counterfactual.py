@@ -95,18 +95,6 @@ class CounterfactualMixin:
 
     config: Any
 
-    def _answer_places(self, ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
-        """Where the first token of each answer is predicted: (B,).
-
-        Args:
-            ids, attention_mask: (B, P); of the ids only the shape matters.
-            labels: (B, P), if the answers follow the prompts within them.
-        """
-        read = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
-        if labels is not None and labels.shape == ids.shape:
-            read = read * ((labels != -100).cumsum(1) == 0)
-        return ids.shape[1] - 1 - read.flip(1).argmax(1)
-
     def _first_tokens(self, inputs: dict[str, Any], labels: Tensor | None, weights: Tensor) -> Tensor:
         """Distributions (B, K) of the first token that follows prompts, in float32.
 

@@ -7,16 +7,18 @@ serve for statistics, detectors and thresholds.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from modeling_dms.calibrate.calibration import Calibration
+from modeling_dms.calibrate.conformal import FARTHEST, TAIL, Agreement, Detector
 from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
+from modeling_dms.calibrate.fit_reliability import fit_reliability
+from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.statistics import FARTHEST, TAIL, Agreement, Calibration, Detector, Reliability
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
     EPS,
@@ -26,78 +28,13 @@ from modeling_dms.evidence.typicality import (
     fit_logistic,
     log_distances,
 )
-from modeling_dms.weigh.reliability import reliability_numbers
-from modeling_dms.weigh.second_look import BOTH
 
 
-MIN_SAMPLES = 50
-FOLDS = 5
 # an area under the ROC curve closer to one half than this counts as uninformative
 UNINFORMATIVE = 0.05
 # of the covariance of clean numbers, towards the identity
 SHRINKAGE = 0.1
 RIDGE = 1e-3
-# of the few answers that reliability is fitted to
-TRUST_RIDGE = 1e-2
-
-
-def _cat(records: Sequence[Any]) -> list[Any]:
-    parts = zip(*(vars(record).values() for record in records), strict=True)
-    return [None if part[0] is None else torch.cat(part) for part in parts]
-
-
-def _of_rows(record: Any, rows: Tensor) -> list[Any]:
-    return [None if part is None else part[rows] for part in vars(record).values()]
-
-
-@dataclass
-class ModalityRecord:
-    """One modality of n samples.
-
-    Attributes:
-        statistics: (n, L, F), of its layers.
-        scalars: (n, 3), in the order of `SCALARS`.
-        representations: (n, d_s).
-        content: (n, F), see `ModalityFeatures`.
-        numbers: (n, P), likewise.
-    """
-
-    statistics: Tensor
-    scalars: Tensor
-    representations: Tensor
-    content: Tensor
-    numbers: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor) -> "ModalityRecord":
-        return ModalityRecord(*_of_rows(self, rows))
-
-    @staticmethod
-    def cat(records: Sequence["ModalityRecord"]) -> "ModalityRecord":
-        """The samples of several records, one after the other."""
-        return ModalityRecord(*_cat(records))
-
-
-@dataclass
-class DamagedRecord:
-    """The same n samples, damaged.
-
-    Attributes:
-        severity: (n,), from 0 to 1.
-        statistics: as those of [`ModalityRecord`]; `None` where the detector does not read the layers.
-        numbers: likewise.
-    """
-
-    severity: Tensor
-    statistics: Tensor | None
-    numbers: Tensor | None
-
-    def __getitem__(self, rows: Tensor) -> "DamagedRecord":
-        return DamagedRecord(*_of_rows(self, rows))
-
-    @staticmethod
-    def cat(records: Sequence["DamagedRecord"]) -> "DamagedRecord":
-        """The samples of several records, one after the other."""
-        return DamagedRecord(*_cat(records))
 
 
 @torch.no_grad()
@@ -172,64 +109,9 @@ def fit_calibration(
     if answers is not None:
         p_clean = [p[answers.families[:, m], answers.sources[:, m]] for m, p in enumerate(p_values)]
         p = torch.stack([*p_clean, torch.ones(len(answers.sources)) if p_match is None else p_match], 1)
-        report.reliability = _fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
+        report.reliability = fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
     target.load_state_dict(calibration.state_dict())
     return report
-
-
-def _fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold: Tensor) -> dict[str, float]:
-    """Fits how far answers can be relied on, by answers to samples that were damaged or mismatched on purpose.
-
-    Args:
-        p: (m, M + 1), the p-values of each source and of the pair.
-        fold: (m,).
-
-    Returns:
-        How well answers that agree are told from others, by what; nothing where too few were asked to fit anything.
-    """
-    reliability, rate = calibration.reliability, calibration.config.alarm_rate
-    swapped = answers.sources[:, 0] != answers.sources[:, 1]
-    flagged = (p[:, :-1] <= rate).sum(1)
-    # the rule lowers what is flagged alone
-    weighed = (flagged == 1).long()
-    rows = torch.arange(len(p))
-    agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
-    # a second look falls on what is flagged, or does not belong together
-    looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
-    if int(looks.sum()) < MIN_SAMPLES:
-        return {}
-    for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
-        _fit_odds(reliability, "", reliability_numbers(sureness, p)[~held], agrees[~held, None])
-        seen = looks & ~held
-        _fit_odds(reliability, "look_", reliability_numbers(answers.numbers, p)[seen], answers.agrees[seen, :3])
-        first = reliability(sureness, p)
-        best, believed = reliability.looked(answers.numbers, p).max(1)
-        second = torch.where(looks, answers.agrees[rows, believed], agrees)
-        kept[held] = torch.stack([first, agrees, torch.where(looks, best, first), second], 1)[held]
-    # all copies of a sample together
-    sample = answers.sources[:, 0].float()
-    chosen = sample.argsort(stable=True)[: len(reliability.kept)]
-    reliability.kept.zero_()[: len(chosen)] = torch.cat([kept, sample[:, None]], 1)[chosen]
-    reliability.count.fill_(float(len(chosen)))
-
-    def told(confidence: Tensor, right: Tensor) -> float:
-        return auroc(confidence[right == 0], confidence[right == 1])
-
-    return {
-        "first token's probability": told(sureness, agrees),
-        "one look": told(kept[:, 0], kept[:, 1]),
-        "second look": told(kept[:, 2], kept[:, 3]),
-    }
-
-
-def _fit_odds(reliability: Reliability, name: str, numbers: Tensor, agrees: Tensor) -> None:
-    """Logistic regressions of agreement (n, A) on numbers (n, F)."""
-    location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-3)
-    reliability.get_buffer(f"{name}location").copy_(location)
-    reliability.get_buffer(f"{name}scale").copy_(scale)
-    even = torch.full((len(numbers),), 1 / len(numbers))
-    fits = [fit_logistic((numbers - location) / scale, right, even, ridge=TRUST_RIDGE) for right in agrees.T]
-    reliability.get_buffer(f"{name}coefficients").copy_(torch.stack(fits).squeeze(0))
 
 
 def _unseen(detector: Detector, scores: Mapping[str, Tensor]) -> list[Tensor]:

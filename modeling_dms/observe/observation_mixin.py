@@ -129,6 +129,18 @@ class ObservationMixin:
         """Whether the vanilla class puts so many image tokens into so many places."""
         return tokens == places
 
+    def _answer_places(self, ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """Where the first token of each answer is predicted: (B,).
+
+        Args:
+            ids, attention_mask: (B, P); of the ids only the shape matters.
+            labels: (B, P), if the answers follow the prompts within them.
+        """
+        read = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+        if labels is not None and labels.shape == ids.shape:
+            read = read * ((labels != -100).cumsum(1) == 0)
+        return ids.shape[1] - 1 - read.flip(1).argmax(1)
+
     # --- features
 
     def _check_images(self, pixel_values: Tensor) -> None:

@@ -56,14 +56,15 @@ class Prefill:
         self._watch = Watch(keeps=False)
         steering.settle = self.settle
 
-    def settle(self, reading: Reading | None = None) -> None:
-        """Makes the weights, unless they are known or a pass is being observed."""
+    def settle(self, reading: Reading | None = None) -> Schedule:
+        """The schedule, which is made now unless it is known or a pass is being observed."""
         if self.schedule is not None or self._watch.keeps:
-            return
+            return cast(Schedule, self.schedule)
         with steered(None), _prefill.set(None):
             self.schedule = self.weigh(reading)
         self.steering.bias, self.steering.settle = self.schedule.bias, None
         check_supported(self.steering)
+        return self.schedule
 
     @contextlib.contextmanager
     def observed(self) -> Iterator[None]:
@@ -100,9 +101,9 @@ class Prefill:
             return False
         self._watch.keeps = False
         each = len(last) // self.rows  # beams
-        self.settle(Reading(last[::each], {layer: state[::each] for layer, state in self._watch.states.items()}))
+        states = {layer: state[::each] for layer, state in self._watch.states.items()}
+        look = self.settle(Reading(last[::each], states)).look
         self._watch.states.clear()
-        look = cast(Schedule, self.schedule).look
         if look is not None:
             read = [last[::each]]
             for bias in look.biases:

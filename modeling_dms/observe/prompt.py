@@ -1,7 +1,10 @@
 """What a prompt holds where, and the small data classes that carry it."""
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +103,22 @@ class SecondLook:
 
     biases: Sequence[Tensor]
     decide: Callable[[Sequence[Tensor]], Schedule]
+
+
+def with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str] = OWN) -> Callable:
+    """`method` with the signature of the vanilla one and `own` behind it: `Trainer` and `generate` look there for what
+    a model takes."""
+
+    @functools.wraps(method)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    signature = inspect.signature(vanilla)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own]
+    parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call
 
 
 def compact(where: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modeling_dms import DMSConfig
+from modeling_dms.calibrate.calibration import Calibration
+from modeling_dms.calibrate.conformal import LEAST_P, Conformal
 from modeling_dms.calibrate.damage import FAMILIES
-from modeling_dms.calibrate.fit import DamagedRecord, ModalityRecord, fit_calibration
+from modeling_dms.calibrate.fit import fit_calibration
+from modeling_dms.calibrate.records import DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.statistics import LEAST_P, Calibration, Conformal
 from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.weigh.scheduler import GARBAGE_LEAD
 from tests import tiny

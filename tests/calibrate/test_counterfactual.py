@@ -59,7 +59,7 @@ def test_images_are_swapped_where_all_rows_have_as_many_tokens():
 @pytest.mark.parametrize("backbone", CONTINUING)
 def test_clean_samples_agree_with_themselves_and_a_text_alone_does_not_hear_the_image(backbone, monkeypatch):
     model, kept = tiny.build(backbone).eval(), []
-    monkeypatch.setattr("modeling_dms.calibrate.fit._fit_reliability", lambda *args: kept.append(args[1]))
+    monkeypatch.setattr("modeling_dms.calibrate.fit.fit_reliability", lambda *args: kept.append(args[1]))
     model.calibrate(tiny.clean_samples(), show_progress=False, max_asked=32)
     (answers,) = kept
     sources, families = answers.sources, answers.families

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from modeling_dms.calibrate.fit import MIN_SAMPLES
+from modeling_dms.calibrate.records import MIN_SAMPLES
 from modeling_dms.training.data.collator import PromptCollator
 from modeling_dms.training.data.samples import Sample, image_key
 

@@ -1,0 +1,71 @@
+"""Fits how far answers can be relied on."""
+
+import torch
+from torch import Tensor
+
+from modeling_dms.calibrate.calibration import Calibration
+from modeling_dms.calibrate.counterfactual import Answers
+from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
+from modeling_dms.calibrate.statistics import Reliability
+from modeling_dms.evidence.typicality import auroc, fit_logistic
+from modeling_dms.weigh.reliability import reliability_numbers
+from modeling_dms.weigh.second_look import BOTH
+
+
+# of the few answers that reliability is fitted to
+TRUST_RIDGE = 1e-2
+
+
+def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold: Tensor) -> dict[str, float]:
+    """Fits how far answers can be relied on, by answers to samples that were damaged or mismatched on purpose.
+
+    Args:
+        p: (m, M + 1), the p-values of each source and of the pair.
+        fold: (m,).
+
+    Returns:
+        How well answers that agree are told from others, by what; nothing where too few were asked to fit anything.
+    """
+    reliability, rate = calibration.reliability, calibration.config.alarm_rate
+    swapped = answers.sources[:, 0] != answers.sources[:, 1]
+    flagged = (p[:, :-1] <= rate).sum(1)
+    # the rule lowers what is flagged alone
+    weighed = (flagged == 1).long()
+    rows = torch.arange(len(p))
+    agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
+    # a second look falls on what is flagged, or does not belong together
+    looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
+    if int(looks.sum()) < MIN_SAMPLES:
+        return {}
+    for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
+        _fit_odds(reliability, "", reliability_numbers(sureness, p)[~held], agrees[~held, None])
+        seen = looks & ~held
+        _fit_odds(reliability, "look_", reliability_numbers(answers.numbers, p)[seen], answers.agrees[seen, :3])
+        first = reliability(sureness, p)
+        best, believed = reliability.looked(answers.numbers, p).max(1)
+        second = torch.where(looks, answers.agrees[rows, believed], agrees)
+        kept[held] = torch.stack([first, agrees, torch.where(looks, best, first), second], 1)[held]
+    # all copies of a sample together
+    sample = answers.sources[:, 0].float()
+    chosen = sample.argsort(stable=True)[: len(reliability.kept)]
+    reliability.kept.zero_()[: len(chosen)] = torch.cat([kept, sample[:, None]], 1)[chosen]
+    reliability.count.fill_(float(len(chosen)))
+
+    def told(confidence: Tensor, right: Tensor) -> float:
+        return auroc(confidence[right == 0], confidence[right == 1])
+
+    return {
+        "first token's probability": told(sureness, agrees),
+        "one look": told(kept[:, 0], kept[:, 1]),
+        "second look": told(kept[:, 2], kept[:, 3]),
+    }
+
+
+def _fit_odds(reliability: Reliability, name: str, numbers: Tensor, agrees: Tensor) -> None:
+    """Logistic regressions of agreement (n, A) on numbers (n, F)."""
+    location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-3)
+    reliability.get_buffer(f"{name}location").copy_(location)
+    reliability.get_buffer(f"{name}scale").copy_(scale)
+    even = torch.full((len(numbers),), 1 / len(numbers))
+    fits = [fit_logistic((numbers - location) / scale, right, even, ridge=TRUST_RIDGE) for right in agrees.T]
+    reliability.get_buffer(f"{name}coefficients").copy_(torch.stack(fits).squeeze(0))

@@ -1,0 +1,95 @@
+"""How far an answer can be relied on, and the second look at prompts whose sources disagree or look damaged."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeling_dms.configuration.configuration_dms import MODALITIES
+from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
+from modeling_dms.outputs import DMSOutput
+from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
+
+
+class ReliabilityMixin:
+    """Adds reliability to a model that weighs its modalities (`DMSMixin`)."""
+
+    config: Any
+
+    def _sureness(self, outputs: Any, schedule: Schedule | None, inputs: dict[str, Any]) -> Tensor | None:
+        """The probability (B,) of the likeliest token that follows prompts."""
+        logits = outputs.get("logits")
+        if schedule is None or logits is None or torch.compiler.is_compiling():
+            return None
+        ids, mask = schedule.modality_ids, inputs.get("attention_mask")
+        if not self._is_causal:
+            logits = logits[:, 0]
+        elif logits.shape[1] != ids.shape[1]:
+            logits = logits[:, -1]
+        else:
+            places = self._answer_places(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            logits = logits[torch.arange(len(logits), device=logits.device), places.to(logits.device)]
+        return logits.detach().float().softmax(-1).amax(-1)
+
+    def _second_look(self, prompt: Prompt, schedule: Schedule, output: DMSOutput) -> SecondLook | None:
+        """A second look at prompts that disagree or look damaged, if the scheduler asks for it."""
+        config = self.dms.scheduler.config
+        if config.conflict_prior != "learned" or not self.dms.calibration.reliability.count > 0:
+            return None
+        rows = (output.signals.p_values <= config.alarm_rate).any(1) & prompt.modality_mask.all(1)
+        if not rows.any():
+            return None
+        biases = []
+        for modality in range(len(MODALITIES)):
+            weights = schedule.weights.clone()
+            weights[rows] = F.one_hot(torch.tensor(modality), len(MODALITIES)).to(weights)
+            biases.append(cast(Tensor, self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)))
+        return SecondLook(biases, functools.partial(self._decide, prompt, schedule, output, rows))
+
+    def _decide(
+        self, prompt: Prompt, schedule: Schedule, output: DMSOutput, rows: Tensor, read: Sequence[Tensor]
+    ) -> Schedule:
+        """The schedule after a second look at some rows (B,): the answer that can be relied on most decides, unless
+        all agree.
+
+        Args:
+            read: what the output layer reads (B, P, D), of both modalities and of each alone.
+        """
+        places = self._answer_places(prompt.modality_ids, prompt.attention_mask)
+        index = rows.nonzero()[:, 0]
+        said = [self._readout(states[index, places[index]]).float().softmax(-1) for states in read]
+        both, *alone = said
+        trust = self.dms.calibration.reliability.looked(
+            first_tokens_compared(*alone, both), output.signals.p_values[index]
+        )
+        one = both.argmax(-1)
+        agree = torch.stack([p.argmax(-1) == one for p in alone]).all(0)
+        best, believed = trust.max(1)
+        believed, best = torch.where(agree, BOTH, believed), torch.where(agree, trust[:, BOTH], best)
+        weights, reliability = schedule.weights.clone(), torch.full_like(schedule.weights[:, 0], torch.nan)
+        choices = [*torch.eye(len(MODALITIES)), torch.full((len(MODALITIES),), 1 / len(MODALITIES))]
+        weights[index] = torch.stack(choices).to(weights)[believed]
+        reliability[index] = best
+        bias = self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)
+        output = replace(output, weights=weights)
+        return Schedule(prompt.modality_ids, prompt.modality_mask, weights, output, bias, None, reliability)
+
+    def _reliability(self, schedule: Schedule | None, sureness: Tensor | None) -> Tensor | None:
+        """How far answers can be relied on: (B,) in [0, 1]; `None` where nothing is known of it.
+
+        Args:
+            sureness: the probability of the likeliest first token, (B,), or several times for each prompt.
+        """
+        trust = self.dms.calibration.reliability
+        if schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
+            return None
+        if not trust.count > 0:
+            return None
+        p_values = schedule.output.signals.p_values
+        found = trust(sureness[:: len(sureness) // len(p_values)].to(p_values.device), p_values)
+        known = schedule.reliability
+        return found if known is None else torch.where(known.isnan(), found, known)
