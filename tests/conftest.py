@@ -1,10 +1,33 @@
-"""Whole suite: no network, and no search for garbage in what was imported."""
+"""Whole suite: no network, few answers in each calibration, and no search for garbage in what was imported."""
 
 import gc
 import os
 
+import pytest
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from modeling_dms.calibrate.calibration_mixin import CalibrationMixin  # noqa: E402
+
+
+FEW = 32
+_calibration_data = CalibrationMixin._calibration_data
+
+
+def _of_few(self, dataloader, level, max_samples, show_progress, max_asked):
+    return _calibration_data(self, dataloader, level, max_samples, show_progress, min(max_asked, FEW))
+
+
+def pytest_configure():
+    """The third level of a calibration is most of its time; so few answers are enough for all but what they say."""
+    CalibrationMixin._calibration_data = _of_few
+
+
+@pytest.fixture
+def as_many_are_asked(monkeypatch):
+    """Calibrations ask about as many samples as they do outside the tests."""
+    monkeypatch.setattr(CalibrationMixin, "_calibration_data", _calibration_data)
 
 
 def pytest_collection_finish():

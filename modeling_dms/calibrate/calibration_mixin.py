@@ -63,7 +63,7 @@ class CalibrationMixin(CounterfactualMixin):
             leave_out: families of self-made damage, of `IMAGE_FAMILIES` or `TEXT_FAMILIES`, that the detectors
                 must not know, so that they count as unseen in an evaluation.
             max_asked: of about so many samples the model is asked, at level 3, what it would answer if image and text
-                were damaged or another sample's, to both and to each alone: 20 passes over each prompt.
+                were damaged or another sample's, to both and to each alone: 14 to 17 passes over each prompt.
 
         Returns:
             A report; print it for a table.

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from modeling_dms.observe.images import Images
-from modeling_dms.weigh.second_look import BOTH, IMAGE_ALONE, TEXT_ALONE, first_tokens_compared
+from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
 NONE = -1  # the family of what is not damaged
-# weights of image and text; where the answer to a source alone is asked for, the other has none
-WEIGHTS = {IMAGE_ALONE: (1.0, 0.0), TEXT_ALONE: (0.0, 1.0), BOTH: (0.5, 0.5)}
 
 
 @dataclass
@@ -132,22 +130,31 @@ class CounterfactualMixin:
             first: the place of the first among the samples of the calibration.
         """
         count, found, truth, low = len(rows), [], None, self.config.dms_config.weight_floor
-        places = rows.nonzero()[:, 0]
+        places, device = rows.nonzero()[:, 0], clean["input_ids"].device
+        # what has no weight has no say: copies of the same image, or text, share the answer to it alone, unless another
+        # number of words moves the positions of what follows
+        alone: dict[tuple[Any, ...], Tensor] = {}
         for copy in copies:
-            inputs, asked, (image, text) = {**clean, **copy.changed}, dict(WEIGHTS), copy.families
-            if (image == NONE) != (text == NONE):
-                asked[len(asked)] = (1 - low, low) if image == NONE else (low, 1 - low)
-            device = clean["input_ids"].device
-            said = [
-                self._first_tokens(inputs, labels, torch.tensor([asked[answer]], device=device).expand(count, -1))
-                for answer in sorted(asked)
-            ]
+            inputs, (image, text) = {**clean, **copy.changed}, copy.families
+
+            def answer(*weights: float, inputs=inputs) -> Tensor:
+                return self._first_tokens(inputs, labels, torch.tensor([weights], device=device).expand(count, -1))
+
+            said, kept = [], torch.equal(inputs["attention_mask"], clean["attention_mask"])
+            for source, weights in enumerate(((1.0, 0.0), (0.0, 1.0))):
+                own = source, copy.families[source], copy.shifts[source], None if kept else (text, copy.shifts[1])
+                if own not in alone:
+                    alone[own] = answer(*weights)
+                said.append(alone[own])
+            said.append(answer(0.5, 0.5))
             truth = said[BOTH].argmax(-1) if truth is None else truth
-            weighed = said[-1]
-            agrees = torch.stack([(p.argmax(-1) == truth).float() for p in (*said[: BOTH + 1], weighed)], 1)
+            weighed = said[BOTH]
+            if (image == NONE) != (text == NONE):
+                weighed = answer(1 - low, low) if image == NONE else answer(low, 1 - low)
+            agrees = torch.stack([(p.argmax(-1) == truth).float() for p in (*said, weighed)], 1)
             sure = torch.stack([p.amax(-1) for p in (said[BOTH], weighed)], 1)
             sources = first + torch.stack([(places - shift) % count for shift in copy.shifts], 1)
-            parts = first_tokens_compared(*said[: BOTH + 1]), agrees, sure, copy.image_content, copy.text_content
+            parts = first_tokens_compared(*said), agrees, sure, copy.image_content, copy.text_content
             of = torch.tensor(copy.families).expand(len(places), -1)
             found.append(Answers(sources, of, *(part.float().cpu()[rows] for part in parts)))
         return Answers.cat(found)

@@ -147,7 +147,7 @@ def test_it_travels_with_the_checkpoint(tmp_path):
         type(model).from_pretrained(tmp_path)
 
 
-def test_batches_of_one_and_too_few_answers():
+def test_batches_of_one_and_too_few_answers(as_many_are_asked):
     """In a batch of one there is no other sample to take an image or a text from; of few answers nothing is fitted."""
     model = tiny.build("llava-llama", false_alarm_rate=0.05)
     report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=40)

@@ -85,7 +85,7 @@ def test_methods_that_weigh_a_batch_alike_answer_it_once(vqa, monkeypatch):
         same(one, other)
 
 
-def test_schedulers_say_how_far_their_answers_can_be_relied_on(vqa):
+def test_schedulers_say_how_far_their_answers_can_be_relied_on(vqa, as_many_are_asked):
     _, task, samples = vqa
     model, processor = load("demo-llava")
     report = calibrate(model.eval(), PromptCollator(processor), load_easy_vqa("train"), 128)
@@ -862,25 +862,23 @@ def test_the_report_names_every_method_and_condition():
 # ---- the command
 
 _COMMAND = """
-evaluate --model demo-llava --samples 11 --seeds 2 --severities 5 --batch-size 4 --calibration-samples 60
---kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle --validation-samples 6
+evaluate --samples 11 --seeds 2 --severities 5 --batch-size 4
+--kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle --training-samples 20 --validation-samples 6
 """
 
 
-def run_command(out, processes=1):
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    launch += [str(ROOT / "configuration/accelerate/cpu_2.yaml")]
-    command = [*(launch if processes == 2 else []), "-m", "modeling_dms.training.cli", *_COMMAND.split()]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, "--out", str(out)],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def results_of(command, out, processes=1):
+    command = [*command, "--out", str(out)]
+    if processes == 1:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output[-3000:]
+    else:
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+        launch += [str(ROOT / "configuration/accelerate/cpu_2.yaml"), "-m", "modeling_dms.training.cli"]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launch, *command]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((out / "results.json").read_text())
     costs = results["results"].pop("cost")
     assert all(row["milliseconds"] > 0 for row in costs)
@@ -889,12 +887,18 @@ def run_command(out, processes=1):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation")
-    return run_command(out), out
+    """What is run, on a checkpoint that is calibrated, and its results."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    model, processor = load("demo-llava")
+    calibrate(model.eval(), PromptCollator(processor), load_easy_vqa("train"), 60, show_progress=False)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    command = [*_COMMAND.split(), "--model", str(folder / "model")]
+    return command, results_of(command, folder), folder
 
 
 def test_two_processes_find_what_one_does(command, tmp_path):
-    one, two = command[0], run_command(tmp_path, processes=2)
+    one, two = command[1], results_of(command[0], tmp_path, processes=2)
     assert one["run"].pop("processes") == 1
     assert two["run"].pop("processes") == 2
     for run in (one, two):
@@ -903,7 +907,7 @@ def test_two_processes_find_what_one_does(command, tmp_path):
 
 
 def test_the_command_writes_results_report_and_pictures(command):
-    results, out = command
+    _, results, out = command
     assert results["run"]["samples"] == 11
     assert results["run"]["versions"]["torch"] == torch.__version__
     assert {row["condition"] for row in results["results"]["conditions"]} == {
