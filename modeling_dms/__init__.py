@@ -46,6 +46,7 @@ from modeling_dms.configuration.configuration_dms import (
     DMSSmolVLMConfig,
     __version__,
 )
+from modeling_dms.reliability_mixin import kept_reliability
 
 
 __all__ = [
@@ -81,4 +82,5 @@ __all__ = [
     "DMSSmolVLMConfig",
     "DMSSmolVLMForConditionalGeneration",
     "__version__",
+    "kept_reliability",
 ]

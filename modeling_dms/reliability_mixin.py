@@ -1,7 +1,9 @@
 """How far an answer can be relied on, and the second look at prompts whose sources disagree or look damaged."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +15,25 @@ from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
 from modeling_dms.outputs import DMSOutput
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
+
+
+_kept: ContextVar[list[Tensor | None] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def kept_reliability() -> Iterator[list[Tensor | None]]:
+    """Keeps how far answers can be relied on where a program passes on their texts alone, as pipelines do.
+
+    Yields:
+        A list. Each call of `generate` within the context adds the reliability of its answers, (B,) in [0, 1], or
+        `None` where nothing is known of it.
+    """
+    kept: list[Tensor | None] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
 
 
 class ReliabilityMixin:
@@ -93,3 +114,10 @@ class ReliabilityMixin:
         found = trust(sureness[:: len(sureness) // len(p_values)].to(p_values.device), p_values)
         known = schedule.reliability
         return found if known is None else torch.where(known.isnan(), found, known)
+
+    def _keep(self, reliability: Tensor | None) -> Tensor | None:
+        """The same, which the caller may keep by `kept_reliability`."""
+        kept = _kept.get()
+        if kept is not None:
+            kept.append(reliability)
+        return reliability

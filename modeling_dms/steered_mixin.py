@@ -343,4 +343,4 @@ class SteeredMixin(DMSMixin):
         """What `generate` returned, with what DMS knows of it."""
         if isinstance(schedule, Prefill):
             schedule = schedule.settle()
-        return with_weights(generated, schedule, self._reliability(schedule, first.sureness))
+        return with_weights(generated, schedule, self._keep(self._reliability(schedule, first.sureness)))

@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from modeling_dms.calibrate.calibration_mixin import CalibrationMixin  # noqa: E402
+from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
 
 
 FEW = 32
@@ -24,10 +24,14 @@ def pytest_configure():
     CalibrationMixin._calibration_data = _of_few
 
 
+def ask_as_many(patch):
+    """Calibrations ask about as many samples as they do outside the tests."""
+    patch.setattr(CalibrationMixin, "_calibration_data", _calibration_data)
+
+
 @pytest.fixture
 def as_many_are_asked(monkeypatch):
-    """Calibrations ask about as many samples as they do outside the tests."""
-    monkeypatch.setattr(CalibrationMixin, "_calibration_data", _calibration_data)
+    ask_as_many(monkeypatch)
 
 
 def pytest_collection_finish():

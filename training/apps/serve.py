@@ -1,5 +1,7 @@
 """`dms serve`: DMS checkpoints behind `transformers serve`, which speaks OpenAI's API."""
 
+import contextvars
+import functools
 import json
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -11,6 +13,7 @@ from transformers.cli.serve import Serve
 from transformers.utils import find_adapter_config_file
 
 from modeling_dms.auto import CLASSES
+from modeling_dms.reliability_mixin import kept_reliability
 from modeling_dms.training.data import as_text
 from modeling_dms.training.models.loading import located, read_config
 from modeling_dms.training.models.processors import load_processor, read_processor
@@ -19,10 +22,13 @@ from modeling_dms.training.models.processors import load_processor, read_process
 # fields of a request that a chat template writes into the prompt; `prompt` is a whole prompt, special tokens included
 WRITTEN = ("messages", "input", "instructions", "tools", "chat_template_kwargs")
 
+JSON = (b"content-type", b"application/json")  # of a response that is not streamed
+
 
 def serve(name: str, arguments: Sequence[str] = ()) -> None:
     """Serves a checkpoint until it is interrupted. Special tokens that are typed into a chat are read as text, and a
-    request that the processor or the model refuses is answered by status 400 and what is wrong with it.
+    request that the processor or the model refuses is answered by status 400 and what is wrong with it. A response
+    that is not streamed has a field `reliability`, where something is known of it.
 
     Args:
         name: folder or Hub id of a whole DMS checkpoint.
@@ -36,7 +42,7 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
 
     class Prepared(Serve):
         def start_server(self) -> None:
-            prepare(self.server.config.app, processor)
+            prepare(self.server.config.app, self._generation_state, processor)
             self.server.run()
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -75,9 +81,13 @@ def serve(name: str, arguments: Sequence[str] = ()) -> None:
         context.command.invoke(context)
 
 
-def prepare(app: Any, processor: ProcessorMixin) -> None:
-    """Makes the application of `transformers serve` read typed special tokens as text, and answer by 400 what the
-    processor or the model refuses."""
+def prepare(app: Any, state: Any, processor: ProcessorMixin) -> None:
+    """Makes the application of `transformers serve` read typed special tokens as text, answer by 400 what is refused,
+    and tell how far answers can be relied on.
+
+    Args:
+        state: its `GenerationState`, whose managers run the model in a thread of its own.
+    """
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
@@ -86,6 +96,21 @@ def prepare(app: Any, processor: ProcessorMixin) -> None:
 
     app.add_exception_handler(ValueError, refused)
     app.add_middleware(TypedTokens, processor=processor)
+    app.add_middleware(Reliability)
+    get_manager = state.get_manager
+
+    @functools.wraps(get_manager)
+    def in_context(*args: Any, **kwargs: Any) -> Any:
+        """The manager, whose thread sees the context of the request that it works for."""
+        manager = get_manager(*args, **kwargs)
+        submit = getattr(type(manager), "async_submit", None)
+        if submit is not None:
+            manager.async_submit = lambda function, *own, **named: submit(
+                manager, contextvars.copy_context().run, function, *own, **named
+            )
+        return manager
+
+    state.get_manager = in_context
 
 
 Message = MutableMapping[str, Any]
@@ -132,3 +157,35 @@ class TypedTokens:
             case dict():
                 return {key: self._as_text(item) for key, item in value.items()}
         return value
+
+
+class Reliability:
+    """ASGI middleware: adds `reliability` to a JSON response, how far the answer in it can be relied on."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        with kept_reliability() as kept:
+            start: Message | None = None
+            body = b""
+
+            async def tell(message: Message) -> None:
+                nonlocal start, body
+                if message["type"] == "http.response.start" and JSON in message["headers"]:
+                    start = message
+                elif start is None:
+                    await send(message)
+                else:  # not streamed
+                    body += message.get("body", b"")
+                    if not message.get("more_body"):
+                        if kept and kept[-1] is not None:
+                            body = json.dumps({**json.loads(body), "reliability": float(kept[-1][0])}).encode()
+                            others = [header for header in start["headers"] if header[0] != b"content-length"]
+                            start["headers"] = [*others, (b"content-length", str(len(body)).encode())]
+                        await send(start)
+                        await send({**message, "body": body})
+
+            return await self.app(scope, receive, tell)

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from typer.testing import CliRunner
 
+from modeling_dms import kept_reliability
 from modeling_dms.training.apps.serve import serve
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import corrupt
@@ -77,6 +78,11 @@ def answers(model, processor, name, sample, **kwargs):
     return processor.decode(out.sequences[0, -1:]).strip(), out.modality_weights
 
 
+def relied_on(model, processor, name, sample):
+    inputs = processor(images=sample.load_image(), text=PLACEHOLDER[name] + text_of(sample), return_tensors="pt")
+    return float(model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).reliability[0])
+
+
 @pytest.fixture(scope="module")
 def rescued(saved, samples):
     """A held-out sample under a color cast of which DMS is right and static wrong, for each checkpoint."""
@@ -112,9 +118,11 @@ def test_a_pipeline_answers_prompts(saved, samples, rescued, caplog, name):
     damaged = rescued(name)
     for sample in (*samples[:4], damaged):
         prompt = PLACEHOLDER[name] + text_of(sample)
-        (found,) = pipe(images=sample.load_image(), text=prompt, max_new_tokens=1, return_full_text=False)
+        with kept_reliability() as kept:
+            (found,) = pipe(images=sample.load_image(), text=prompt, max_new_tokens=1, return_full_text=False)
         expected, _ = answers(model, processor, name, sample)
         assert found["generated_text"].strip() == expected
+        assert [float(each) for each in kept] == [pytest.approx(relied_on(model, processor, name, sample), abs=1e-4)]
     assert expected == damaged.answers[0]
 
 
@@ -200,11 +208,13 @@ def test_a_server_answers_about_an_image(client, saved, samples, rescued):
             "max_tokens": 1,
             "temperature": 0,
         }
-        whole = client.chat.completions.create(**asked).choices[0].message.content
+        completion = client.chat.completions.create(**asked)
+        whole = completion.choices[0].message.content
         stream = client.chat.completions.create(**asked, stream=True)
         parts = [chunk.choices[0].delta.content or "" for chunk in stream]
         expected, _ = answers(model, processor, "demo-llava", sample)
         assert whole.strip() == "".join(parts).strip() == expected
+        assert completion.reliability == pytest.approx(relied_on(model, processor, "demo-llava", sample), abs=1e-4)
     assert expected == damaged.answers[0]
 
 

@@ -24,6 +24,7 @@ from modeling_dms.training.data import load_easy_vqa
 from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import load
 from tests import tiny
+from tests.conftest import ask_as_many
 
 
 CALIBRATION = 100
@@ -53,7 +54,9 @@ def samples():
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_for_answers("demo-llava", web.MAX_NEW_TOKENS, CALIBRATION)
+    with pytest.MonkeyPatch.context() as patch:
+        ask_as_many(patch)  # as the server does
+        return load_for_answers("demo-llava", web.MAX_NEW_TOKENS, CALIBRATION)
 
 
 @pytest.fixture
