@@ -6,7 +6,8 @@ Writes the page and, beside it, a picture of the same name.
 """
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from modeling_dms.weigh.reliability import abstention_threshold
 
 BATCH, RESAMPLED, SPLITS, RISKS = 50, 1000, 20, (0.05, 0.1)
 PRIORS = {"one look": None, "second look": "learned"}
-MEASURES = ("max-probability", "predictive entropy", "reliability, one look", "reliability, second look")
+STATIC_MEASURES = ("max-probability", "predictive entropy", "MC dropout")
+MEASURES = (*STATIC_MEASURES, "reliability, one look", "reliability, second look")
+PASSES, DROPOUT = 10, 0.1  # of Monte Carlo dropout
 GROUPS = {
     "clean": ("clean",),
     "damaged image": ("unseen image",),
@@ -47,7 +50,8 @@ clean training samples, without labels. Answers are generated greedily, and righ
 `out.reliability` is the expected agreement with the answer that undamaged inputs would give. With *one look* it is
 read from the first token's probability and the evidence of damage. With a *second look* (`conflict_prior="learned"`)
 what is flagged is read twice more, with image and text alone, and the answer that can be relied on most is given.
-*Max-probability* and *predictive entropy* are of the first token of the rule's answer.
+*Max-probability* and *predictive entropy* are of the first token of the rule's answer; *MC dropout* is its mean
+probability in {passes} passes with dropout of {dropout} in the language model.
 
 The area under the risk-coverage curve (AURC) is the mean share of wrong answers over all shares of samples that are
 answered, the most reliable first: lower is better. *Change* compares it with max-probability's, with 95% intervals,
@@ -57,7 +61,8 @@ bootstrapped over the images. *Risk at 80%* is the share of wrong answers among 
 def answers(
     model: Any, collator: PromptCollator, samples: Sequence[Sample], condition: Condition, prior: str | None
 ) -> np.ndarray:
-    """Of each sample whether the answer is right, and max-probability, entropy and reliability: (n, 4)."""
+    """Of each sample whether the answer is right, and max-probability, entropy, its probability under dropout and its
+    reliability: (n, 5)."""
     model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
     tokenizer, found = collator.processor.tokenizer, []
     for start in range(0, len(samples), BATCH):
@@ -71,9 +76,41 @@ def answers(
         right = vqa_scores([text.strip() for text in texts], [s.answers for s in samples[start : start + BATCH]])
         p = out.scores[0].float().softmax(-1)
         entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
-        numbers = torch.stack([p.amax(-1), -entropy, out.reliability], 1).numpy()
+        numbers = torch.stack([p.amax(-1), -entropy, under_dropout(model, batch, out, p), out.reliability], 1).numpy()
         found.append(np.concatenate([np.array(right)[:, None], numbers], 1))
     return np.concatenate(found)
+
+
+@contextlib.contextmanager
+def dropping_out(language: Any) -> Iterator[None]:
+    """A language model with dropout, which its authors may have set to 0."""
+    before = []
+    for module in language.modules():
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, DROPOUT)
+    language.train()
+    try:
+        yield
+    finally:
+        language.eval()
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@torch.no_grad()
+def under_dropout(model: Any, batch: dict[str, Any], out: Any, p: torch.Tensor) -> torch.Tensor:
+    """The mean probability (B,) of the likeliest token of `p` (B, K), of passes with the weights of `out`."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs |= {name: value for name, value in batch.items() if name in ("pixel_values", "modality_ids")}
+    torch.manual_seed(0)
+    with dropping_out(model.get_decoder()):
+        drawn = [
+            model(**inputs, modality_weights=out.modality_weights, logits_to_keep=1).logits[:, -1].float().softmax(-1)
+            for _ in range(PASSES)
+        ]
+    return torch.stack(drawn).mean(0).gather(1, p.argmax(-1, keepdim=True))[:, 0]
 
 
 def measured(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> dict[str, dict[str, np.ndarray]]:
@@ -91,8 +128,8 @@ def measured(model: Any, collator: PromptCollator, samples: Sequence[Sample]) ->
 def confidences(found: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By measure, the confidence in each answer and whether it is right."""
     one, second = (found[look] for look in PRIORS)
-    columns = (one[:, 1], one[:, 2], one[:, 3], second[:, 3])
-    rights = (one[:, 0], one[:, 0], one[:, 0], second[:, 0])
+    columns = (*one[:, 1:].T, second[:, -1])
+    rights = (*[one[:, 0]] * (one.shape[1] - 1), second[:, 0])
     return {measure: (c, r) for measure, c, r in zip(MEASURES, columns, rights, strict=True)}
 
 
@@ -140,7 +177,7 @@ def section(name: str, found: dict[str, dict[str, np.ndarray]], kept: np.ndarray
                 answered.append(given.mean())
             threshold = abstention_threshold(*torch.tensor(own).T, risk)
             of = np.concatenate([one[look] for one in found.values()])
-            given = of[:, 3] >= threshold
+            given = of[:, -1] >= threshold
             wrong = (given & (of[:, 0] < 0.5)).mean()
             rows.append(
                 [f"{risk:.0%}", look, f"{np.mean(shares):.3f}", f"{np.mean(answered):.2f}", f"{wrong:.3f}"]
@@ -167,7 +204,7 @@ def draw(found: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None
         names = [one for one in of if groups[one] in GROUPS["all damaged"]]
         whole = {look: np.concatenate([of[one][look] for one in names]) for look in PRIORS}
         for measure, own in confidences(whole).items():
-            axis.plot(*risk_coverage(*own), label=measure, linestyle="--" if measure in MEASURES[:2] else "-")
+            axis.plot(*risk_coverage(*own), label=measure, linestyle="--" if measure in STATIC_MEASURES else "-")
         axis.set(title=f"{name}, damaged inputs", xlabel="share of samples answered", xlim=(0, 1), ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of wrong answers")
@@ -192,7 +229,11 @@ def main() -> None:
         trust = model.dms.calibration.reliability
         sections += section(name, found[name], trust.kept[: int(trust.count)].numpy(), len(samples))
     head = HEAD.format(
-        samples=len(samples), conditions=len(next(iter(found.values()))) - 1, calibration=options.calibration_samples
+        samples=len(samples),
+        conditions=len(next(iter(found.values()))) - 1,
+        calibration=options.calibration_samples,
+        passes=PASSES,
+        dropout=DROPOUT,
     )
     picture = options.out.with_suffix(".png")
     draw(found, picture)

@@ -1,4 +1,4 @@
-"""Numbers, tables and pictures of an evaluation."""
+"""Numbers and tables of an evaluation."""
 
 import functools
 import json
@@ -10,10 +10,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.training.evaluate.documents import points, share, table, write_between_markers
 from modeling_dms.training.evaluate.grid import ORACLE, Cell, Condition
-from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error
+from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error, risk_at
 from modeling_dms.training.evaluate.metrics.robust import (
     bootstrap_interval,
     mcnemar,
@@ -26,22 +25,8 @@ from modeling_dms.training.evaluate.metrics.robust import (
 
 
 STATIC = "static"
+COVERAGE = 0.8  # share of samples answered at which the risk is told
 DMS = ("rule", "own", "learned")  # the first one that was run is compared with all others
-# no two alike, static and the first DMS method first
-METHOD_COLORS = (
-    "#3b6fb6",
-    "#d98324",
-    "#4f9d69",
-    "#a24a78",
-    "#7a6fc4",
-    "#5b5b5b",
-    "#c0392b",
-    "#16a0a0",
-    "#b8a12f",
-    "#8c564b",
-    "#e377c2",
-    "#111111",
-)
 
 
 class Results:
@@ -155,9 +140,12 @@ def _group_row(results: Results, group: str, method: str, wanted: Callable) -> d
     if "confidence" in results.chosen(method, wanted)[0].metrics and np.isin(own, (0, 1)).all():
         confidence = results.array(method, wanted, "confidence")
         row["aurc"] = aurc(confidence[some], own[some])
+        row["risk"] = risk_at(COVERAGE, confidence[some], own[some])
         row["ece"] = expected_calibration_error(confidence[some], own[some])
     if "reliability" in results.chosen(method, wanted)[0].metrics and np.isin(own, (0, 1)).all():
-        row["aurc_reliability"] = aurc(results.array(method, wanted, "reliability")[some], own[some])
+        trust = results.array(method, wanted, "reliability")
+        row["aurc_reliability"] = aurc(trust[some], own[some])
+        row["risk_reliability"] = risk_at(COVERAGE, trust[some], own[some])
     return row
 
 
@@ -284,13 +272,13 @@ def render(results: dict[str, Any]) -> str:
                     f"{row['score']:.3f} [{low:.3f}, {high:.3f}]",
                     "-" if row["method"] == STATIC else points(row["minus_static"]),
                     share(gap),
-                    _number(row.get("aurc")),
-                    _number(row.get("ece")),
-                    *([_number(row.get("aurc_reliability"))] if told else []),
+                    *(_number(row.get(name)) for name in ("aurc", "risk", "ece")),
+                    *(_number(row.get(name)) for name in ("aurc_reliability", "risk_reliability") if told),
                 ]
             )
-        head = ("method", run["metric"], "- static, points", "gap closed", "AURC", "ECE")
-        head += ("AURC, reliability",) * told
+        risk = f"risk at {COVERAGE:.0%}"
+        head = ("method", run["metric"], "- static, points", "gap closed", "AURC", risk, "ECE")
+        head += ("AURC, reliability", f"{risk}, reliability") if told else ()
         parts.append(f"## {group}: {rows[0]['conditions']} condition(s)\n\n{table(head, body)}")
     if numbers["against"] is not None:
         dms, minus, clean = (numbers["against"][name] for name in ("dms", "minus", "clean"))
@@ -410,96 +398,3 @@ def condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dic
         }
         for key, methods in found.items()
     }
-
-
-# ---- pictures
-
-
-def draw(results: dict[str, Any], cells: Sequence[Cell], out: Path, methods: Sequence[str]) -> list[Path]:
-    """`severity.png`, `weights.png` and, where answers have a confidence, `reliability.png`.
-
-    Args:
-        methods: the ones to draw.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    means, written = condition_means(results["results"]["conditions"]), []
-    colors = dict(zip(methods, METHOD_COLORS * len(methods), strict=False))
-    sides = {
-        side: sorted({k[2] for k in means if k[0].startswith(side) and k[1].startswith("unseen")})
-        for side in ("image", "text")
-    }
-    sides = {side: severities for side, severities in sides.items() if severities}
-    clean = next((of for key, of in means.items() if key[0] == "clean"), {})
-
-    def over_severity(method: str, side: str, value: Callable[[dict], float | None]) -> tuple[list, list]:
-        xs, ys = [], []
-        for severity in (0, *sides[side]):
-            keys = [k for k in means if k[0].startswith(side) and k[1].startswith("unseen") and k[2] == severity]
-            found = [means[k][method] for k in keys if method in means[k]] or [clean.get(method)][: severity == 0]
-            values = [v for f in found if f is not None and (v := value(f)) is not None]
-            if values:
-                xs.append(severity)
-                ys.append(float(np.mean(values)))
-        return xs, ys
-
-    kinds: tuple[tuple[str, str, Callable[[dict], float | None]], ...] = (
-        ("severity.png", results["run"]["metric"], lambda f: f["score"]),
-        (
-            "weights.png",
-            f"mean weight of {MODALITIES[0]}",
-            lambda f: None if f["weights"] is None else f["weights"][0],
-        ),
-    )
-    for file, label, value in kinds:
-        if not sides:
-            break
-        figure, axes = pyplot.subplots(1, len(sides), figsize=(5.2 * len(sides), 4), squeeze=False, sharey=True)
-        for axis, side in zip(axes[0], sides, strict=True):
-            for method in methods:
-                xs, ys = over_severity(method, side, value)
-                if xs:
-                    axis.plot(xs, ys, marker="o", label=method, color=colors[method], linewidth=1.6, markersize=4)
-            axis.set_title(f"unseen {side} corruptions")
-            axis.set_xlabel("severity (0: clean)")
-            axis.set_xticks([0, *sides[side]])
-            axis.grid(alpha=0.3)
-        axes[0, 0].set_ylabel(label)
-        axes[0, -1].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
-        figure.savefig(out / file, dpi=110, bbox_inches="tight")
-        pyplot.close(figure)
-        written.append(out / file)
-    methods = methods[:2]  # more lines than these hide each other
-    scored = [cell for cell in cells if "confidence" in cell.metrics and cell.method in methods]
-    if scored:
-        figure, axis = pyplot.subplots(figsize=(4.6, 4.2), layout="constrained")
-        axis.plot([0, 1], [0, 1], color="gray", linestyle=":", linewidth=1)
-        for method in methods:
-            mine = [cell for cell in scored if cell.method == method]
-            if not mine:
-                continue
-            confidence = np.concatenate([cell.metrics["confidence"][cell.measured] for cell in mine])
-            right = np.concatenate([cell.metrics["score"][cell.measured] for cell in mine])
-            bins = np.minimum((confidence * 10).astype(int), 9)
-            kept = [b for b in range(10) if (bins == b).sum() >= 20]
-            axis.plot(
-                [confidence[bins == b].mean() for b in kept],
-                [right[bins == b].mean() for b in kept],
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
-                label=method,
-                color=colors[method],
-            )
-        axis.set_xlabel("confidence (probability of the answer)")
-        axis.set_ylabel(results["run"]["metric"])
-        axis.set_title("reliability, all conditions")
-        axis.legend(fontsize=8, frameon=False)
-        axis.grid(alpha=0.3)
-        figure.savefig(out / "reliability.png", dpi=110)
-        pyplot.close(figure)
-        written.append(out / "reliability.png")
-    return written

@@ -37,7 +37,8 @@ from modeling_dms.training.data.sources import opened, print_summary
 from modeling_dms.training.evaluate.baselines import METHODS, UNTRAINED, make_methods
 from modeling_dms.training.evaluate.grid import Cell, Condition, run_grid
 from modeling_dms.training.evaluate.methods import Method
-from modeling_dms.training.evaluate.report import draw, render, summarize
+from modeling_dms.training.evaluate.pictures import draw
+from modeling_dms.training.evaluate.report import render, summarize
 from modeling_dms.training.evaluate.sheet import Panel, draw_sheet
 from modeling_dms.training.evaluate.tasks import (
     Captioning,

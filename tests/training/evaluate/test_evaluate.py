@@ -759,7 +759,7 @@ def test_numbers_of_what_was_measured():
     found, wanted = ({(row["group"], row["method"]): row for row in of["groups"]} for of in (numbers, expected))
     for method in ("static", "rule"):
         row, other = found["unseen text", method], wanted["unseen text", method]
-        for name in ("answers", "score", "aurc", "ece", "mcnemar"):
+        for name in ("answers", "score", "aurc", "risk", "ece", "mcnemar"):
             assert row[name] == pytest.approx(other[name])
         assert row["minus_static"][0] == pytest.approx(other["minus_static"][0])
         assert found["unseen", method]["answers"] == 8
@@ -823,9 +823,10 @@ def test_reliability_orders_answers_as_a_confidence_does():
     static, rule = numbers["groups"]
     assert rule["aurc_reliability"] == pytest.approx(1 / 16)
     assert "aurc_reliability" not in static
+    assert (static["risk"], rule["risk_reliability"]) == (1 / 4, 1 / 4)
     run = {"model": "m", "metric": "VQA accuracy", "command": "dms evaluate", "samples": 4, "split": "test"}
     run |= {"data": "d", "seeds": [0], "failed": {}, "chosen": {}}
-    assert "AURC, reliability" in render({"run": run, "results": numbers})
+    assert "risk at 80%, reliability" in render({"run": run, "results": numbers})
     assert "AURC, reliability" not in render({"run": run, "results": summarize(cells[:1])})
 
 
@@ -863,7 +864,8 @@ def test_the_report_names_every_method_and_condition():
 
 _COMMAND = """
 evaluate --samples 11 --seeds 2 --severities 5 --batch-size 4
---kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle --training-samples 20 --validation-samples 6
+--kinds image:fog,text:typos,image:occlusion --methods static,rule,entropy,oracle
+--training-samples 20 --validation-samples 6
 """
 
 
@@ -917,7 +919,7 @@ def test_the_command_writes_results_report_and_pictures(command):
         "image:occlusion",
     }
     report = (out / "report.md").read_text()
-    for name in ("severity", "weights", "reliability", "samples"):
+    for name in ("severity", "weights", "reliability", "risk", "samples"):
         assert f"({name}.png)" in report
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 200

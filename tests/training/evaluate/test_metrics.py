@@ -23,7 +23,7 @@ from modeling_dms.training.evaluate.metrics.captions import (
     rouge_l,
     simple_tokenizer,
 )
-from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error, risk_coverage
+from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error, risk_at, risk_coverage
 from modeling_dms.training.evaluate.metrics.retrieval import recall_at_k, retrieval_recall
 from modeling_dms.training.evaluate.metrics.robust import (
     bootstrap_interval,
@@ -601,6 +601,9 @@ def test_risk_is_the_mean_over_orders_of_tied_answers(answers):
     np.testing.assert_allclose(coverage, np.arange(1, len(answers) + 1) / len(answers))
     assert aurc(confidence, correct) == pytest.approx(risk.mean())
     assert aurc(np.exp(confidence), correct) == pytest.approx(aurc(confidence, correct))
+    for share, at in zip(coverage, risk, strict=True):
+        assert risk_at(share, confidence, correct) == at
+    assert risk_at(0.5 / len(answers), confidence, correct) == risk[0]
 
 
 def test_aurc_of_perfect_useless_and_inverted_confidence():

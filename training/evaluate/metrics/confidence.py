@@ -32,6 +32,12 @@ def aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(risk_coverage(confidence, correct)[1].mean())
 
 
+def risk_at(coverage: float, confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Mean error of the most confident answers that make up a share `coverage` of all, in (0, 1]."""
+    answered, risk = risk_coverage(confidence, correct)
+    return float(risk[np.searchsorted(answered, coverage - 1e-9)])
+
+
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """ECE = sum_b |B_b| / n * |mean correct - mean confidence| over bins ((b - 1) / bins, b / bins] (Guo et al., ICML
     2017).
