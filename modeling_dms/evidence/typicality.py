@@ -158,14 +158,15 @@ def fit_logistic(
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return (sample_weights * losses).sum() + (penalty * value.pow(2)).sum() / 2
 
+    reached = objective(coefficients)
     for _ in range(steps):
         p = (design @ coefficients).sigmoid()
         gradient = design.T @ (sample_weights * (p - targets)) + penalty * coefficients
         hessian = (design.T * (sample_weights * (p * (1 - p)).clamp_min(1e-9))) @ design + torch.diag(penalty)
         step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while objective(coefficients - size * step) > objective(coefficients) and size > 1e-4:
+        while (found := objective(coefficients - size * step)) > reached and size > 1e-4:
             size /= 2
-        coefficients = coefficients - size * step
-        if float((size * step).abs().max()) < 1e-5:  # the next step would be the square of that
+        coefficients, reached = coefficients - size * step, found
+        if float((size * step).abs().max()) < 1e-3:  # the next step would be the square of that
             break
     return coefficients.float()

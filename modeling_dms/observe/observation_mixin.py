@@ -1,5 +1,6 @@
 """What a DMS class observes of a prompt: which positions hold what, and the features of each modality."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -188,7 +189,8 @@ class ObservationMixin:
         """
         # in the model's own precision, however the caller passes them
         groups = [self.dms.calibration.pixels.unit(pictures.to(self.dtype)) for pictures in self._pictures(inputs)]
-        found = torch.cat([pixel_statistics(pictures) for pictures in groups])
+        alike = [torch.cat([*some]) for _, some in itertools.groupby(groups, key=lambda pictures: pictures.shape[1:])]
+        found = torch.cat([pixel_statistics(pictures) for pictures in alike])
         return of_images(found, pooled, self._parts(**inputs))
 
     def _changed_images(

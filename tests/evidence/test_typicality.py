@@ -249,8 +249,8 @@ def test_unrelated_views_have_nothing_in_common(samples, components):
 
 
 def test_canonical_directions_weigh_by_what_the_views_share():
-    causes = normal(0, 2000, 1)
-    first, second = normal(1, 2000, 4), normal(2, 2000, 4)
+    causes = normal(0, 1200, 1)
+    first, second = normal(1, 1200, 4), normal(2, 1200, 4)
     first[:, 2:3] = 0.9 * causes + 0.44 * first[:, 2:3]
     second[:, 0:1] = -0.9 * causes + 0.44 * second[:, 0:1]
     left, right = fit_canonical(first, second)
@@ -265,9 +265,9 @@ def test_canonical_directions_weigh_by_what_the_views_share():
 
 
 def test_canonical_directions_remove_what_hides_the_shared_cause():
-    cause, nuisance = normal(0, 2000, 1), normal(1, 2000, 1)
-    first = torch.cat([(cause + nuisance) / 2**0.5, nuisance, normal(2, 2000, 2)], 1)
-    second = torch.cat([cause, normal(3, 2000, 3)], 1)
+    cause, nuisance = normal(0, 1200, 1), normal(1, 1200, 1)
+    first = torch.cat([(cause + nuisance) / 2**0.5, nuisance, normal(2, 1200, 2)], 1)
+    second = torch.cat([cause, normal(3, 1200, 3)], 1)
     left, _ = fit_canonical(first, second)
 
     found = (first @ left)[:, 0]
