@@ -177,7 +177,8 @@ class DynamicModalityScheduling(nn.Module):
             entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
-            weights = self.scheduler(signals, modality_mask, standard, entropy)
+            spared = self.calibration.reliability.spared
+            weights = self.scheduler(signals, modality_mask, standard, entropy, spared)
         return DMSOutput(weights, signals, representations, logits)
 
     def _signals(

@@ -131,8 +131,8 @@ class CounterfactualMixin:
         """
         count, found, truth, low = len(rows), [], None, self.config.dms_config.weight_floor
         places, device = rows.nonzero()[:, 0], clean["input_ids"].device
-        # what has no weight has no say: copies of the same image, or text, share the answer to it alone, unless another
-        # number of words moves the positions of what follows
+        # what has no weight has no say: copies of the same image, or text, share the answer to it alone, unless the
+        # words are fewer, which moves the positions of what follows
         alone: dict[tuple[Any, ...], Tensor] = {}
         for copy in copies:
             inputs, (image, text) = {**clean, **copy.changed}, copy.families

@@ -16,7 +16,7 @@ from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.conformal import FARTHEST, TAIL, Agreement, Detector
 from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
-from modeling_dms.calibrate.fit_reliability import fit_reliability
+from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.configuration.configuration_dms import MODALITIES
@@ -109,6 +109,7 @@ def fit_calibration(
     if answers is not None:
         p_clean = [p[answers.families[:, m], answers.sources[:, m]] for m, p in enumerate(p_values)]
         p = torch.stack([*p_clean, torch.ones(len(answers.sources)) if p_match is None else p_match], 1)
+        report.lowering = dict(zip(MODALITIES, fit_lowering(calibration, answers, p), strict=True))
         report.reliability = fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
     target.load_state_dict(calibration.state_dict())
     return report

@@ -1,10 +1,10 @@
-"""Fits how far answers can be relied on."""
+"""Fits how far answers can be relied on, and whether it helps to lower what looks damaged."""
 
 import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.calibration import Calibration
-from modeling_dms.calibrate.counterfactual import Answers
+from modeling_dms.calibrate.counterfactual import NONE, Answers
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.statistics import Reliability
 from modeling_dms.evidence.typicality import auroc, fit_logistic
@@ -14,6 +14,27 @@ from modeling_dms.weigh.second_look import BOTH
 
 # of the few answers that reliability is fitted to
 TRUST_RIDGE = 1e-2
+
+
+def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[tuple[int, int]]:
+    """Has each modality lowered, where it looks damaged and the other does not, unless that has cost more answers than
+    it has saved: a question cannot stand in for an image.
+
+    Args:
+        p: (m, M + 1), the p-values of each source and of the pair.
+
+    Returns:
+        Of each modality, how many answers it has saved, and how many it has cost.
+    """
+    found, flagged = [], p[:, :-1] <= calibration.config.alarm_rate
+    both, lowered = answers.agrees[:, BOTH], answers.agrees[:, BOTH + 1]
+    for modality in range(flagged.shape[1]):
+        damaged = answers.families[:, modality] != NONE
+        rows = flagged[:, modality] & (flagged.sum(1) == 1) & damaged & ((answers.families != NONE).sum(1) == 1)
+        saved, cost = int((lowered > both)[rows].sum()), int((lowered < both)[rows].sum())
+        calibration.reliability.spared[modality] = float(cost > saved)
+        found.append((saved, cost))
+    return found
 
 
 def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold: Tensor) -> dict[str, float]:
@@ -30,7 +51,8 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     swapped = answers.sources[:, 0] != answers.sources[:, 1]
     flagged = (p[:, :-1] <= rate).sum(1)
     # the rule lowers what is flagged alone
-    weighed = (flagged == 1).long()
+    weighed = ((p[:, :-1] <= rate) & (reliability.spared == 0)).any(1) & (flagged == 1)
+    weighed = weighed.long()
     rows = torch.arange(len(p))
     agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
     # a second look falls on what is flagged, or does not belong together

@@ -35,6 +35,8 @@ class CalibrationReport:
             not above its part of the rate asked for, but where there are too few samples to tell.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better.
+        lowering: at level 3, by modality, how many of the model's answers to damaged copies it has saved to lower what
+            was flagged, and how many it has cost; a modality where it has cost more keeps its weight.
         reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
             probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
             all agree, or none.
@@ -48,6 +50,7 @@ class CalibrationReport:
     achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
     mismatch_auroc: float | None = None
     consistency: str = "representations"
+    lowering: dict[str, tuple[int, int]] = field(default_factory=dict)
     reliability: dict[str, float] = field(default_factory=dict)
 
     def blind(self, modality: str) -> list[str]:
@@ -75,6 +78,9 @@ class CalibrationReport:
                 lines.append(f"{modality}: mostly blind to {', '.join(self.blind(modality))}")
         if self.mismatch_auroc is not None:
             lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
+        for modality, (saved, cost) in self.lowering.items():
+            kept = "keeps its weight all the same" if cost > saved else "is lowered"
+            lines.append(f"{modality}: what is flagged {kept}: to lower it saved {saved} answers and cost {cost}")
         if self.reliability:
             shown = ", ".join(f"{name} {area:.3f}" for name, area in self.reliability.items())
             lines.append(f"answers that agree with those to clean inputs, told from others: AUROC {shown}")

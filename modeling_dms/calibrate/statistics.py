@@ -116,6 +116,7 @@ class Reliability(Statistics):
     look_location: Tensor
     look_scale: Tensor
     look_coefficients: Tensor
+    spared: Tensor
     kept: Tensor
     count: Tensor
 
@@ -130,6 +131,8 @@ class Reliability(Statistics):
                 "look_location": (look,),
                 "look_scale": (look,),
                 "look_coefficients": (3, look + 1),
+                # 1 for a modality that keeps its weight where it looks damaged: to lower it cost more answers than it saved
+                "spared": (modalities,),
                 # of samples that calibration damaged and took no account of: reliability, and whether the answer
                 # agrees, without a second look and with it, and which sample it is a copy of
                 "kept": (REMEMBERED, 5),

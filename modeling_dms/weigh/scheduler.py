@@ -111,6 +111,7 @@ class ModalityScheduler(nn.Module):
         modality_mask: Tensor,
         standard: Tensor,
         entropy: Tensor,
+        spared: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -118,6 +119,7 @@ class ModalityScheduler(nn.Module):
             modality_mask: (B, M), True where present.
             standard: confidence, uncertainty and energy over their clean spread, (B, M, 3).
             entropy: unimodal predictive entropy, (B, M).
+            spared: (M,), above 0 for a modality that damage does not lower; none by default.
 
         Returns:
             (B, M), rows sum to 1, absent modality exactly 0.
@@ -131,7 +133,7 @@ class ModalityScheduler(nn.Module):
             return weights_from_scores(-entropy / self.config.temperature, modality_mask)
         if self.config.scheduler == "energy":
             return weights_from_scores(cast(Tensor, signals.energy) / self.config.temperature, modality_mask)
-        scores, conflict = rule_scores(signals, modality_mask, self.config)
+        scores, conflict = rule_scores(signals, modality_mask, self.config, spared)
         if self.config.scheduler == "learned":
             correction = self._correction(signals, modality_mask, standard)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
@@ -151,17 +153,24 @@ class ModalityScheduler(nn.Module):
         return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
 
 
-def rule_scores(signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig) -> tuple[Tensor, Tensor]:
+def rule_scores(
+    signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig, spared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores of the training-free rule: minus the evidence of damage beyond a threshold; 0 for nothing suspicious.
 
     Where all are damaged, how much evidence there is does not tell which of them is worse, and the scores are equal,
     but for what is as far from all clean data as garbage is. Where none is damaged but they disagree,
     `conflict_prior` decides, if it is set. This is our own choice.
 
+    Args:
+        spared: as of [`ModalityScheduler`]; their damage is not looked at.
+
     Returns:
         (B, M), and where `conflict_prior` decides, (B,) bool.
     """
     damage = evidence(cast(Tensor, signals.p_clean), config.alarm_rate).clamp_min(0)
+    if spared is not None:
+        damage = damage.masked_fill(spared > 0, 0)
     clean = (damage == 0) | ~modality_mask
     least = damage.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
     # beside a clean one all evidence counts

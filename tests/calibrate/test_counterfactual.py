@@ -4,9 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_dms.calibrate.counterfactual import NONE, swapped_images, swapped_texts
+from modeling_dms import DMSConfig
+from modeling_dms.calibrate.calibration import Calibration
+from modeling_dms.calibrate.counterfactual import NONE, Answers, swapped_images, swapped_texts
 from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
+from modeling_dms.calibrate.fit_reliability import fit_lowering
 from modeling_dms.observe.images import Images
+from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.loading import load
 from modeling_dms.weigh.second_look import BOTH, TEXT_ALONE
 from tests import tiny
 
@@ -128,6 +136,7 @@ def test_outputs_say_how_far_they_can_be_relied_on(backbone):
 
 def test_it_travels_with_the_checkpoint(tmp_path):
     model = calibrated("llava-llama")
+    model.dms.calibration.reliability.spared.zero_()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     batch = tiny.clean_samples(count=8, size=8, seed=3)[0]
@@ -150,15 +159,71 @@ def test_it_travels_with_the_checkpoint(tmp_path):
 def test_batches_of_one_and_too_few_answers(as_many_are_asked):
     """In a batch of one there is no other sample to take an image or a text from; of few answers nothing is fitted."""
     model = tiny.build("llava-llama", false_alarm_rate=0.05)
-    report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=40)
+    report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=30)
     assert set(report.reliability) == {"first token's probability", "one look", "second look"}
     kept = model.dms.calibration.reliability
-    assert int(kept.count) == 4 * 40  # clean, image, text and both damaged
+    assert int(kept.count) == 4 * 30  # clean, image, text and both damaged
     assert all(value.isfinite().all() for value in kept.state_dict().values())
     report = model.calibrate(tiny.clean_samples(count=60, size=1), show_progress=False, max_asked=3)
     assert report.reliability == {}
     assert model.dms.calibration.is_calibrated
     assert not kept.count
+
+
+# ---- whether to lower what looks damaged
+
+
+def fitted_lowering(saved, cost, modality=0):
+    """`spared` after answers to copies of which one modality is damaged and flagged."""
+    calibration = Calibration(DMSConfig(), [(1, 2)] * 2, [(3, 1, False)] * 2, [2, 2])
+    count = saved + cost + 20
+    families = torch.full((count, 2), NONE)
+    families[:, modality] = 0
+    agrees = torch.zeros(count, 4)
+    agrees[:saved, BOTH + 1] = 1
+    agrees[saved : saved + cost, BOTH] = 1
+    agrees[saved + cost :, BOTH:] = 1
+    p = torch.ones(count, 3)
+    p[:, modality] = 1e-6
+    sources, content = torch.arange(count)[:, None].expand(-1, 2), torch.zeros(count, 2)
+    answers = Answers(sources, families, torch.zeros(count, 12), agrees, torch.ones(count, 2), content, content)
+    assert fit_lowering(calibration, answers, p)[modality] == (saved, cost)
+    # what is not flagged, or not alone, says nothing
+    quiet = p.clone()
+    quiet[:, modality] = 1
+    assert fit_lowering(calibration, answers, quiet) == [(0, 0)] * 2
+    assert fit_lowering(calibration, answers, torch.full_like(p, 1e-6)) == [(0, 0)] * 2
+    fit_lowering(calibration, answers, p)
+    return calibration.reliability.spared.tolist()
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_what_looks_damaged_is_lowered_unless_that_has_cost_more_answers_than_it_saved(modality):
+    spared = [float(modality == 0), float(modality == 1)]
+    assert fitted_lowering(5, 6, modality) == spared
+    assert fitted_lowering(6, 5, modality) == [0, 0]
+    assert fitted_lowering(5, 5, modality) == [0, 0]
+    assert fitted_lowering(0, 0, modality) == [0, 0]
+
+
+def test_a_question_cannot_stand_in_for_an_image(capsys):
+    """Plain questions: the image is all that answers them, and keeps its weight however damaged it looks."""
+    model, processor = load("demo-llava")
+    samples = [sample.replace(context=None) for sample in one_per_image(load_easy_vqa("train"), 64)]
+    report = calibrate(model.eval(), PromptCollator(processor), samples, 64, show_progress=False)
+    assert "no sample has a context" in capsys.readouterr().out
+    saved, cost = report.lowering["vision"]
+    assert cost > saved
+    assert "vision: what is flagged keeps its weight all the same" in str(report)
+    batch = PromptCollator(processor)([corrupt(sample, "image:noise", 5) for sample in samples[:8]])
+    del batch["modality_ids"]
+    out = model(**batch)
+    flagged = out.modality_signals.p_clean[:, 0] <= model.config.dms_config.alarm_rate
+    assert flagged.any()
+    assert torch.equal(out.modality_weights, torch.full((8, 2), 0.5))
+    assert torch.equal(out.logits, model(**batch, modality_weights=torch.full((8, 2), 0.5)).logits)
+    model.dms.calibration.reliability.spared.zero_()
+    assert (model(**batch).modality_weights[flagged, 0] < 0.5).all()
 
 
 def test_the_same_data_give_the_same_reliability():

@@ -259,6 +259,25 @@ def test_uniform_ignores_the_signals():
     assert torch.equal(weights, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
 
 
+@pytest.mark.parametrize("name", ["rule", "learned"])
+@bounded
+@given(seed=seeds, batch=batches, spared=st.sampled_from([VISION, TEXT]))
+def test_damage_of_a_spared_modality_is_not_looked_at(name, seed, batch, spared):
+    config, mask = DMSConfig(scheduler=name, shared_size=4), torch.ones(batch, 2, dtype=torch.bool)
+    scheduler, others = scheduler_of(config, 2), (torch.zeros(batch, 2, 3), torch.zeros(batch, 2))
+    if name == "learned":
+        torch.nn.init.zeros_(scheduler.output.weight)
+        torch.nn.init.zeros_(scheduler.output.bias)
+    damage = normal(seed, batch, 2) * 9
+    keeps = torch.tensor([float(spared == modality) for modality in range(2)])
+    with torch.no_grad():
+        found = scheduler(random_signals(seed, batch, 2, damage=damage), mask, *others, keeps)
+        damage[:, spared] = -1.0
+        expected = scheduler(random_signals(seed, batch, 2, damage=damage), mask, *others)
+    assert torch.equal(found, expected)
+    assert (found[:, spared] >= 0.5).all()
+
+
 # ---- published rules
 
 

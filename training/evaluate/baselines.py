@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -77,6 +77,7 @@ def fit_scheduler(
         choices: fields of DMSConfig.
     """
     signals, mask, standard, entropy = recorded
+    spared = cast(Any, model).dms.calibration.reliability.spared
     config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -87,7 +88,7 @@ def fit_scheduler(
     for _ in range(steps):
         rows = torch.randint(len(target), (batch_size,), generator=generator)
         some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
-        weights = scheduler(some, mask[rows], standard[rows], entropy[rows])
+        weights = scheduler(some, mask[rows], standard[rows], entropy[rows], spared)
         loss = schedule_loss(weights, target[rows], mask[rows]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,6 +1,6 @@
 """A model calibrated on clean samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modeling_dms.calibrate.records import MIN_SAMPLES
@@ -22,7 +22,8 @@ def calibrate(
     max_asked: int = 100,
 ) -> Any:
     """Calibrates a DMS model (or a peft wrapper of one) on samples of distinct images, evenly spread over the data:
-    the first ones of a sorted set would be of one kind.
+    the first ones of a sorted set would be of one kind. Where no sample has a context, images are weighed against the
+    whole text of the prompts.
 
     In batches of a fixed size: the self-made corruptions are drawn batch by batch, and the same data must give the
     same statistics whatever the batch and the number of processes of a training step.
@@ -36,19 +37,25 @@ def calibrate(
     distinct = [distinct[place * len(distinct) // count] for place in range(count)]
     with_image = sum(sample.image is not None for sample in distinct)
     with_context = sum(bool((sample.context or "").strip()) for sample in distinct)
-    if min(with_image, with_context) < MIN_SAMPLES:
+    plain = not with_context
+    if with_image < MIN_SAMPLES or (with_context < MIN_SAMPLES and not plain):
         hint = "" if images else "; without images there is nothing to weigh"
         if 0 < images < MIN_SAMPLES:
             hint += (
                 "; these are of the training split, which holds four of five images of a table without a column "
                 "'split': with 'train' there in every row all are taken"
             )
-        if with_context < with_image:
-            hint += "; without contexts, docs/calibrate.md weighs images against questions"
+        if 0 < with_context < with_image:
+            hint += "; without any contexts, images would be weighed against questions"
         raise ValueError(
             f"calibration needs {MIN_SAMPLES} different images and {MIN_SAMPLES} contexts to weigh them against, got "
             f"{with_image} and {with_context}{hint}"
         )
     clean = PromptCollator(collator.processor, max_length=collator.max_length)
-    batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
+    batches: Iterable[dict[str, Any]] = (
+        clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH)
+    )
+    if plain:
+        print("no sample has a context: images are weighed against the whole text of the prompts")
+        batches = ({name: value for name, value in batch.items() if name != "modality_ids"} for batch in batches)
     return model.calibrate(batches, level, count, show_progress, leave_out, max_asked)
