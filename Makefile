@@ -53,7 +53,7 @@ results: $(VENV)/dev
 		$(BIN)/dms evaluate --model $$(basename $$folder) --out $$folder --kinds "$(KINDS)" --samples 200 --methods all \
 			--resume || exit 1; \
 	done
-	$(BIN)/dms report $(RESULTS) --out docs/results.md --readme README.md
+	$(BIN)/dms report $(RESULTS) --out docs/results.md --readme docs/demo.md
 
 # two processes of one thread each: with two, the threads wait for each other and tests take twenty times as long
 test test-lower: export OMP_NUM_THREADS = 1

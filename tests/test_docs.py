@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from modeling_dms import DMSConfig
 from modeling_dms.training.cli import app
-from modeling_dms.training.data import PromptCollator, load_easy_vqa, load_folder
+from modeling_dms.training.data import load_easy_vqa, load_folder
 from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.finetune.arguments import _TYPES, read_arguments
-from modeling_dms.training.models.loading import CHECKPOINTS, load
+from modeling_dms.training.models.loading import CHECKPOINTS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,7 @@ BEFORE = {
     "docs/fine-tune.md": "docs/calibrate.md",
     "docs/evaluate.md": "docs/fine-tune.md",
     "docs/clients.md": "docs/calibrate.md",
+    "docs/publish.md": "docs/evaluate.md",
 }
 
 # in snippets, for what they name
@@ -198,21 +199,13 @@ def read(tmp_path_factory):
         shutil.copy(folder / "my_folder" / "0.png", folder / "photo.png")
         return folder
 
-    def names_of(page, folder):
-        if page != "README.md":
-            return {}
-        # what the README leaves to its reader
-        prompts = PromptCollator(load("demo-llava")[1])
-        samples = load_folder(folder / "my_folder")
-        return {"dataloader": [prompts(samples)], "image": samples[0].load_image()}
-
     def read_page(page):
         if page in folders:
             return
         if page in BEFORE:
             read_page(BEFORE[page])
         folder = folders[page] = folders[BEFORE[page]] if page in BEFORE else new_folder()
-        blocks, names = snippets(page), names_of(page, folder)
+        blocks, names = snippets(page), {}
         with contextlib.chdir(folder):
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 run(block, following, names)

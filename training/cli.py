@@ -175,7 +175,7 @@ def demo(
     samples: Annotated[int, typer.Option(min=50, max=880, help="Held-out samples.")] = 120,
     calibration_samples: Annotated[int, typer.Option(min=50, help="Clean samples to calibrate on.")] = 300,
     write_docs: Annotated[
-        Path | None, typer.Option(help="Also write the results into the README and model card of this clone.")
+        Path | None, typer.Option(help="Also write the results into the documents of this clone.")
     ] = None,
     web: Annotated[
         bool, typer.Option("--web", help="Serve a page instead, to try inputs and corruptions on.")

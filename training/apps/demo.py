@@ -57,6 +57,13 @@ PICTURED = (
     *("text:typos", "text:random_words", "text:mismatch"),
 )
 MISMATCHES = {"image:mismatch": "sample's image", "text:mismatch": "sample's context"}
+# groups of a short table, and what they are called there
+SUMMARISED = {
+    "clean": "clean",
+    "unseen image": "damaged image",
+    "unseen text": "damaged text",
+    "conflict": "another sample's image or text",
+}
 TITLES = {"llava": "LLaVA-shaped", "blip2": "BLIP-2-shaped"}
 
 
@@ -100,6 +107,21 @@ def section(result: dict[str, Any], samples: int) -> str:
     return "\n".join(lines)
 
 
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """All backbones' numbers in a short table."""
+    rows = []
+    for result in found:
+        for group, shown in SUMMARISED.items():
+            of = {row["method"]: row for row in result["groups"] if row["group"] == group}
+            if not of:
+                continue
+            scores = [f"{of[method.name]['score']:.3f}" if method.name in of else "" for method in METHODS]
+            gap = of["rule"]["gap_closed"]
+            closed = "" if gap is None else "{:.2f} [{:.2f}, {:.2f}]".format(*gap)
+            rows.append([TITLES[result["backbone"]], shown, *scores, closed])
+    return table(("checkpoint", "inputs", "static", "DMS", "oracle", "gap closed"), rows)
+
+
 def run_demo(
     out: Path, backbones: Sequence[str], count: int, calibration_samples: int, repository: Path | None = None
 ) -> dict[str, Any]:
@@ -139,7 +161,8 @@ def run_demo(
     text = "\n\n".join(sections)
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     if repository is not None:
-        write_between_markers(repository / "README.md", "demo", text)
+        write_between_markers(repository / "README.md", "demo", summary(found))
+        write_between_markers(repository / "docs" / "demo.md", "demo", text)
         write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
         for name in ("demo.png", "results.json"):
             shutil.copy(out / name, repository / "model_cards" / name)

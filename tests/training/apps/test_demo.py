@@ -97,14 +97,21 @@ def test_answers_are_those_of_the_data():
 def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CONDITIONS", demo.CONDITIONS[:3])
     monkeypatch.setattr(demo, "PICTURED", ("clean",))
-    (tmp_path / "model_cards").mkdir()
-    (tmp_path / "README.md").write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    for folder in ("model_cards", "docs"):
+        (tmp_path / folder).mkdir()
+    for name in ("README.md", "docs/demo.md"):
+        (tmp_path / name).write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     (tmp_path / "model_cards" / "README.md").write_text("<!-- training:begin -->\n<!-- training:end -->\n")
     result = demo.run_demo(tmp_path / "out", ["llava"], 50, 60, tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("before\n")
-    assert readme.endswith("after\n")
-    assert "old" not in readme
+    short, readme = (tmp_path / "README.md").read_text(), (tmp_path / "docs/demo.md").read_text()
+    for text in (short, readme):
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+    (mean,) = (
+        row["score"] for row in result["backbones"][0]["groups"] if (row["group"], row["method"]) == ("clean", "rule")
+    )
+    assert f"| clean | {mean:.3f} | {mean:.3f} |  |  |" in short or f" | {mean:.3f} |" in short
     rows = [row for row in result["backbones"][0]["conditions"] if row["condition"] == "image:color_cast"]
     assert [row["method"] for row in rows] == ["static", "rule", "oracle"]
     assert "| {:.3f} | {:.3f} | {:.3f} |".format(*(row["score"] for row in rows)) in readme
