@@ -52,9 +52,10 @@ damage is of a family that the detectors do not know. Differences are in points,
 the images.
 
 By default (`scheduler="rule"`, `conflict_prior=None`) the weights are uniform, and the answer is the backbone's own,
-unless one of image and text looks damaged and the other does not. Then the damaged one is lowered, unless that cost
-more of the backbone's answers in calibration than it saved. Where both look sound but do not belong together nothing
-is decided, since one against one cannot tell who is right; `out.reliability` falls, and so does `signals.p_match`."""
+unless one of image and text looks damaged and the other does not. Then the damaged one is lowered, unless the other
+cannot stand in for it, by what the backbone answered in calibration. Where both look sound but do not belong together
+nothing is decided, since one against one cannot tell who is right; `out.reliability` falls, and so does
+`signals.p_match`."""
 CONTEXTS = """## Image and context
 
 The price of not deciding stands in the lines of another's image and another's context. Which policy wins there hangs
@@ -159,8 +160,12 @@ def calibrated(name: str, samples: Sequence[Sample], count: int) -> tuple[Any, P
     model, processor = load(name)
     collator = PromptCollator(processor)
     report = calibrate(model.eval(), collator, samples, count)
-    told = [f"{modality} saved {saved} and cost {cost}" for modality, (saved, cost) in report.lowering.items()]
-    return model, collator, f"Of the answers that calibration asked for, to lower {', '.join(told)}."
+    told = [
+        f"{modality} {'keeps its weight' if modality in report.spared else 'is lowered'} (without it {alone:.2f} of "
+        f"calibration's answers are those to clean inputs, with it {both:.2f})"
+        for modality, (alone, both) in report.lowering.items()
+    ]
+    return model, collator, f"What is flagged: {', '.join(told)}."
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Fits how far answers can be relied on, and whether it helps to lower what looks damaged."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,34 @@ from modeling_dms.weigh.second_look import BOTH
 
 # of the few answers that reliability is fitted to
 TRUST_RIDGE = 1e-2
+# the level of the test that the other modality cannot stand in
+SURE = 0.05
 
 
-def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[tuple[int, int]]:
-    """Has each modality lowered, where it looks damaged and the other does not, unless that has cost more answers than
-    it has saved: a question cannot stand in for an image.
+def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[tuple[float, float]]:
+    """Has each modality keep its weight, however damaged, for which the other one cannot stand in: a question cannot
+    answer itself. To lower one is to move towards the answer to the other alone.
 
     Args:
         p: (m, M + 1), the p-values of each source and of the pair.
 
     Returns:
-        Of each modality, how many answers it has saved, and how many it has cost.
+        Of each modality, how often the other alone, and how often both, gave the answer to the sample as it was, where
+        it was damaged and flagged and the other was neither; NaN where there were none.
     """
-    found, flagged = [], p[:, :-1] <= calibration.config.alarm_rate
-    both, lowered = answers.agrees[:, BOTH], answers.agrees[:, BOTH + 1]
+    found, flagged, damaged = [], p[:, :-1] <= calibration.config.alarm_rate, answers.families != NONE
     for modality in range(flagged.shape[1]):
-        damaged = answers.families[:, modality] != NONE
-        rows = flagged[:, modality] & (flagged.sum(1) == 1) & damaged & ((answers.families != NONE).sum(1) == 1)
-        saved, cost = int((lowered > both)[rows].sum()), int((lowered < both)[rows].sum())
-        calibration.reliability.spared[modality] = float(cost > saved)
-        found.append((saved, cost))
+        rows = (flagged & damaged)[:, modality] & (flagged.sum(1) == 1) & (damaged.sum(1) == 1)
+        alone, both = answers.agrees[rows, 1 - modality], answers.agrees[rows, BOTH]
+        spared = chance(int((alone < both).sum()), int((alone != both).sum())) < SURE
+        calibration.reliability.spared[modality] = float(spared)
+        found.append((float(alone.mean()), float(both.mean())))
     return found
+
+
+def chance(heads: int, tosses: int) -> float:
+    """That of so many tosses of a fair coin so many heads come, or more: a one-sided sign test."""
+    return sum(math.comb(tosses, count) for count in range(heads, tosses + 1)) / 2**tosses
 
 
 def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold: Tensor) -> dict[str, float]:

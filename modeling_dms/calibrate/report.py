@@ -35,8 +35,9 @@ class CalibrationReport:
             not above its part of the rate asked for, but where there are too few samples to tell.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better.
-        lowering: at level 3, by modality, how many of the model's answers to damaged copies it has saved to lower what
-            was flagged, and how many it has cost; a modality where it has cost more keeps its weight.
+        lowering: at level 3, by modality, how often the other one alone, and how often both, gave the answer to the
+            undamaged sample where this one was damaged and flagged; NaN where that never was.
+        spared: the modalities that keep their weight all the same, since the other one cannot stand in for them.
         reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
             probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
             all agree, or none.
@@ -50,7 +51,8 @@ class CalibrationReport:
     achieved_false_alarm_rate: dict[str, float] = field(default_factory=dict)
     mismatch_auroc: float | None = None
     consistency: str = "representations"
-    lowering: dict[str, tuple[int, int]] = field(default_factory=dict)
+    lowering: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spared: list[str] = field(default_factory=list)
     reliability: dict[str, float] = field(default_factory=dict)
 
     def blind(self, modality: str) -> list[str]:
@@ -78,9 +80,12 @@ class CalibrationReport:
                 lines.append(f"{modality}: mostly blind to {', '.join(self.blind(modality))}")
         if self.mismatch_auroc is not None:
             lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
-        for modality, (saved, cost) in self.lowering.items():
-            kept = "keeps its weight all the same" if cost > saved else "is lowered"
-            lines.append(f"{modality}: what is flagged {kept}: to lower it saved {saved} answers and cost {cost}")
+        for modality, (alone, both) in self.lowering.items():
+            done = "keeps its weight all the same" if modality in self.spared else "is lowered"
+            lines.append(
+                f"{modality}: what is flagged {done}; without it {alone:.2f} of the answers are those to clean "
+                f"inputs, with it {both:.2f}"
+            )
         if self.reliability:
             shown = ", ".join(f"{name} {area:.3f}" for name, area in self.reliability.items())
             lines.append(f"answers that agree with those to clean inputs, told from others: AUROC {shown}")

@@ -131,7 +131,7 @@ class Reliability(Statistics):
                 "look_location": (look,),
                 "look_scale": (look,),
                 "look_coefficients": (3, look + 1),
-                # 1 for a modality that keeps its weight however damaged: to lower it cost more answers than it saved
+                # 1 for a modality that keeps its weight however damaged: the other one cannot stand in for it
                 "spared": (modalities,),
                 # of samples that calibration damaged and took no account of: reliability, and whether the answer
                 # agrees, without a second look and with it, and which sample it is a copy of

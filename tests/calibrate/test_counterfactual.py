@@ -1,5 +1,7 @@
 """Calibration's third level: which answers are asked for, and what is made of them."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -173,36 +175,40 @@ def test_batches_of_one_and_too_few_answers(as_many_are_asked):
 # ---- whether to lower what looks damaged
 
 
-def fitted_lowering(saved, cost, modality=0):
-    """`spared` after answers to copies of which one modality is damaged and flagged."""
+def fitted_lowering(better, worse, modality=0):
+    """`spared` after answers to copies of which one modality is damaged and flagged; the other one alone answered some
+    better than both, and some worse."""
     calibration = Calibration(DMSConfig(), [(1, 2)] * 2, [(3, 1, False)] * 2, [2, 2])
-    count = saved + cost + 20
+    count = better + worse + 20
     families = torch.full((count, 2), NONE)
     families[:, modality] = 0
     agrees = torch.zeros(count, 4)
-    agrees[:saved, BOTH + 1] = 1
-    agrees[saved : saved + cost, BOTH] = 1
-    agrees[saved + cost :, BOTH:] = 1
+    agrees[:better, 1 - modality] = 1
+    agrees[better : better + worse, BOTH] = 1
+    agrees[better + worse :, [1 - modality, BOTH]] = 1
     p = torch.ones(count, 3)
     p[:, modality] = 1e-6
     sources, content = torch.arange(count)[:, None].expand(-1, 2), torch.zeros(count, 2)
     answers = Answers(sources, families, torch.zeros(count, 12), agrees, torch.ones(count, 2), content, content)
-    assert fit_lowering(calibration, answers, p)[modality] == (saved, cost)
+    told = fit_lowering(calibration, answers, p)[modality]
+    assert told == (pytest.approx((better + 20) / count), pytest.approx((worse + 20) / count))
+    spared = calibration.reliability.spared.tolist()
     # what is not flagged, or not alone, says nothing
     quiet = p.clone()
     quiet[:, modality] = 1
-    assert fit_lowering(calibration, answers, quiet) == [(0, 0)] * 2
-    assert fit_lowering(calibration, answers, torch.full_like(p, 1e-6)) == [(0, 0)] * 2
-    fit_lowering(calibration, answers, p)
-    return calibration.reliability.spared.tolist()
+    for other in (quiet, torch.full_like(p, 1e-6)):
+        assert all(math.isnan(share) for pair in fit_lowering(calibration, answers, other) for share in pair)
+        assert calibration.reliability.spared.tolist() == [0, 0]
+    return spared
 
 
 @pytest.mark.parametrize("modality", [0, 1])
-def test_what_looks_damaged_is_lowered_unless_that_has_cost_more_answers_than_it_saved(modality):
+def test_what_looks_damaged_is_lowered_unless_the_other_cannot_stand_in(modality):
     spared = [float(modality == 0), float(modality == 1)]
-    assert fitted_lowering(5, 6, modality) == spared
-    assert fitted_lowering(6, 5, modality) == [0, 0]
-    assert fitted_lowering(5, 5, modality) == [0, 0]
+    assert fitted_lowering(0, 5, modality) == spared
+    assert fitted_lowering(0, 4, modality) == [0, 0]  # one in sixteen coins does
+    assert fitted_lowering(5, 14, modality) == spared
+    assert fitted_lowering(14, 5, modality) == [0, 0]
     assert fitted_lowering(0, 0, modality) == [0, 0]
 
 
@@ -212,8 +218,9 @@ def test_a_question_cannot_stand_in_for_an_image(capsys):
     samples = [sample.replace(context=None) for sample in one_per_image(load_easy_vqa("train"), 64)]
     report = calibrate(model.eval(), PromptCollator(processor), samples, 64, show_progress=False)
     assert "no sample has a context" in capsys.readouterr().out
-    saved, cost = report.lowering["vision"]
-    assert cost > saved
+    alone, both = report.lowering["vision"]
+    assert alone < both
+    assert "vision" in report.spared
     assert "vision: what is flagged keeps its weight all the same" in str(report)
     batch = PromptCollator(processor)([corrupt(sample, "image:noise", 5) for sample in samples[:8]])
     del batch["modality_ids"]
