@@ -1,5 +1,6 @@
 """What `calibrate` says of a model and its data."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -81,6 +82,8 @@ class CalibrationReport:
         if self.mismatch_auroc is not None:
             lines.append(f"consistency ({self.consistency}): AUROC {self.mismatch_auroc:.3f} for mismatched pairs")
         for modality, (alone, both) in self.lowering.items():
+            if math.isnan(both):  # it never was flagged
+                continue
             done = "keeps its weight all the same" if modality in self.spared else "is lowered"
             lines.append(
                 f"{modality}: what is flagged {done}; without it {alone:.2f} of the answers are those to clean "
