@@ -62,7 +62,7 @@ def answers(
     model: Any, collator: PromptCollator, samples: Sequence[Sample], condition: Condition, prior: str | None
 ) -> np.ndarray:
     """Of each sample whether the answer is right, and max-probability, entropy, its probability under dropout and its
-    reliability: (n, 5)."""
+    reliability: (n, 5). Dropout is left out of a second look."""
     model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
     tokenizer, found = collator.processor.tokenizer, []
     for start in range(0, len(samples), BATCH):
@@ -76,7 +76,8 @@ def answers(
         right = vqa_scores([text.strip() for text in texts], [s.answers for s in samples[start : start + BATCH]])
         p = out.scores[0].float().softmax(-1)
         entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
-        numbers = torch.stack([p.amax(-1), -entropy, under_dropout(model, batch, out, p), out.reliability], 1).numpy()
+        dropout = under_dropout(model, batch, out, p) if prior is None else torch.full_like(entropy, torch.nan)
+        numbers = torch.stack([p.amax(-1), -entropy, dropout, out.reliability], 1).numpy()
         found.append(np.concatenate([np.array(right)[:, None], numbers], 1))
     return np.concatenate(found)
 

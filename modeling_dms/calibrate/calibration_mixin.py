@@ -102,8 +102,10 @@ class CalibrationMixin(CounterfactualMixin):
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
                 for batch in self._with_pixel_range(dataloader):
-                    seen = sum(map(len, present))
-                    asked = seen if level == 3 and seen < max_asked else None
+                    number, seen = len(present), sum(map(len, present))
+                    asked = None
+                    if level == 3 and seen < max_asked:
+                        asked = number % len(IMAGE_FAMILIES), number % len(TEXT_FAMILIES), seen
                     records, families, mask, read, said = self._calibration_batch(batch, level, generator, asked)
                     present.append(mask)
                     in_prompt.append(read)
@@ -191,13 +193,13 @@ class CalibrationMixin(CounterfactualMixin):
         return itertools.chain(held, batches)
 
     def _calibration_batch(
-        self, batch: dict[str, Any], level: int, generator: torch.Generator, asked: int | None = None
+        self, batch: dict[str, Any], level: int, generator: torch.Generator, asked: tuple[int, int, int] | None = None
     ):
         """What calibration keeps of a batch.
 
         Args:
-            asked: the place of the batch's first sample if the model is asked about it: about damage of one family of
-                image and one of text for each sample, in turn.
+            asked: the numbers of the families of images and texts by whose damage the model is asked about, and the
+                place of the batch's first sample; `None` if it is not asked.
         """
         inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         pixel_values = inputs.pop("pixel_values", None)
@@ -228,25 +230,23 @@ class CalibrationMixin(CounterfactualMixin):
         read = self._text_within(prompt, given)
         in_prompt = None if read is None else self.dms.record(1, read, self._readout)
         damaged: list[dict[str, DamagedRecord]] = [{}, {}]
-        turn = torch.arange(len(ids)) + (asked or 0)
-        turns = torch.stack([turn % len(IMAGE_FAMILIES), turn // len(IMAGE_FAMILIES) % len(TEXT_FAMILIES)], 1)
-        mixed: dict[int, Tensor] = {}  # of the pictures, by group: those of each sample's family
-        mixed_ids, mixed_still, bad_text = inputs["input_ids"].clone(), is_text.clone(), records[1].content.clone()
+        other_image: dict[str, Any] = {}
+        other_text: dict[str, Any] = {}
+        bad_text = records[1].content
         for number, name in enumerate(IMAGE_FAMILIES if level > 1 else ()):
             severity = torch.rand(len(ids), generator=generator)
             numbers = records[0].numbers
             if images is not None and owner is not None:
-                of_image, pooled = severity[owner.cpu()], images.tokens.split(images.lengths.tolist())
-                groups, own = itertools.count(), (turns[:, 0] == number)[owner.cpu()]
+                of_image = severity[owner.cpu()]
 
-                def damage(pictures: Tensor, place: Tensor, name=name, of_image=of_image, groups=groups, own=own):
-                    out, group = damaged_pictures(pictures, name, of_image[place], generator), next(groups)
-                    if asked is not None:
-                        mixed.setdefault(group, out.clone())[own[place]] = out[own[place]]
-                    return out
+                def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
+                    return damaged_pictures(pictures, name, of_image[number], generator)
 
+                pooled = images.tokens.split(images.lengths.tolist())
                 changed = self._changed_images({**inputs, "pixel_values": pixel_values}, pooled, damage)
                 numbers = of_rows(self._pixel_statistics(changed, pooled), owner, len(ids)).cpu()
+                if asked is not None and number == asked[0]:
+                    other_image["pixel_values"] = changed["pixel_values"]
             damaged[0][name] = DamagedRecord(severity, None, numbers)
         vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
         vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
@@ -256,11 +256,10 @@ class CalibrationMixin(CounterfactualMixin):
             features = self._text_features(input_ids, None, torch.where(still, TEXT, 0))
             seen = [None if part is None else part.float().cpu() for part in (features.statistics, features.numbers)]
             damaged[1][name] = DamagedRecord(severity, *seen)
-            own = (turns[:, 1] == number).to(ids.device)
-            mixed_ids[own], mixed_still[own] = input_ids[own], still[own]
-            bad_text[own.cpu()] = features.content[own].float().cpu()
+            if asked is not None and number == asked[1]:
+                other_text, bad_text = self._as_text(inputs, ids, input_ids, still), features.content
         answers, both = None, (present & present.roll(1, 0)).all(1).cpu()
-        if asked is not None and images is not None and owner is not None and bool(both.any()):
+        if asked is not None and images is not None and bool(both.any()):
             clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
             image, text = (record.content for record in records)
 
@@ -270,30 +269,21 @@ class CalibrationMixin(CounterfactualMixin):
                 content = self._vision_features(replace(prompt, images=self._observed_images(seen))).content
                 return {name: seen.get(name) for name in (*changed, "mm_encoder_outputs")}, content
 
-            groups, pooled = itertools.count(), images.tokens.split(images.lengths.tolist())
-            mixture = self._changed_images(
-                {**inputs, "pixel_values": pixel_values}, pooled, lambda pictures, place: mixed[next(groups)]
-            )
-            other_image, bad_image = encoded({"pixel_values": mixture["pixel_values"]})
-            other_text = self._as_text(inputs, ids, mixed_ids, mixed_still)
-            # which of them is damaged: a column each
-            whole, of_image, of_text = (
-                turns.where(torch.tensor(of), NONE) for of in ((False, False), (True, False), (False, True))
-            )
+            other_image, bad_image = encoded(other_image)
             copies = [
-                Copy({}, image, text, whole),
-                Copy(other_image, bad_image, text, of_image),
-                Copy(other_text, image, bad_text, of_text),
-                Copy({**other_image, **other_text}, bad_image, bad_text, turns),
+                Copy({}, image, text),
+                Copy(other_image, bad_image, text, (asked[0], NONE)),
+                Copy(other_text, image, bad_text, (NONE, asked[1])),
+                Copy({**other_image, **other_text}, bad_image, bad_text, asked[:2]),
             ]
             if len(ids) > 1:  # there are others
                 of_others = self._as_text(inputs, ids, *swapped_texts(inputs["input_ids"], is_text))
-                copies.append(Copy(of_others, image, text.roll(1, 0), whole, shifts=(0, 1)))
+                copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
             of_images = {name: inputs[name] for name in self._image_parameters if isinstance(inputs.get(name), Tensor)}
             swapped = swapped_images({**of_images, "pixel_values": pixel_values}, images, len(ids))
             if swapped is not None:
-                copies.append(Copy(*encoded(swapped), text, whole, shifts=(1, 0)))
-            answers = self._answers(clean, copies, inputs.get("labels"), both, asked)
+                copies.append(Copy(*encoded(swapped), text, shifts=(1, 0)))
+            answers = self._answers(clean, copies, inputs.get("labels"), both, asked[2])
         return records, damaged, present.cpu(), in_prompt, answers
 
     def _as_text(

@@ -21,14 +21,14 @@ class Copy:
     Attributes:
         changed: inputs of `forward`.
         image_content, text_content: (B, F) each, see `ModalityFeatures`.
-        families: (B, M), the numbers of those that image and text are damaged by, or `NONE`.
+        families: the numbers of those that image and text are damaged by, or `NONE`.
         shifts: for image and text 1 where they are those of the row before, else 0.
     """
 
     changed: dict[str, Any]
     image_content: Tensor
     text_content: Tensor
-    families: Tensor
+    families: tuple[int, int] = (NONE, NONE)
     shifts: tuple[int, int] = (0, 0)
 
 
@@ -135,25 +135,26 @@ class CounterfactualMixin:
         # words are fewer, which moves the positions of what follows
         alone: dict[tuple[Any, ...], Tensor] = {}
         for copy in copies:
-            inputs, (image, text) = {**clean, **copy.changed}, (copy.families != NONE).any(0).tolist()
+            inputs, (image, text) = {**clean, **copy.changed}, copy.families
 
             def answer(*weights: float, inputs=inputs) -> Tensor:
                 return self._first_tokens(inputs, labels, torch.tensor([weights], device=device).expand(count, -1))
 
             said, kept = [], torch.equal(inputs["attention_mask"], clean["attention_mask"])
             for source, weights in enumerate(((1.0, 0.0), (0.0, 1.0))):
-                own = source, (image, text)[source], copy.shifts[source], None if kept else (text, copy.shifts[1])
+                own = source, copy.families[source], copy.shifts[source], None if kept else (text, copy.shifts[1])
                 if own not in alone:
                     alone[own] = answer(*weights)
                 said.append(alone[own])
             said.append(answer(0.5, 0.5))
             truth = said[BOTH].argmax(-1) if truth is None else truth
             weighed = said[BOTH]
-            if image != text:
-                weighed = answer(low, 1 - low) if image else answer(1 - low, low)
+            if (image == NONE) != (text == NONE):
+                weighed = answer(1 - low, low) if image == NONE else answer(low, 1 - low)
             agrees = torch.stack([(p.argmax(-1) == truth).float() for p in (*said, weighed)], 1)
             sure = torch.stack([p.amax(-1) for p in (said[BOTH], weighed)], 1)
             sources = first + torch.stack([(places - shift) % count for shift in copy.shifts], 1)
             parts = first_tokens_compared(*said), agrees, sure, copy.image_content, copy.text_content
-            found.append(Answers(sources, copy.families[rows], *(part.float().cpu()[rows] for part in parts)))
+            of = torch.tensor(copy.families).expand(len(places), -1)
+            found.append(Answers(sources, of, *(part.float().cpu()[rows] for part in parts)))
         return Answers.cat(found)

@@ -167,6 +167,6 @@ def fit_logistic(
         while (found := objective(coefficients - size * step)) > reached and size > 1e-4:
             size /= 2
         coefficients, reached = coefficients - size * step, found
-        if float((size * step).abs().max()) < 1e-3:  # the next step would be the square of that
+        if float((size * step).abs().max()) < 1e-5:  # the next step would be the square of that
             break
     return coefficients.float()
