@@ -55,7 +55,11 @@ probability in {passes} passes with dropout of {dropout} in the language model.
 
 The area under the risk-coverage curve (AURC) is the mean share of wrong answers over all shares of samples that are
 answered, the most reliable first: lower is better. *Change* compares it with max-probability's, with 95% intervals,
-bootstrapped over the images. *Risk at 80%* is the share of wrong answers among the most reliable 80%."""
+bootstrapped over the images. *Risk at 80%* is the share of wrong answers among the most reliable 80%.
+
+All of it is of one calibration of each model. Other clean samples give a second look other figures, and the intervals
+do not tell by how much: on validation images it was worse than max-probability on damaged inputs with some, and so it
+was wherever calibration asked yes-or-no questions alone. Calibrate on questions like those you will ask."""
 
 
 def answers(
