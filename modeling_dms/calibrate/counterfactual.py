@@ -132,8 +132,9 @@ class CounterfactualMixin:
         count, found, truth, low = len(rows), [], None, self.config.dms_config.weight_floor
         places, device = rows.nonzero()[:, 0], clean["input_ids"].device
         # what has no weight has no say: copies of the same image, or text, share the answer to it alone, unless the
-        # words are fewer, which moves the positions of what follows
+        # words are fewer, which moves the positions of what follows, or the prompt ends in another word
         alone: dict[tuple[Any, ...], Tensor] = {}
+        ends = self._answer_places(clean["input_ids"], clean["attention_mask"], labels)[:, None]
         for copy in copies:
             inputs, (image, text) = {**clean, **copy.changed}, copy.families
 
@@ -141,6 +142,7 @@ class CounterfactualMixin:
                 return self._first_tokens(inputs, labels, torch.tensor([weights], device=device).expand(count, -1))
 
             said, kept = [], torch.equal(inputs["attention_mask"], clean["attention_mask"])
+            kept = kept and torch.equal(inputs["input_ids"].gather(1, ends), clean["input_ids"].gather(1, ends))
             for source, weights in enumerate(((1.0, 0.0), (0.0, 1.0))):
                 own = source, copy.families[source], copy.shifts[source], None if kept else (text, copy.shifts[1])
                 if own not in alone:

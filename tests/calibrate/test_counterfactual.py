@@ -1,6 +1,7 @@
 """Calibration's third level: which answers are asked for, and what is made of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from modeling_dms import DMSConfig
 from modeling_dms.calibrate.calibration import Calibration
-from modeling_dms.calibrate.counterfactual import NONE, Answers, swapped_images, swapped_texts
+from modeling_dms.calibrate.counterfactual import NONE, Answers, Copy, swapped_images, swapped_texts
 from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
 from modeling_dms.calibrate.fit_reliability import fit_lowering
 from modeling_dms.observe.images import Images
+from modeling_dms.observe.prompt import TEXT
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.evaluate.run import one_per_image
@@ -85,6 +87,33 @@ def test_clean_samples_agree_with_themselves_and_a_text_alone_does_not_hear_the_
     assert int(families[:, 0].max()) < len(IMAGE_FAMILIES)
     assert int(families[:, 1].max()) < len(TEXT_FAMILIES)
     assert answers.numbers.isfinite().all()
+
+
+@pytest.mark.parametrize("ending", ["the same", "another"])
+@pytest.mark.parametrize("backbone", CONTINUING)
+@torch.no_grad()
+def test_answers_to_one_source_alone_are_shared_where_they_are_the_same(backbone, ending):
+    model, batch = tiny.build(backbone).eval(), tiny.clean_samples(count=8, size=8)[0]
+    ids = model.infer_modality_ids(batch["input_ids"], batch["attention_mask"])
+    text = ids == TEXT
+    text[:, -1] &= ending == "another"  # the last word is what the answer follows
+    clean = model.with_images_encoded({**batch, "modality_ids": ids})
+    other_image = model.with_images_encoded({**tiny.noisy(batch), "modality_ids": ids})
+    other_text = {"input_ids": torch.where(text, batch["input_ids"].roll(1, 0), batch["input_ids"])}
+    content = torch.zeros(8, 2)
+    copies = [
+        Copy({}, content, content),
+        Copy({"mm_encoder_outputs": other_image["mm_encoder_outputs"]}, content, content, (0, NONE)),
+        Copy(other_text, content, content, (NONE, 0)),
+    ]
+    rows = torch.ones(8, dtype=torch.bool)
+    shared = model._answers(clean, copies, None, rows, 0)
+    for number, copy in enumerate(copies):
+        # alone but for the clean copy, which says what is true
+        own = model._answers(clean, [copies[0], replace(copy, shifts=(2, 2))], None, rows, 0)
+        part = slice(8 * number, 8 * number + 8)
+        torch.testing.assert_close(shared.numbers[part], own.numbers[8:], rtol=0, atol=1e-4)
+        assert torch.equal(shared.agrees[part], own.agrees[8:])
 
 
 def test_answers_within_the_prompts_are_not_read():

@@ -109,10 +109,11 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
         assert text.startswith("before\n")
         assert text.endswith("after\n")
         assert "old" not in text
-    (mean,) = (
-        row["score"] for row in result["backbones"][0]["groups"] if (row["group"], row["method"]) == ("clean", "rule")
-    )
-    assert f"| clean | {mean:.3f} | {mean:.3f} |  |  |" in short or f" | {mean:.3f} |" in short
+    groups = {(row["group"], row["method"]): row for row in result["backbones"][0]["groups"]}
+    static, rule = (groups["clean", method]["score"] for method in ("static", "rule"))
+    assert f"| LLaVA-shaped | clean | {static:.3f} | {rule:.3f} |  |  |" in short
+    low, high = groups["unseen image", "rule"]["gap_closed"][1:]
+    assert f" [{low:.2f}, {high:.2f}] |" in short
     rows = [row for row in result["backbones"][0]["conditions"] if row["condition"] == "image:color_cast"]
     assert [row["method"] for row in rows] == ["static", "rule", "oracle"]
     assert "| {:.3f} | {:.3f} | {:.3f} |".format(*(row["score"] for row in rows)) in readme
