@@ -15,7 +15,7 @@ from modeling_dms.weigh.second_look import BOTH
 
 
 # of the few answers that reliability is fitted to
-TRUST_RIDGE = 1e-2
+TRUST_RIDGE = 0.1
 # the level of the test that the other modality cannot stand in
 SURE = 0.05
 
@@ -68,10 +68,12 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
     if int(looks.sum()) < MIN_SAMPLES:
         return {}
+    reliability.rate.fill_(rate)
     for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
-        _fit_odds(reliability, "", reliability_numbers(sureness, p)[~held], agrees[~held, None])
+        _fit_odds(reliability, "", reliability_numbers(sureness, p, rate)[~held], agrees[~held, None])
         seen = looks & ~held
-        _fit_odds(reliability, "look_", reliability_numbers(answers.numbers, p)[seen], answers.agrees[seen, :3])
+        numbers = reliability_numbers(answers.numbers, p, rate)
+        _fit_odds(reliability, "look_", numbers[seen], answers.agrees[seen, :3])
         first = reliability(sureness, p)
         best, believed = reliability.looked(answers.numbers, p).max(1)
         second = torch.where(looks, answers.agrees[rows, believed], agrees)

@@ -116,14 +116,18 @@ class Reliability(Statistics):
     look_location: Tensor
     look_scale: Tensor
     look_coefficients: Tensor
+    rate: Tensor
     spared: Tensor
     kept: Tensor
     count: Tensor
 
     def __init__(self, modalities: int):
-        first, look = 2 + modalities, FIRST_TOKENS + modalities + 1
+        # numbers of one look and of a second one, alone and under each alarm
+        first, look = (size + (1 + size) * (modalities + 1) for size in (1, FIRST_TOKENS))
         super().__init__(
             {
+                # p-value up to which a source was flagged when this was fitted
+                "rate": (),
                 "location": (first,),
                 "scale": (first,),
                 "coefficients": (first + 1,),
@@ -147,7 +151,7 @@ class Reliability(Statistics):
             sureness: (B,), the probability of the likeliest first token.
             p_values: (B, M + 1), of each modality, and of the pair.
         """
-        standard = (reliability_numbers(sureness, p_values) - self.location) / self.scale
+        standard = (reliability_numbers(sureness, p_values, self.rate) - self.location) / self.scale
         return (standard @ self.coefficients[:-1] + self.coefficients[-1]).sigmoid()
 
     def looked(self, numbers: Tensor, p_values: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ class Reliability(Statistics):
             numbers: (B, `FIRST_TOKENS`), of `first_tokens_compared`.
             p_values: (B, M + 1), as of `forward`.
         """
-        standard = (reliability_numbers(numbers, p_values) - self.look_location) / self.look_scale
+        standard = (reliability_numbers(numbers, p_values, self.rate) - self.look_location) / self.look_scale
         return (standard @ self.look_coefficients[:, :-1].T + self.look_coefficients[:, -1]).sigmoid()
 
 

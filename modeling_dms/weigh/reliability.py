@@ -11,22 +11,25 @@ from torch import Tensor
 from modeling_dms.weigh.second_look import log_odds
 
 
-MOST = 5.0  # evidence of damage, -log p, that counts
+MOST = 5.0  # evidence against a pair, -log p, that counts
 
 
-def reliability_numbers(sureness: Tensor, p_values: Tensor) -> Tensor:
-    """What reliability is read from: log-odds of the answer's first token, and the evidence against each source and
-    against the pair.
+def reliability_numbers(sureness: Tensor, p_values: Tensor, rate: Tensor | float) -> Tensor:
+    """What reliability is read from: log-odds, which sources are flagged, the evidence against the pair, and the
+    log-odds again under each of these. How sure a backbone sounds means another thing where a source is damaged.
 
     Args:
         sureness: (B,), the probability of the likeliest first token; or log-odds (B, F), as they are.
-        p_values: (B, S).
+        p_values: (B, S), of each source and, last, of the pair.
+        rate: a source with a p-value up to this is flagged.
 
     Returns:
-        (B, 1 + S), or (B, F + S).
+        (B, F + S + F * S), where F is 1 for a probability.
     """
     sure = log_odds(sureness)[:, None] if sureness.ndim == 1 else sureness
-    return torch.cat([sure, -p_values.log().clamp_min(-MOST)], 1)
+    flagged = (p_values[:, :-1] <= rate).to(sure.dtype)
+    alarms = torch.cat([flagged, -p_values[:, -1:].log().clamp_min(-MOST) / MOST], 1)
+    return torch.cat([sure, alarms, (sure[:, :, None] * alarms[:, None]).flatten(1)], 1)
 
 
 def abstention_threshold(reliability: Tensor, agrees: Tensor, samples: Tensor, risk: float) -> float:

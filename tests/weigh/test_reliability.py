@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.weigh.reliability import MOST, abstention_threshold, reliability_numbers
+from modeling_dms.weigh.reliability import abstention_threshold, reliability_numbers
 from modeling_dms.weigh.second_look import FIRST_TOKENS, first_tokens_compared, log_odds
 
 
@@ -37,10 +37,16 @@ def test_what_is_compared_stands_where_it_is_named():
     torch.testing.assert_close(numbers, torch.tensor(expected))
 
 
-def test_evidence_counts_up_to_a_limit():
-    numbers = reliability_numbers(torch.tensor([0.5, 1.0]), torch.tensor([[1.0, 1e-30], [0.5, 1.0]]))
-    assert numbers[0].tolist() == [0, 0, MOST]
-    assert numbers[1].isfinite().all()
+def test_how_sure_it_sounds_counts_apart_where_a_source_is_flagged():
+    p_values = torch.tensor([[1.0, 1e-30, 1e-30], [0.01, 0.5, 1.0]])
+    numbers = reliability_numbers(torch.tensor([0.5, 0.9]), p_values, rate=0.01)
+    sure = float(log_odds(torch.tensor(0.9)))
+    # the odds, image and text flagged, how far the pair is beyond a limit, and the odds under each of these
+    torch.testing.assert_close(numbers[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 0]))
+    torch.testing.assert_close(numbers[1], torch.tensor([sure, 1, 0, 0, sure, 0, 0]))
+    several = reliability_numbers(torch.randn(2, FIRST_TOKENS), p_values, rate=0.01)
+    assert several.shape == (2, FIRST_TOKENS + 3 + 3 * FIRST_TOKENS)
+    assert several.isfinite().all()
 
 
 @pytest.mark.parametrize("risk", [0.05, 0.1, 0.3])
