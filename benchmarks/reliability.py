@@ -1,6 +1,7 @@
 """How far `out.reliability` tells right answers from wrong ones, on clean, damaged and mismatched inputs.
 
-    python benchmarks/reliability.py [--models demo-llava,demo-blip2] [--samples 300] [--out docs/reliability.md]
+    python benchmarks/reliability.py [--models demo-llava,demo-blip2] [--samples 300] [--calibrations 4]
+        [--out docs/reliability.md]
 
 Writes the page and, beside it, a picture of the same name.
 """
@@ -45,28 +46,32 @@ HEAD = """# How far an answer can be relied on
 
 Written by `python benchmarks/reliability.py` from {samples} held-out images of easy-VQA, one question each, clean and
 under {conditions} corruptions whose families the detectors do not know. The models were calibrated on {calibration}
-clean training samples, without labels. Answers are generated greedily, and right if they are the accepted one.
+clean training samples, without labels, {calibrations} times on other ones. Answers are generated greedily, and right
+if they are the accepted one.
 
 `out.reliability` is the expected agreement with the answer that undamaged inputs would give. With *one look* it is
-read from the first token's probability and the evidence of damage. With a *second look* (`conflict_prior="learned"`)
-what is flagged is read twice more, with image and text alone, and the answer that can be relied on most is given.
-*Max-probability* and *predictive entropy* are of the first token of the rule's answer; *MC dropout* is its mean
-probability in {passes} passes with dropout of {dropout} in the language model.
+read from the first token's probability, what is flagged, and the evidence against the pair. With a *second look*
+(`conflict_prior="learned"`) what is flagged is read twice more, with image and text alone, and the answer that can be
+relied on most is given. *Max-probability* and *predictive entropy* are of the first token of the rule's answer; *MC
+dropout* is its mean probability in {passes} passes with dropout of {dropout} in the language model, in the first
+calibration alone.
 
 The area under the risk-coverage curve (AURC) is the mean share of wrong answers over all shares of samples that are
 answered, the most reliable first: lower is better. *Change* compares it with max-probability's, with 95% intervals,
-bootstrapped over the images. *Risk at 80%* is the share of wrong answers among the most reliable 80%.
-
-All of it is of one calibration of each model. Other clean samples give a second look other figures, and the intervals
-do not tell by how much: on validation images it was worse than max-probability on damaged inputs with some, and so it
-was wherever calibration asked yes-or-no questions alone. Calibrate on questions like those you will ask."""
+bootstrapped over the images. *Risk at 80%* is the share of wrong answers among the most reliable 80%. All these are
+means over the calibrations; *from, to* are the least and the largest change among them."""
 
 
 def answers(
-    model: Any, collator: PromptCollator, samples: Sequence[Sample], condition: Condition, prior: str | None
+    model: Any,
+    collator: PromptCollator,
+    samples: Sequence[Sample],
+    condition: Condition,
+    prior: str | None,
+    drops_out: bool,
 ) -> np.ndarray:
-    """Of each sample whether the answer is right, and max-probability, entropy, its probability under dropout and its
-    reliability: (n, 5). Dropout is left out of a second look."""
+    """Of each sample whether the answer is right, and max-probability, entropy, its probability under dropout (NaN
+    where it is not wanted) and its reliability: (n, 5)."""
     model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
     tokenizer, found = collator.processor.tokenizer, []
     for start in range(0, len(samples), BATCH):
@@ -80,7 +85,7 @@ def answers(
         right = vqa_scores([text.strip() for text in texts], [s.answers for s in samples[start : start + BATCH]])
         p = out.scores[0].float().softmax(-1)
         entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
-        dropout = under_dropout(model, batch, out, p) if prior is None else torch.full_like(entropy, torch.nan)
+        dropout = under_dropout(model, batch, out, p) if drops_out else torch.full_like(entropy, torch.nan)
         numbers = torch.stack([p.amax(-1), -entropy, dropout, out.reliability], 1).numpy()
         found.append(np.concatenate([np.array(right)[:, None], numbers], 1))
     return np.concatenate(found)
@@ -118,14 +123,17 @@ def under_dropout(model: Any, batch: dict[str, Any], out: Any, p: torch.Tensor) 
     return torch.stack(drawn).mean(0).gather(1, p.argmax(-1, keepdim=True))[:, 0]
 
 
-def measured(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> dict[str, dict[str, np.ndarray]]:
-    """By condition and look what `answers` gives."""
+def measured(
+    model: Any, collator: PromptCollator, samples: Sequence[Sample], drops_out: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """By condition and look what `answers` gives, with dropout for one look alone."""
     found: dict[str, dict[str, np.ndarray]] = {}
     wanted = [c for c in CONDITIONS if c.group in GROUPS["all"]]
     for condition in tqdm(wanted, desc="conditions", unit=""):
         changed, _ = condition.apply(samples, 0)
         found[condition.name] = {
-            look: answers(model, collator, changed, condition, prior) for look, prior in PRIORS.items()
+            look: answers(model, collator, changed, condition, prior, drops_out and prior is None)
+            for look, prior in PRIORS.items()
         }
     return found
 
@@ -138,55 +146,68 @@ def confidences(found: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.
     return {measure: (c, r) for measure, c, r in zip(MEASURES, columns, rights, strict=True)}
 
 
-def change(own: Sequence[np.ndarray], base: Sequence[np.ndarray], images: int) -> tuple[float, float, float]:
-    """The change of the AURC as a share of the base's, and its interval; samples of one image are drawn together."""
-    generator, times = np.random.default_rng(0), len(own[0]) // images
-
-    def ratio(rows: np.ndarray) -> float:
-        before = aurc(base[0][rows], base[1][rows])
-        return aurc(own[0][rows], own[1][rows]) / before - 1 if before > 0 else 0.0
-
-    rows = np.arange(len(own[0])).reshape(times, images)
-    drawn = [ratio(rows[:, generator.integers(images, size=images)].ravel()) for _ in range(RESAMPLED)]
-    return ratio(rows.ravel()), *np.quantile(drawn, (0.025, 0.975))
+Answered = tuple[np.ndarray, np.ndarray]  # a confidence in each answer, and whether it is right
 
 
-def section(name: str, found: dict[str, dict[str, np.ndarray]], kept: np.ndarray, images: int) -> list[str]:
+def change(own: Sequence[Answered], base: Sequence[Answered], images: int) -> tuple[list[float], np.ndarray]:
+    """The change of the AURC as a share of the base's, of each calibration, and the interval of their mean; samples of
+    one image are drawn together."""
+    generator, times = np.random.default_rng(0), len(own[0][0]) // images
+
+    def ratios(rows: np.ndarray) -> list[float]:
+        areas = [[aurc(c[rows], r[rows]) for c, r in some] for some in (own, base)]
+        return [after / before - 1 if before > 0 else 0.0 for after, before in zip(*areas, strict=True)]
+
+    rows = np.arange(len(own[0][0])).reshape(times, images)
+    drawn = [np.mean(ratios(rows[:, generator.integers(images, size=images)].ravel())) for _ in range(RESAMPLED)]
+    return ratios(rows.ravel()), np.quantile(drawn, (0.025, 0.975))
+
+
+def section(
+    name: str, calibrations: Sequence[dict[str, dict[str, np.ndarray]]], kept: Sequence[np.ndarray], images: int
+) -> list[str]:
+    """Two tables of a model.
+
+    Args:
+        calibrations: of each, what `measured` gives.
+        kept: of each, what calibration itself knows of its copies.
+    """
     groups = {c.name: c.group for c in CONDITIONS}
     lines = []
     for group, of in GROUPS.items():
-        names = [name for name in found if groups[name] in of]
-        whole = {look: np.concatenate([found[name][look] for name in names]) for look in PRIORS}
-        measures = confidences(whole)
-        for measure, own in measures.items():
-            coverage, risk = risk_coverage(*own)
-            base = measures["max-probability"]
-            less = ""
+        names = [name for name in calibrations[0] if groups[name] in of]
+        found = [
+            confidences({look: np.concatenate([one[name][look] for name in names]) for look in PRIORS})
+            for one in calibrations
+        ]
+        for measure in MEASURES:
+            known = [one for one in found if not np.isnan(one[measure][0]).any()]
+            own, base = [one[measure] for one in known], [one["max-probability"] for one in known]
+            less = ends = ""
             if measure != "max-probability":
-                less = "{:+.0%} [{:+.0%}, {:+.0%}]".format(*change(own, base, images))
-            at = float(risk[np.searchsorted(coverage, 0.8)])
-            lines.append([group, measure, f"{1 - own[1].mean():.3f}", f"{aurc(*own):.4f}", less, f"{at:.3f}"])
-    head = ("inputs", "confidence", "wrong", "AURC", "change", "risk at 80%")
+                each, interval = change(own, base, images)
+                less = "{:+.0%} [{:+.0%}, {:+.0%}]".format(np.mean(each), *interval)
+                ends = f"{min(each):+.0%}, {max(each):+.0%}" if len(each) > 1 else ""
+            curves = [risk_coverage(*one) for one in own]
+            at = np.mean([risk[np.searchsorted(coverage, 0.8)] for coverage, risk in curves])
+            wrong = np.mean([1 - right.mean() for _, right in own])
+            area = np.mean([aurc(*one) for one in own])
+            lines.append([group, measure, f"{wrong:.3f}", f"{area:.4f}", less, ends, f"{at:.3f}"])
+    head = ("inputs", "confidence", "wrong", "AURC", "change", "from, to", "risk at 80%")
     rows = []
     for risk in RISKS:
         for place, look in enumerate(PRIORS):
-            own = kept[:, [2 * place, 2 * place + 1, -1]]
-            shares, answered = [], []
-            for seed in range(SPLITS):
-                drawn = np.random.default_rng(seed).permutation(np.unique(own[:, 2]))
-                half = np.isin(own[:, 2], drawn[: len(drawn) // 2])
-                here, there = own[half], own[~half]
-                threshold = abstention_threshold(*torch.tensor(here).T, risk)
-                given = there[:, 0] >= threshold
-                shares.append((given & (there[:, 1] == 0)).mean())
-                answered.append(given.mean())
-            threshold = abstention_threshold(*torch.tensor(own).T, risk)
-            of = np.concatenate([one[look] for one in found.values()])
-            given = of[:, -1] >= threshold
-            wrong = (given & (of[:, 0] < 0.5)).mean()
+            shares = [held(own[:, [2 * place, 2 * place + 1, -1]], risk) for own in kept]
+            there = []
+            for own, found in zip(kept, calibrations, strict=True):
+                threshold = abstention_threshold(*torch.tensor(own[:, [2 * place, 2 * place + 1, -1]]).T, risk)
+                of = np.concatenate([one[look] for one in found.values()])
+                given = of[:, -1] >= threshold
+                there.append(((given & (of[:, 0] < 0.5)).mean(), given.mean()))
+            (wrong, answered), (wrong_there, answered_there) = np.mean(shares, 0), np.mean(there, 0)
             rows.append(
-                [f"{risk:.0%}", look, f"{np.mean(shares):.3f}", f"{np.mean(answered):.2f}", f"{wrong:.3f}"]
-                + [f"{given.mean():.2f}"]
+                [f"{risk:.0%}", look, f"{wrong:.3f}", f"{answered:.2f}"]
+                + [f"{wrong_there:.3f}", f"{answered_there:.2f}"]
             )
     told = (
         "A caller that abstains below `model.abstention_threshold(risk)`: the share of samples that are answered, and "
@@ -195,6 +216,23 @@ def section(name: str, found: dict[str, dict[str, np.ndarray]], kept: np.ndarray
     )
     heads = ("risk", "look", "wrong", "answered", "wrong, above", "answered, above")
     return [f"## {name}", table(head, lines), told, table(heads, rows)]
+
+
+def held(own: np.ndarray, risk: float) -> tuple[float, float]:
+    """The mean shares of samples that are answered wrongly, and answered, over random halves of calibration's own.
+
+    Args:
+        own: reliability, whether the answer agrees, and the sample's number, (n, 3).
+    """
+    shares = []
+    for seed in range(SPLITS):
+        drawn = np.random.default_rng(seed).permutation(np.unique(own[:, 2]))
+        half = np.isin(own[:, 2], drawn[: len(drawn) // 2])
+        here, there = own[half], own[~half]
+        given = there[:, 0] >= abstention_threshold(*torch.tensor(here).T, risk)
+        shares.append(((given & (there[:, 1] == 0)).mean(), given.mean()))
+    wrong, answered = np.mean(shares, 0)
+    return float(wrong), float(answered)
 
 
 def draw(found: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None:
@@ -222,20 +260,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="demo-llava,demo-blip2")
     parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--calibrations", type=int, default=4)
     parser.add_argument("--calibration-samples", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("docs/reliability.md"))
     options = parser.parse_args()
     samples, found, sections = one_per_image(load_easy_vqa("test"), options.samples), {}, []
     for name in options.models.split(","):
         model, processor = load(name)
-        collator = PromptCollator(processor)
-        calibrate(model, collator, load_easy_vqa("train"), options.calibration_samples)
-        found[name] = measured(model.eval(), collator, samples)
-        trust = model.dms.calibration.reliability
-        sections += section(name, found[name], trust.kept[: int(trust.count)].numpy(), len(samples))
+        collator, train = PromptCollator(processor), load_easy_vqa("train")
+        calibrations, kept = [], []
+        for number in range(options.calibrations):
+            start = number * len(train) // options.calibrations
+            calibrate(model, collator, train[start:], options.calibration_samples)
+            calibrations.append(measured(model.eval(), collator, samples, drops_out=number == 0))
+            trust = model.dms.calibration.reliability
+            kept.append(trust.kept[: int(trust.count)].numpy().copy())
+        sections += section(name, calibrations, kept, len(samples))
+        found[name] = calibrations[0]
     head = HEAD.format(
         samples=len(samples),
         conditions=len(next(iter(found.values()))) - 1,
+        calibrations=options.calibrations,
         calibration=options.calibration_samples,
         passes=PASSES,
         dropout=DROPOUT,

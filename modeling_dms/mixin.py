@@ -28,6 +28,7 @@ from modeling_dms.observe.prompt import VISION, Prompt, Schedule
 from modeling_dms.outputs import dms_output
 from modeling_dms.reliability_mixin import ReliabilityMixin
 from modeling_dms.save.checkpoints import CheckpointMixin
+from modeling_dms.sources_mixin import SourcesMixin
 from modeling_dms.steer.bias import first_attended, key_bias
 from modeling_dms.weigh.scheduler import ZeroLinear, uniform_weights
 
@@ -41,7 +42,7 @@ def _whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointMixin):
+class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixin, CheckpointMixin):
     """Adds the `dms` submodule to a class of transformers: what is observed of a prompt, and the weights it gives."""
 
     dms: DynamicModalityScheduling
@@ -140,7 +141,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
 
         Args:
             inputs: of `forward`.
-            own: the caller's `modality_ids`, `modality_mask` and `modality_weights`, or `None` for each.
+            own: the caller's values of `OWN`, or `None` for each.
             labels: of the losses.
 
         Raises:
@@ -151,6 +152,8 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if input_ids is None and embeddings is None:
             return None
+        if input_ids is None and own.get("source_ids") is not None:
+            raise ValueError("source_ids need input_ids: embeddings do not tell which source is an image")
         if input_ids is None and modality_ids is None and not self._is_static:
             return None  # nothing tells which positions are text
         if input_ids is None and modality_ids is not None:
@@ -158,22 +161,30 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
         else:
             placeholders = self._placeholders_of(input_ids, embeddings)
         owner = None if images is None else self._owner(images, placeholders)
-        if modality_ids is None:
+        named = "modality_ids" if own.get("source_ids") is None else "source_ids"
+        if named == "source_ids":
+            modality_ids = own["source_ids"]
+        elif modality_ids is None:
             ids = torch.where(placeholders, self.config.image_token_id, -1) if input_ids is None else input_ids
             modality_ids = self.infer_modality_ids(ids, mask, labels)
         if modality_ids.shape != placeholders.shape:
             raise ValueError(
-                f"modality_ids must have the shape of the prompt {tuple(placeholders.shape)}, "
+                f"{named} must have the shape of the prompt {tuple(placeholders.shape)}, "
                 f"got {tuple(modality_ids.shape)}"
             )
-        if not torch.compiler.is_compiling() and bool(((modality_ids < 0) | (modality_ids > len(MODALITIES))).any()):
-            raise ValueError(f"modality_ids must lie in [0, {len(MODALITIES)}], got {modality_ids.unique().tolist()}")
+        most = len(MODALITIES) if named == "modality_ids" else modality_ids.shape[1]
+        if not torch.compiler.is_compiling() and bool(((modality_ids < 0) | (modality_ids > most)).any()):
+            raise ValueError(f"{named} must lie in [0, {most}], got {modality_ids.unique().tolist()}")
         unseen = images is None and embeddings is None
         weighed = given is None and not self._is_static
         if weighed and images is not None and (images.statistics is None or images.pixels is None or owner is None):
             return None  # encoded by another model, or nobody's
         if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
             return None  # image tokens without an image
+        if named == "source_ids":
+            there = torch.zeros_like(modality_ids[:, :0], dtype=torch.bool)
+            prompt = Prompt(input_ids, embeddings, mask, modality_ids, there, placeholders, images, owner, given)
+            return self._with_sources(prompt, own)
 
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if unseen:
@@ -201,7 +212,11 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
             reading: what the language model has made of the prompts; `None` where it has not read them yet.
         """
         output, weights = None, prompt.given
-        if signals:
+        if signals and prompt.source_types is not None:
+            self._check_calibration()
+            output = self._weigh_sources(prompt, reading)
+            weights = output.weights
+        elif signals:
             self._check_calibration()
             if reading is None:
                 text = self._text_features(prompt.input_ids, prompt.embeddings, prompt.modality_ids)
@@ -218,7 +233,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
             weights = uniform_weights(prompt.modality_mask)
         schedule = Schedule(prompt.modality_ids, prompt.modality_mask, weights, output)
         schedule.bias = self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)
-        if reading is not None and output is not None:
+        if reading is not None and output is not None and prompt.source_types is None:
             schedule.look = self._second_look(prompt, schedule, output)
         return schedule
 
@@ -262,7 +277,8 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
     def _check_weights(self, weights: Tensor, modality_mask: Tensor) -> Tensor:
         if weights.shape != modality_mask.shape:
             raise ValueError(
-                f"modality_weights must be (batch, modality) {tuple(modality_mask.shape)}, got {tuple(weights.shape)}"
+                f"modality_weights must be (batch, modality or source) {tuple(modality_mask.shape)}, "
+                f"got {tuple(weights.shape)}"
             )
         weights = weights.to(modality_mask.device).float()
         if not torch.compiler.is_compiling():
@@ -304,7 +320,7 @@ class DMSMixin(ObservationMixin, CalibrationMixin, ReliabilityMixin, CheckpointM
             values["reliability"] = reliability
             if schedule.output is not None:
                 values["modality_signals"] = schedule.output.signals
-            if labels is not None and schedule.output is not None:
+            if labels is not None and schedule.output is not None and schedule.output.logits is not None:
                 losses = self.dms.losses(
                     schedule.output, schedule.modality_mask, labels, schedule_target, num_items_in_batch
                 )

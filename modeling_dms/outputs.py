@@ -9,7 +9,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class ModalitySignals(ModelOutput):
-    r"""What is known of each modality of each sample. All are (B, M), modalities in the order vision, text.
+    r"""What is known of each modality of each sample. All are (B, M), modalities in the order vision, text; of prompts
+    with `source_ids`, (B, S), a column a source, without the first four.
 
     confidence: 1 - normalised predictive entropy of the unimodal view, in [0, 1].
     uncertainty: of Monte Carlo dropout, at least 0.
@@ -21,7 +22,10 @@ class ModalitySignals(ModelOutput):
         language model is an encoder-decoder.
     p_clean: conformal p-value, the share of clean samples that look at least as damaged: of clean ones at most a share
         a has a p-value of at most a. Flagged is what has at most `DMSConfig.alarm_rate`; 1 until calibrated.
-    p_match: the same of the pair, one number for all modalities: the share of clean pairs that agree as little.
+    p_match: the same of the pair, one number for all modalities: the share of clean pairs that agree as little. Of
+        three or more sources, of each of them, by how little it agrees with the others.
+    agreement: of several sources, (B, S, S): the log-likelihood ratio, in nats, that two of them belong together; NaN
+        where nothing tells. `None` of modalities.
     """
 
     confidence: torch.Tensor | None = None
@@ -32,6 +36,7 @@ class ModalitySignals(ModelOutput):
     surprisal: torch.Tensor | None = None
     p_clean: torch.Tensor | None = None
     p_match: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
 
     @property
     def p_values(self) -> torch.Tensor:
@@ -45,14 +50,14 @@ class DMSOutput:
 
     weights: (B, M), rows sum to 1, absent modality exactly 0.
     signals: see [`ModalitySignals`].
-    representations: h_m, (B, M, d_s).
-    logits: unimodal logits, (B, M, K).
+    representations: h_m, (B, M, d_s); `None` of several sources.
+    logits: unimodal logits, (B, M, K); `None` of several sources.
     """
 
     weights: torch.Tensor
     signals: ModalitySignals
-    representations: torch.Tensor
-    logits: torch.Tensor
+    representations: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class _Fields(ModelOutput):

@@ -80,7 +80,7 @@ class QFormerMixin(SteeredMixin):
         if hasattr(self, "hf_device_map"):
             self._preprocess_accelerate()
         self._check_padding(attention_mask)
-        own = {name: kwargs.pop(name, None) for name in OWN[:3]}
+        own = {name: kwargs.pop(name, None) for name in OWN[:-1]}
         of_images = {name: kwargs.pop(name) for name in self._image_parameters if name in kwargs}
         of_images["mm_encoder_outputs"] = kwargs.pop("mm_encoder_outputs", None)
         images = self._observed_images({"pixel_values": pixel_values, "input_ids": input_ids, **of_images})

@@ -106,7 +106,11 @@ class ReliabilityMixin:
             sureness: the probability of the likeliest first token, (B,), or several times for each prompt.
         """
         trust = self.dms.calibration.reliability
-        if schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
+        # of several sources none is known
+        several = (
+            schedule is not None and schedule.output is not None and schedule.output.signals.agreement is not None
+        )
+        if several or schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
             return None
         if not trust.count > 0:
             return None

@@ -255,6 +255,9 @@ class SteeredMixin(DMSMixin):
                 image).
             modality_weights: (B, M), rows sum to 1, instead of the scheduler's. Beside a cache that has not been made
                 here, with the `modality_ids` of its prompt.
+            source_ids: (B, L), instead of `modality_ids`: 0 neutral, 1 to S for each image and each passage of text.
+                `modality_mask`, `modality_weights` and what is returned of modalities then has a column a source.
+            source_types: (B, S), 1 for an image and 2 for text; told by the image tokens where not given.
             schedule_target: (B, M), target weights of the schedule loss.
 
         Raises:
@@ -310,13 +313,13 @@ class SteeredMixin(DMSMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the vanilla class's; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
+        """As the vanilla class's; takes `modality_ids`, `modality_mask`, `modality_weights` and `source_ids` as well.
 
         The weights are computed once, from the prompt, and hold for every generated token. With
         `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
         """
         self._check_padding(kwargs.get("attention_mask"))
-        own = {name: kwargs.pop(name, None) for name in OWN[:3]}
+        own = {name: kwargs.pop(name, None) for name in OWN[:-1]}
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         known, schedule = self._known({**kwargs, "input_ids": prompt}, own)
         if not known:

@@ -148,14 +148,16 @@ Examples:
 )
 def predict(
     question: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[Path | None, typer.Option(help="Image file; leave out for a missing image.")] = None,
-    context: Annotated[str | None, typer.Option(help="A passage that may answer the question too.")] = None,
+    image: Annotated[list[Path], typer.Option(help="Image file; again for each further one.")] = [],  # noqa: B006
+    context: Annotated[
+        list[str], typer.Option(help="A passage that may answer the question too; again for each further one.")
+    ] = [],  # noqa: B006
     model: Annotated[str, typer.Option(help=CHECKPOINT)] = "demo-llava",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 20,
 ) -> None:
     """Answers one question about an image and a context.
 
-    Prints the answer, the weights of image and context, and the signals they came from. A shipped checkpoint is
+    Prints the answer, the weight of each image and passage, and the signals they came from. A shipped checkpoint is
     calibrated first, which takes some seconds.
     """
     from modeling_dms.training.apps.answer import predict_one

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modeling_dms.calibrate.conformal import Agreement, Detector
+from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector
+from modeling_dms.calibrate.sources import COMPOSITIONS, SourceAgreement
 from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.typicality import log_distances
@@ -29,6 +30,7 @@ class Calibration(nn.Module):
 
     modalities: Sequence[ModalityCalibration]
     detectors: Sequence[Detector]
+    clean_sets: Sequence[Conformal]
 
     def __init__(
         self,
@@ -46,6 +48,9 @@ class Calibration(nn.Module):
         self.modalities = nn.ModuleList(modalities)  # type: ignore[assignment]
         self.detectors = nn.ModuleList(Detector(*evidence[index]) for index in of)  # type: ignore[assignment]
         self.agreement = Agreement(contents, config.subspace_size)
+        self.sources = SourceAgreement(contents, config.subspace_size)
+        # the oddness of the oddest of three and more sources of clean samples, by what these are
+        self.clean_sets = nn.ModuleList(Conformal(1, {}) for _ in COMPOSITIONS)  # type: ignore[assignment]
         self.pixels = PixelRange()
         self.reliability = Reliability(len(sizes))
 

@@ -22,6 +22,7 @@ from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIE
 from modeling_dms.calibrate.fit import fit_calibration
 from modeling_dms.calibrate.records import MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import CalibrationReport
+from modeling_dms.calibrate.sources import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.observation_mixin import of_rows
 from modeling_dms.observe.prompt import OWN, TEXT, Prompt
@@ -55,8 +56,9 @@ class CalibrationMixin(CounterfactualMixin):
 
         Args:
             dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
-                and `modality_mask`; other entries are ignored. Clean samples: whatever is damaged here will count as
-                normal.
+                and `modality_mask`; other entries are ignored. With `source_ids` instead, samples of several images or
+                passages tell how far such agree; all else is fitted to the first image and one passage of each. Clean
+                samples: whatever is damaged here will count as normal.
             level: 1, 2 or 3. A class that does not continue prompts has no third level, and stops at the second.
             max_samples: stop after about so many.
             show_progress: show a progress bar.
@@ -81,8 +83,10 @@ class CalibrationMixin(CounterfactualMixin):
             if level == 3 and not self.can_generate():
                 level = 2
             found = self._calibration_data(dataloader, level, max_samples, show_progress, max_asked)
-            clean, damaged, present, in_prompt, answers = found
-            return fit_calibration(self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt, answers)
+            clean, damaged, present, in_prompt, answers, sources = found
+            return fit_calibration(
+                self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt, answers, sources
+            )
         except BaseException:
             pixels.load_state_dict(before)
             raise
@@ -90,7 +94,14 @@ class CalibrationMixin(CounterfactualMixin):
     @torch.no_grad()
     def _calibration_data(
         self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool, max_asked: int
-    ) -> tuple[list[ModalityRecord], list[dict[str, DamagedRecord]], Tensor, ModalityRecord | None, Answers | None]:
+    ) -> tuple[
+        list[ModalityRecord],
+        list[dict[str, DamagedRecord]],
+        Tensor,
+        ModalityRecord | None,
+        Answers | None,
+        SourceRecord | None,
+    ]:
         """What `fit_calibration` takes. Sets the range of the pixels."""
         generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
         training = {module: module.training for module in self.modules()}
@@ -98,7 +109,7 @@ class CalibrationMixin(CounterfactualMixin):
         clean: list[list[ModalityRecord]] = [[], []]
         damaged: list[dict[str, list[DamagedRecord]]] = [{}, {}]
         present: list[Tensor] = []
-        in_prompt, answers = [], []
+        in_prompt, answers, sources = [], [], []
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
                 for batch in self._with_pixel_range(dataloader):
@@ -106,8 +117,10 @@ class CalibrationMixin(CounterfactualMixin):
                     asked = None
                     if level == 3 and seen < max_asked:
                         asked = number % len(IMAGE_FAMILIES), number % len(TEXT_FAMILIES), seen
-                    records, families, mask, read, said = self._calibration_batch(batch, level, generator, asked)
+                    found = self._calibration_batch(batch, level, generator, asked, seen)
+                    records, families, mask, read, said, several = found
                     present.append(mask)
+                    sources.append(several)
                     in_prompt.append(read)
                     answers += [] if said is None else [said]
                     for index in range(len(MODALITIES)):
@@ -128,6 +141,7 @@ class CalibrationMixin(CounterfactualMixin):
             torch.cat(present),
             None if any(read is None for read in in_prompt) else ModalityRecord.cat(in_prompt),
             Answers.cat(answers) if answers else None,
+            None if any(several is None for several in sources) else SourceRecord.cat(sources),
         )
 
     def abstention_threshold(self, risk: float = 0.1) -> float:
@@ -193,18 +207,26 @@ class CalibrationMixin(CounterfactualMixin):
         return itertools.chain(held, batches)
 
     def _calibration_batch(
-        self, batch: dict[str, Any], level: int, generator: torch.Generator, asked: tuple[int, int, int] | None = None
+        self,
+        batch: dict[str, Any],
+        level: int,
+        generator: torch.Generator,
+        asked: tuple[int, int, int] | None = None,
+        place: int = 0,
     ):
         """What calibration keeps of a batch.
 
         Args:
+            place: of the batch's first sample.
             asked: the numbers of the families of images and texts by whose damage the model is asked about, and the
                 place of the batch's first sample; `None` if it is not asked.
         """
         inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
         pixel_values = inputs.pop("pixel_values", None)
-        ids = inputs.get("modality_ids")
-        if ids is None:
+        ids, given_ids = inputs.get("modality_ids"), inputs.get("source_ids")
+        if given_ids is not None:
+            ids = given_ids
+        elif ids is None:
             ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
         placeholders = self._placeholders(inputs["input_ids"])
         images = owner = None
@@ -215,14 +237,23 @@ class CalibrationMixin(CounterfactualMixin):
             given["pixel_values"] = pixel_values
             images = self._observed_images(given)
             owner = images.rows(placeholders)
-        is_text = ids == TEXT
         present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
-        if pixel_values is None:
-            present[:, 0] = False
-        if inputs.get("modality_mask") is not None:
-            present = present & inputs["modality_mask"].bool()
-        mask = inputs.get("attention_mask")
+        mask, sources = inputs.get("attention_mask"), None
         prompt = Prompt(inputs["input_ids"], None, mask, ids, present, placeholders, images, owner, None)
+        if given_ids is not None:
+            prompt = self._with_sources(prompt, {name: inputs.get(name) for name in OWN})
+        if prompt.source_types is not None:
+            # statistics are those of one image and one passage; all of them tell how far sources agree
+            sources = self._source_record(prompt)
+            prompt = self._one_of_each(prompt, place)
+        else:
+            if pixel_values is None:
+                present[:, 0] = False
+            if inputs.get("modality_mask") is not None:
+                present = present & inputs["modality_mask"].bool()
+            prompt = replace(prompt, modality_mask=present)
+        ids, present, owner = prompt.modality_ids, prompt.modality_mask, prompt.owner
+        is_text = ids == TEXT
         records = [
             self.dms.record(0, self._vision_features(prompt), self._readout),
             self.dms.record(1, self._text_features(inputs["input_ids"], None, ids), self._readout),
@@ -237,7 +268,8 @@ class CalibrationMixin(CounterfactualMixin):
             severity = torch.rand(len(ids), generator=generator)
             numbers = records[0].numbers
             if images is not None and owner is not None:
-                of_image = severity[owner.cpu()]
+                # images that are not looked at stay as they are
+                of_image = torch.cat([severity, torch.zeros(1)])[owner.cpu()]
 
                 def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
                     return damaged_pictures(pictures, name, of_image[number], generator)
@@ -284,7 +316,7 @@ class CalibrationMixin(CounterfactualMixin):
             if swapped is not None:
                 copies.append(Copy(*encoded(swapped), text, shifts=(1, 0)))
             answers = self._answers(clean, copies, inputs.get("labels"), both, asked[2])
-        return records, damaged, present.cpu(), in_prompt, answers
+        return records, damaged, present.cpu(), in_prompt, answers, sources
 
     def _as_text(
         self, inputs: dict[str, Any], modality_ids: Tensor, input_ids: Tensor, still: Tensor

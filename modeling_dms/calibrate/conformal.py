@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.statistics import REMEMBERED, Statistics
+from modeling_dms.evidence.typicality import EPS, fit_canonical
 
 
 # how far, in clean standard deviations, one number counts
@@ -146,6 +147,20 @@ class Agreement(Conformal):
         """What modality `index` says of what it shares with the other one: (B, F) -> (B, K)."""
         location, scale = self.get_buffer(f"{index}_location"), self.get_buffer(f"{index}_scale")
         return ((content.float() - location) / scale) @ self.get_buffer(f"{index}_map")
+
+    def fit_shared(self, contents: Sequence[Tensor]) -> None:
+        """Fits what the modalities share, from the contents (n, F) of each, of the same samples."""
+        standard = []
+        for index, content in enumerate(contents):
+            location, scale = content.mean(0), content.std(0)
+            # a feature that hardly varies on clean data must not turn rounding into disagreement
+            scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
+            self.get_buffer(f"{index}_location").copy_(location)
+            self.get_buffer(f"{index}_scale").copy_(scale)
+            standard.append((content - location) / scale)
+        components = self.get_buffer("0_map").shape[1]
+        for index, mapping in enumerate(fit_canonical(*standard, components=components)):
+            self.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping
 
     def p_match(self, consistency: Tensor, modality_mask: Tensor) -> Tensor:
         """Its p-value, see [`ModalitySignals`]: (B, M). 1 before calibration, where consistency tells nothing, and

@@ -17,13 +17,13 @@ from modeling_dms.calibrate.conformal import FARTHEST, TAIL, Agreement, Detector
 from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
+from modeling_dms.calibrate.fit_sources import fit_sources
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
+from modeling_dms.calibrate.sources import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
-    EPS,
     auroc,
-    fit_canonical,
     fit_gaussian,
     fit_logistic,
     log_distances,
@@ -47,6 +47,7 @@ def fit_calibration(
     leave_out: Sequence[str] = (),
     in_prompt: ModalityRecord | None = None,
     answers: Answers | None = None,
+    sources: SourceRecord | None = None,
 ) -> CalibrationReport:
     """Fits all of `calibration` from clean samples and damaged copies of them.
 
@@ -58,6 +59,7 @@ def fit_calibration(
         leave_out: families whose scores do not count; they are reported all the same.
         in_prompt: of the clean samples' text, as it was read within the prompts.
         answers: what the backbone answered to damaged copies, for level 3.
+        sources: all sources of the same samples, where they have several of a modality.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
@@ -105,6 +107,10 @@ def fit_calibration(
     if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
         records = [record[both] for record in clean]
         p_match = _fit_agreement(calibration.agreement, records, folds[both], report, answers, folds)
+    for statistics in (calibration.sources, *calibration.clean_sets):
+        statistics.reset()
+    if sources is not None:
+        report.sources = fit_sources(calibration, sources)
     calibration.reliability.reset()
     if answers is not None:
         p_clean = [p[answers.families[:, m], answers.sources[:, m]] for m, p in enumerate(p_values)]
@@ -259,7 +265,7 @@ def _fit_agreement(
     scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
     for fold in range(FOLDS):
         held = folds == fold
-        _fit_shared(agreement, [record.content[~held] for record in clean])
+        agreement.fit_shared([record.content[~held] for record in clean])
         if answers is not None and consistency is not None:
             asked = folds_of_all[answers.sources[:, 0]] == fold
             contents = (answers.image_content[asked], answers.text_content[asked])
@@ -271,7 +277,7 @@ def _fit_agreement(
             # matched pairs, and each image with another sample's text
             for pairs, shift in zip(scores[kind], (0, len(first) // 2), strict=True):
                 pairs.append(torch.cosine_similarity(first, second.roll(shift, 0)))
-    _fit_shared(agreement, [record.content for record in clean])
+    agreement.fit_shared([record.content for record in clean])
     matched = {kind: torch.cat(pairs) for kind, (pairs, _) in scores.items()}
     areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}
     best = max(areas, key=lambda kind: areas[kind])
@@ -282,17 +288,3 @@ def _fit_agreement(
     if consistency is None or best != "canonical" or not agreement.informative > 0:
         return None
     return agreement.p_value(-consistency)
-
-
-def _fit_shared(agreement: Agreement, contents: Sequence[Tensor]) -> None:
-    standard = []
-    for index, content in enumerate(contents):
-        location, scale = content.mean(0), content.std(0)
-        # a feature that hardly varies on clean data must not turn rounding into disagreement
-        scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
-        agreement.get_buffer(f"{index}_location").copy_(location)
-        agreement.get_buffer(f"{index}_scale").copy_(scale)
-        standard.append((content - location) / scale)
-    components = agreement.get_buffer("0_map").shape[1]
-    for index, mapping in enumerate(fit_canonical(*standard, components=components)):
-        agreement.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping

@@ -42,6 +42,8 @@ class CalibrationReport:
         reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
             probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
             all agree, or none.
+        sources: where samples have several sources, by kind of pair: AUROC of telling two sources of one sample from
+            those of two samples.
     """
 
     samples: dict[str, int] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class CalibrationReport:
     lowering: dict[str, tuple[float, float]] = field(default_factory=dict)
     spared: list[str] = field(default_factory=list)
     reliability: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, float] = field(default_factory=dict)
 
     def blind(self, modality: str) -> list[str]:
         """The families of which even strong damage is mostly not flagged."""
@@ -92,4 +95,6 @@ class CalibrationReport:
         if self.reliability:
             shown = ", ".join(f"{name} {area:.3f}" for name, area in self.reliability.items())
             lines.append(f"answers that agree with those to clean inputs, told from others: AUROC {shown}")
+        for kind, area in self.sources.items():
+            lines.append(f"sources, {kind}: AUROC {area:.3f} for those of another sample")
         return "\n".join(lines)

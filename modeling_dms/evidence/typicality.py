@@ -118,6 +118,36 @@ def fit_canonical(first: Tensor, second: Tensor, ridge: float = 1.0, components:
     )  # type: ignore[return-value]
 
 
+def fit_discriminants(values: Tensor, groups: Tensor, shrinkage: float = 0.3, components: int = 64) -> Tensor:
+    """Linear discriminant analysis (Fisher, 1936; Rao, 1948) of standardised vectors, of groups of any number.
+
+    Args:
+        values: (n, F).
+        groups: (n,), numbers of the groups that they belong to.
+        shrinkage: added to the covariance within groups, in units of its mean variance.
+        components: K at most.
+
+    Returns:
+        (F, K), into a space where vectors of one group are close. Columns are scaled by the share of the variance that
+        is between groups, so that directions that tell no groups apart do not count.
+    """
+    _, number, count = groups.unique(return_inverse=True, return_counts=True)
+    means = torch.zeros(len(count), values.shape[1]).index_add_(0, number, values) / count[:, None]
+    inner = (values - means[number]).double()
+    within = inner.T @ inner / max(1, len(values) - len(count))
+    # the means of small groups vary by what varies within
+    centred = (means - means.mean(0)).double()
+    between = centred.T @ centred / max(1, len(count) - 1) - within * (1 / count.double()).mean()
+    within = within + shrinkage * within.diagonal().mean().clamp_min(EPS) * torch.eye(len(within), dtype=torch.double)
+    lower = torch.linalg.cholesky(within)
+    half = torch.linalg.solve_triangular(lower, between, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.T.contiguous(), upper=False)
+    variances, directions = torch.linalg.eigh((whitened + whitened.T) / 2)
+    variances, directions = variances.flip(0)[:components].clamp_min(0), directions.flip(1)[:, :components]
+    mapping = torch.linalg.solve_triangular(lower.T, directions, upper=True)
+    return (mapping * (variances / (1 + variances)).sqrt()).float()
+
+
 def auroc(negative: Tensor, positive: Tensor) -> float:
     """Probability that a positive scores above a negative, ties counting half (Mann-Whitney)."""
     scores = torch.cat([negative, positive]).double()

@@ -255,16 +255,20 @@ class ObservationMixin:
         statistics = [token_statistics(state[:, first:], mask) for state in states]
         return ModalityFeatures(tokens, mask, torch.stack(statistics, 1), of_words(tokens, mask), numbers, surprisal)
 
-    def _text_in_prompt(self, prompt: Prompt, reading: Reading) -> ModalityFeatures:
-        """Features of the text of each row, as the language model has read it within its prompt."""
+    def _text_in_prompt(self, prompt: Prompt, reading: Reading, rows: Tensor | None = None) -> ModalityFeatures:
+        """Features of the text of each row, as the language model has read it within its prompt.
+
+        Args:
+            rows: (b,), which prompts of the reading those of `prompt` are; `None` for all of them.
+        """
         input_ids = cast(Tensor, prompt.input_ids)
         index, mask, tokens = self._text_tokens(input_ids, None, prompt.modality_ids)
-        statistics = [token_statistics(take(reading.states[layer], index), mask) for layer in self._text_layers]
+        statistics = [token_statistics(take(reading.states[layer], index, rows), mask) for layer in self._text_layers]
         before = (index - 1).clamp_min(0)
         predicted = mask & (index > 0)
         if prompt.attention_mask is not None:
             predicted &= prompt.attention_mask.gather(1, before).bool()
-        found = self._surprisal(take(reading.last, before), input_ids.gather(1, index), predicted)
+        found = self._surprisal(take(reading.last, before, rows), input_ids.gather(1, index), predicted)
         return ModalityFeatures(
             tokens, mask, torch.stack(statistics, 1), of_words(tokens, mask), *found, in_prompt=True
         )
@@ -301,7 +305,9 @@ def of_words(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def of_rows(values: Tensor, owner: Tensor, batch: int) -> Tensor:
-    """The mean over the images of each row: (I, ...), (I,) -> (B, ...); 0 in a row without."""
-    total = torch.zeros(batch, *values.shape[1:], device=values.device).index_add_(0, owner, values)
-    counts = torch.zeros(batch, device=values.device).index_add_(0, owner, torch.ones_like(owner, dtype=values.dtype))
-    return total / counts.clamp_min(1).view(-1, *[1] * (values.ndim - 1))
+    """The mean over the images of each row: (I, ...), (I,) -> (B, ...); 0 in a row without. An image with the owner
+    `batch` counts nowhere."""
+    total = torch.zeros(batch + 1, *values.shape[1:], device=values.device).index_add_(0, owner, values)
+    ones = torch.ones_like(owner, dtype=values.dtype)
+    counts = torch.zeros(batch + 1, device=values.device).index_add_(0, owner, ones)
+    return (total / counts.clamp_min(1).view(-1, *[1] * (values.ndim - 1)))[:batch]

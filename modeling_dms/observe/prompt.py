@@ -15,7 +15,7 @@ from modeling_dms.outputs import DMSOutput
 
 VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
 # what the calls of a DMS class take beside those of its vanilla class
-OWN = ("modality_ids", "modality_mask", "modality_weights", "schedule_target")
+OWN = ("modality_ids", "modality_mask", "modality_weights", "source_ids", "source_types", "schedule_target")
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Prompt:
         placeholders: (B, P), where image tokens stand.
         owner: (I,), the row that each image belongs to.
         given: (B, M), the caller's weights.
+        source_types: (B, S), `VISION` or `TEXT` or, where there is no such source, 0. Given, `modality_ids` are the
+            numbers of sources, and M is S.
     """
 
     input_ids: Tensor | None
@@ -67,6 +69,7 @@ class Prompt:
     images: Images | None
     owner: Tensor | None
     given: Tensor | None
+    source_types: Tensor | None = None
 
 
 @dataclass
@@ -137,6 +140,8 @@ def compact(where: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.arange(size, device=where.device) < count[:, None]
 
 
-def take(states: Tensor, index: Tensor) -> Tensor:
-    """(B, L, D), (B, N) -> (B, N, D)."""
+def take(states: Tensor, index: Tensor, rows: Tensor | None = None) -> Tensor:
+    """(B, L, D), (B, N) -> (B, N, D); (b, N) -> (b, N, D) of some rows (b,), of which one may come several times."""
+    if rows is not None:
+        return states[rows[:, None], index]
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))

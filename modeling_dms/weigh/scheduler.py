@@ -153,6 +153,14 @@ class ModalityScheduler(nn.Module):
         return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
 
 
+def damage_scores(damage: Tensor, modality_mask: Tensor, kappa: float) -> Tensor:
+    """Scores of the rule, (B, M), from the evidence of damage beyond a threshold, (B, M), at least 0."""
+    least = damage.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
+    # beside a clean one all evidence counts
+    damage = damage - torch.where(least > 0, least + GARBAGE_LEAD, 0)
+    return -saturate(kappa * damage.clamp_min(0), EVIDENCE_LIMIT)
+
+
 def rule_scores(
     signals: ModalitySignals, modality_mask: Tensor, config: DMSConfig, spared: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -172,10 +180,7 @@ def rule_scores(
     if spared is not None:
         damage = damage.masked_fill(spared > 0, 0)
     clean = (damage == 0) | ~modality_mask
-    least = damage.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
-    # beside a clean one all evidence counts
-    damage = damage - torch.where(least > 0, least + GARBAGE_LEAD, 0)
-    scores = -saturate(config.kappa * damage.clamp_min(0), EVIDENCE_LIMIT)
+    scores = damage_scores(damage, modality_mask, config.kappa)
     if config.conflict_prior not in MODALITIES:  # none, or one that takes a second look
         return scores, torch.zeros_like(modality_mask[:, 0])
     believed = MODALITIES.index(config.conflict_prior)

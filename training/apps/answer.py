@@ -18,8 +18,8 @@ class Answer:
 
     Attributes:
         text: the generated answer.
-        weights: of image and context.
-        signals: by name, of image and context; empty where nothing needed them (uniform scheduler, caller's weights).
+        weights: of image and context, or of each image and then each passage.
+        signals: by name, of the same; empty where nothing needed them (uniform scheduler, caller's weights).
         reliability: how far the answer can be relied on, from 0 to 1; `None` where nothing is known of it.
     """
 
@@ -52,7 +52,7 @@ def check_answerable(sample: Sample) -> None:
     """Raises ValueError for a sample without a question, or with nothing to answer from."""
     if not sample.question.strip():
         raise ValueError("the question is empty")
-    if sample.image is None and not (sample.context or "").strip():
+    if sample.image is None and not sample.passages:
         raise ValueError("there is neither an image nor a context to answer from")
 
 
@@ -79,25 +79,42 @@ def answer(
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
     prompt = inputs["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
     text = collator.processor.tokenizer.decode(generated.sequences[0, prompt:], skip_special_tokens=True).strip()
-    signals = {name: values[0].tolist() for name, values in (generated.modality_signals or {}).items()}
+    found = {name: values[0] for name, values in (generated.modality_signals or {}).items()}
+    # of pairs of sources there is no one number a source
+    signals = {name: values.tolist() for name, values in found.items() if values.ndim == 1}
     reliability = None if generated.reliability is None else float(generated.reliability[0])
     return Answer(text, generated.modality_weights[0].tolist(), signals, reliability)
 
 
-def predict_one(question: str, image: Path | None, context: str | None, name: str, max_new_tokens: int) -> Answer:
-    """Answers one sample and prints answer, weights and signals.
+def predict_one(
+    question: str, images: Sequence[Path], contexts: Sequence[str], name: str, max_new_tokens: int
+) -> Answer:
+    """Answers one sample and prints answer, weights and signals, of several images or passages a column each.
 
     Raises:
         ValueError: as `answer`.
     """
-    sample = Sample(str(image or "prompt"), image, context, question)
+    first = images[0] if images else None
+    passages = [context for context in contexts if context.strip()]
+    sample = Sample(str(first or "prompt"), first, passages[0] if passages else None, question)
     check_answerable(sample)
-    sample = sample.replace(image=sample.load_image())
-    given = answer(*load_for_answers(name, max_new_tokens), sample, max_new_tokens)
+    loaded = sample.replace(images=tuple(images[1:])).load_images()
+    sample = sample.replace(
+        image=loaded[0] if loaded else None, images=tuple(loaded[1:]), contexts=tuple(passages[1:])
+    )
+    model, collator = load_for_answers(name, max_new_tokens)
+    several = len(loaded) > 1 or len(passages) > 1
+    if several and not any(bool(clean.count > 0) for clean in model.dms.calibration.clean_sets):
+        print("calibrated on single images and passages: how far several agree is not known (see docs/sources.md)")
+    given = answer(model, collator, sample, max_new_tokens)
     print(f"answer: {given.text}")
     if given.reliability is not None:
         print(f"reliability: {given.reliability:.2f}, how surely it is the answer that undamaged inputs would give")
-    print(f"{'':<14}{'image':>9}{'context':>9}")
+    names = ["image", "context"]
+    if several:
+        names = [f"image {number}" for number in range(1, len(loaded) + 1)]
+        names += [f"context {number}" for number in range(1, len(passages) + 1)]
+    print(f"{'':<14}" + "".join(f"{column:>11}" for column in names))
     for row, values in {"weight": given.weights, **given.signals}.items():
-        print(f"{row:<14}" + "".join(f"{value:>9.3f}" for value in values))
+        print(f"{row:<14}" + "".join(f"{value:>11.3f}" for value in values))
     return given

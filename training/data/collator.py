@@ -29,6 +29,7 @@ from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.data.samples import Sample, image_key
 
 
+BEFORE = "context: "  # each passage
 # what the families' processors differ in: the image is put in front of every text by itself; every image has as many
 # tokens; a row without an image has blank ones
 _PLACES_IMAGES = (Blip2Processor, InstructBlipProcessor)
@@ -67,7 +68,7 @@ class _Prompt:
     """A prompt as a processor gives it.
 
     Attributes:
-        ids, modality_ids: one a position.
+        ids, modality_ids, source_ids: one a position.
         positions: what else it says of each position, such as `token_type_ids`.
         others: further texts, such as that of a Q-Former.
         images: the tensors of its images, which go one after the other through a batch.
@@ -75,6 +76,7 @@ class _Prompt:
 
     ids: list[int]
     modality_ids: list[int]
+    source_ids: list[int] = field(default_factory=list)
     positions: dict[str, list[int]] = field(default_factory=dict)
     others: dict[str, list[int]] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
@@ -86,7 +88,8 @@ class _Prompt:
             return [line[place] for place in places]
 
         positions = {name: chosen(line) for name, line in self.positions.items()}
-        return _Prompt(chosen(self.ids), chosen(self.modality_ids), positions, self.others, self.images)
+        of = (chosen(line) for line in (self.ids, self.modality_ids, self.source_ids))
+        return _Prompt(*of, positions, self.others, self.images)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -108,6 +111,10 @@ class PromptCollator:
     tokens, padding, the answer) 0: the scheduler weighs the image against the context and leaves the question alone.
     A sample without an image gets no placeholder, one without a context no passage, also mixed within a batch. Special
     tokens in a sample's texts are read as text, see `as_text`.
+
+    Samples with several images or passages become `context: ... context: ... question: ... answer:` behind all images,
+    and a batch that holds one has `source_ids` instead of `modality_ids`: 1 and on for each image, then for each
+    passage.
 
     Attributes:
         processor: of any supported family.
@@ -135,19 +142,20 @@ class PromptCollator:
             raise ValueError("answers to train on end with tokenizer.eos_token, which the processor's tokenizer lacks")
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Returns `input_ids`, `attention_mask`, `modality_ids` (B, L), `labels` (B, L) if asked for, and what the
-        processor gives of images where there are any, mostly `pixel_values` (images, 3, H, W).
+        """Returns `input_ids`, `attention_mask`, `modality_ids` or `source_ids` (B, L), `labels` (B, L) if asked for,
+        and what the processor gives of images where there are any, mostly `pixel_values` (images, 3, H, W).
 
         Raises:
-            ValueError: naming the sample whose image cannot be read, which has neither image nor context, no answer to
-                train on, or is longer than `max_length` even without its context.
+            ValueError: naming the sample that has more images than the processor takes, whose image cannot be read,
+                which has neither image nor context, no answer to train on, or is longer than `max_length` even
+                without its context.
         """
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
         others, images, keys = [], [], []
+        several = any(sample.images or len(sample.passages) > 1 for sample in samples)
         for sample in samples:
-            image = sample.load_image()
-            prompt = self._encode(sample, image)
+            prompt = self._encode(sample, sample.load_images())
             if not any(prompt.modality_ids):
                 raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
             answer = self._answer(sample)
@@ -156,11 +164,13 @@ class PromptCollator:
             others.append(prompt.others)
             images.append(prompt.images)
             if self.with_ids:
-                key = None if sample.damage[0] else image_key(sample.image)
+                key = None if sample.damage[0] or sample.images else image_key(sample.image)
                 keys += [key and f"{key}#{number}" for number in range(len(prompt.images.get("pixel_values", ())))]
             row = {"input_ids": prompt.ids + answer, "attention_mask": [1] * (len(prompt.ids) + len(answer))}
             row |= {n: line + [0] * len(answer) for n, line in prompt.positions.items()}
-            row["modality_ids"] = prompt.modality_ids + [0] * len(answer)
+            row["source_ids" if several else "modality_ids"] = (
+                prompt.source_ids if several else prompt.modality_ids
+            ) + [0] * len(answer)
             if self.with_labels:
                 row["labels"] = [-100] * len(prompt.ids) + answer
             rows.append(row)
@@ -200,7 +210,8 @@ class PromptCollator:
             """Length of the row without its context, of which `context:` is left."""
 
             def encoded(image: Any) -> _Prompt:
-                return self._encode(sample.replace(context="a" * has_context), image)
+                one = sample.replace(context="a" * has_context, contexts=())
+                return self._encode(one, [] if image is None else [image])
 
             text = (has_context, sample.question, *sample.answers[:1])
             if text not in lengths:
@@ -215,7 +226,7 @@ class PromptCollator:
         good, failed = [], {}
         for sample in samples:
             try:
-                has_context = bool((sample.context or "").strip())
+                has_context = bool(sample.passages)
                 if sample.image is None and not has_context:
                     raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
                 length = least(sample, has_context)
@@ -251,19 +262,26 @@ class PromptCollator:
         cut = set(context[len(context) - excess :])
         return prompt.kept([place for place in range(len(prompt.ids)) if place not in cut])
 
-    def _encode(self, sample: Sample, image: Any) -> _Prompt:
-        """The prompt of a sample, and its image."""
-        before = "context: "
-        context = as_text(self.processor, (sample.context or "").strip())
-        text = f"{before}{context} " if context else ""
+    def _encode(self, sample: Sample, images: Sequence[Any]) -> _Prompt:
+        """The prompt of a sample, and its images."""
+        text, spans = "", []
+        for passage in sample.passages:
+            passage, begin = as_text(self.processor, passage), len(text) + len(BEFORE)
+            text += f"{BEFORE}{passage} "
+            spans.append((begin, begin + len(passage)))
         text += f"question: {as_text(self.processor, sample.question.strip())} answer:"
-        mark = "" if image is None else placeholder(self.processor)
-        if image is None and isinstance(self.processor, PaliGemmaProcessor):  # which takes no text alone
+        if len(images) > 1 and isinstance(self.processor, _PLACES_IMAGES):
+            raise ValueError(
+                f"sample {sample.id!r} has {len(images)} images, {type(self.processor).__name__} takes one a prompt"
+            )
+        mark = placeholder(self.processor) * len(images)
+        if not images and isinstance(self.processor, PaliGemmaProcessor):  # which takes no text alone
             line = f"{self.processor.tokenizer.bos_token}{text}\n"
             encoded = dict(self.processor.tokenizer([line], add_special_tokens=False, return_offsets_mapping=True))
             encoded["token_type_ids"] = [[0] * len(encoded["input_ids"][0])]
         else:
-            encoded = dict(self.processor(images=image, text=mark + text, return_offsets_mapping=True))
+            given = None if not images else images[0] if len(images) == 1 else [images]
+            encoded = dict(self.processor(images=given, text=mark + text, return_offsets_mapping=True))
         encoded.pop("attention_mask", None)
         encoded.pop("labels", None)  # of nothing but the prompt
         ids, offsets = encoded.pop("input_ids")[0], encoded.pop("offset_mapping")[0]
@@ -272,11 +290,19 @@ class PromptCollator:
         # the processor expands the placeholder in front of the text, and may end it with a line: so spans are counted
         # from the end of its words
         shift = max(end for i, (_, end) in zip(ids, offsets, strict=True) if i not in (vision, line_end)) - len(text)
-        first, last = shift + len(before), shift + len(before) + len(context)
         prompt = _Prompt(ids, [])
         for token, (start, end) in zip(ids, offsets, strict=True):
-            inside = bool(context) and start < last and end > first and end > start
+            inside = [
+                number
+                for number, (first, last) in enumerate(spans, len(images) + 1)
+                if start < shift + last and end > shift + first and end > start
+            ]
             prompt.modality_ids.append(VISION if token == vision else TEXT if inside else 0)
+            prompt.source_ids.append(inside[0] if inside and token != vision else 0)
+        if images:
+            places = [place for place, token in enumerate(ids) if token == vision]
+            for place, number in zip(places, self._numbers(sample, images, len(places)), strict=True):
+                prompt.source_ids[place] = number
         for name, value in encoded.items():
             if name.startswith("qformer_"):
                 prompt.others[name] = value[0]
@@ -285,3 +311,16 @@ class PromptCollator:
             elif value is not None:
                 prompt.images[name] = torch.as_tensor(np.asarray(value))
         return prompt
+
+    def _numbers(self, sample: Sample, images: Sequence[Any], count: int) -> list[int]:
+        """Which of a prompt's images, from 1, each of its image tokens is of; they come one image after the other."""
+        each = [count // len(images)] * len(images)
+        if len({image.size for image in images}) > 1:  # as many as each has alone
+            one_each = [self._encode(sample.replace(context=None, contexts=()), [image]) for image in images]
+            each = [prompt.modality_ids.count(VISION) for prompt in one_each]
+        if sum(each) != count:
+            raise ValueError(
+                f"sample {sample.id!r}: its {len(images)} images have {count} tokens, {each} alone: which token is of "
+                "which image cannot be told; give it images of one size"
+            )
+        return [number for number, tokens in enumerate(each, 1) for _ in range(tokens)]

@@ -21,7 +21,7 @@ from modeling_dms.training.data.samples import (
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("id", "image", "context", "question", "prompt", "answers", "answer", "task", "split")
+COLUMNS = ("id", "image", "images", "context", "contexts", "question", "prompt", "answers", "answer", "task", "split")
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -74,10 +74,10 @@ def load_folder(path: str | Path, split: str | None = None) -> list[Sample]:
     """Reads a table, one sample a row. Images are not decoded here: a broken one is found, and named, by `load_image`.
 
     Columns, all but `question` optional: `id`; `image` (a path relative to the table's folder, in Parquet also bytes
-    or the struct that `datasets` writes); `context`; `question` or `prompt` (captions and retrieval have a default);
-    `answers` (a list or one string) or `answer`; `task` (`"vqa"` by default); `split`. Others are ignored. A row
-    without an `id` gets one from its content, so that no id changes when rows are added or moved. Of rows with the
-    same id the first one stays.
+    or the struct that `datasets` writes); `context`; `images` and `contexts`, lists of further ones; `question` or
+    `prompt` (captions and retrieval have a default); `answers` (a list or one string) or `answer`; `task` (`"vqa"` by
+    default); `split`. Others are ignored. A row without an `id` gets one from its content, so that no id changes when
+    rows are added or moved. Of rows with the same id the first one stays.
 
     Args:
         path: a `.jsonl`, `.json` (a list of objects) or `.parquet` file, or a folder that holds exactly one.
@@ -235,10 +235,30 @@ def _sample(table: Path, where: str, row: dict[str, Any]) -> Sample:
         sample_id = f"{table.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     elif isinstance(sample_id, bool) or not isinstance(sample_id, str | int):
         raise ValueError(f"{where}, column 'id': expected text or an integer, got {type(sample_id).__name__}")
-    image = _image(table, where, row.get("image"))
+    # the first of several is the one image, and the one passage
+    images = [_image(table, where, value) for value in [row.get("image"), *_list(where, row, "images")]]
+    given = [image for image in images if image is not None]
+    contexts = [_text(where, row, "context"), *_list(where, row, "contexts")]
+    if not all(isinstance(context, str) for context in contexts[1:]):
+        raise ValueError(f"{where}, column 'contexts': expected a list of texts, got {contexts[1:]!r:.100}")
+    passages = [context for context in contexts if context and context.strip()]
     return Sample(
-        str(sample_id), image, _text(where, row, "context"), question or CAPTION_QUESTION, tuple(answers), task
+        str(sample_id),
+        given[0] if given else None,
+        passages[0] if passages else contexts[0],
+        question or CAPTION_QUESTION,
+        tuple(answers),
+        task,
+        images=tuple(given[1:]),
+        contexts=tuple(passages[1:]),
     )
+
+
+def _list(where: str, row: dict[str, Any], column: str) -> list[Any]:
+    value = row.get(column)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{where}, column {column!r}: expected a list, got {type(value).__name__}")
+    return value or []
 
 
 def _image(table: Path, where: str, value: Any) -> Path | bytes | None:

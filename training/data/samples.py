@@ -59,6 +59,7 @@ class Sample:
         answers: accepted answers, the first one is the training target.
         task: `"vqa"`, `"caption"` or `"retrieval"`.
         damage: of image and context, 0 (clean) to 1 (missing or another sample's); set by `corrupt`.
+        images, contexts: further images, of any form that `image` takes, and further passages.
 
     Halves of surrogate pairs, which JSON may hold and neither tokenizers nor files take, become U+FFFD in all texts.
     """
@@ -70,9 +71,11 @@ class Sample:
     answers: tuple[str, ...] = ()
     task: str = "vqa"
     damage: tuple[float, float] = (0.0, 0.0)
+    images: tuple[Path | Image.Image | bytes, ...] = ()
+    contexts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("id", "context", "question", "answers"):
+        for name in ("id", "context", "question", "answers", "contexts"):
             value = getattr(self, name)
             fine = tuple(map(_well_formed, value)) if isinstance(value, tuple) else value and _well_formed(value)
             if fine != value:
@@ -86,15 +89,26 @@ class Sample:
                 or holds numbers that are no grey levels.
             ImportError: for an SVG without the `train` extra.
         """
-        if self.image is None:
-            return None
+        return None if self.image is None else self._loaded(self.image)
+
+    def load_images(self) -> list[Image.Image]:
+        """All of its images, the first one first; raises as `load_image`."""
+        return [self._loaded(image) for image in (self.image, *self.images) if image is not None]
+
+    def _loaded(self, image: Path | Image.Image | bytes) -> Image.Image:
         try:
-            return as_seen(_open(self.image))
+            return as_seen(_open(image))
         except ImportError:
             raise
         except Exception as error:  # Pillow's decoders stumble over broken files in every way, IndexErrors too
-            given = f"of {len(self.image)} bytes" if isinstance(self.image, bytes) else self.image
+            given = f"of {len(image)} bytes" if isinstance(image, bytes) else image
             raise ValueError(f"sample {self.id!r}: image {given} cannot be read: {error}") from error
+
+    @property
+    def passages(self) -> list[str]:
+        """All of its passages that hold anything, without the space around them."""
+        found = (passage.strip() for passage in (self.context, *self.contexts) if passage)
+        return [passage for passage in found if passage]
 
     def replace(self, **changes) -> "Sample":
         """A copy with some fields changed."""

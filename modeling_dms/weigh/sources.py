@@ -1,0 +1,112 @@
+"""Weights of several sources: with three or more, the one that agrees with none of the others shows.
+
+Own. Two sources that disagree cannot be told by that which of them is wrong. Of more, what lies beside a majority that
+agrees is the odd one out. How far two sources agree is a log-likelihood ratio, that they belong together against that
+they do not; a source is as odd as it is against the others on average.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modeling_dms.weigh.scheduler import (
+    CONFLICT_FLOOR,
+    EVIDENCE_LIMIT,
+    damage_scores,
+    evidence,
+    saturate,
+    weights_from_scores,
+)
+
+
+def oddness(agreement: Tensor, compared: Tensor) -> Tensor:
+    """How odd each source is: minus its mean agreement with the others.
+
+    Args:
+        agreement: (B, S, S), symmetric; NaN for pairs of which nothing is known.
+        compared: (B, S), which sources count.
+
+    Returns:
+        (B, S), -inf for what has nothing to be compared with.
+    """
+    pairs = compared[:, :, None] & compared[:, None] & ~agreement.isnan()
+    pairs = pairs & ~torch.eye(compared.shape[1], dtype=torch.bool, device=compared.device)
+    count = pairs.sum(2)
+    mean = agreement.nan_to_num(0).masked_fill(~pairs, 0).sum(2) / count.clamp_min(1)
+    return torch.where(count > 0, -mean, -torch.inf)
+
+
+def odd_ones(
+    agreement: Tensor, compared: Tensor, p_value: Callable[[Tensor], Tensor], rate: float
+) -> tuple[Tensor, Tensor]:
+    """Finds the sources that lie beside a majority that agrees: the oddest is put aside, then the oddest of the rest,
+    until none is odd. Where as many are odd as not, or more, nothing tells who is right, and none is.
+
+    Args:
+        agreement, compared: see `oddness`.
+        p_value: of the oddness of the oddest source of a set, any shape.
+        rate: a source with a p-value up to this is odd.
+
+    Returns:
+        p-values (B, S), 1 for what is not compared, and which sources are odd (B, S).
+    """
+    left, most = compared, (compared.sum(1) - 1).clamp_min(0) // 2
+    p_values = p_value(oddness(agreement, compared)).where(compared, 1)
+    odd, open_rows = torch.zeros_like(compared), torch.ones_like(most, dtype=torch.bool)
+    found = p_values
+    while bool(open_rows.any()):
+        odds = oddness(agreement, left)
+        now = p_value(odds).where(left, 1)
+        oddest = torch.zeros_like(left).scatter(1, odds.argmax(1, keepdim=True), True)
+        alarm = open_rows & (now.where(oddest, 1) <= rate).any(1)
+        full = odd.sum(1) >= most
+        found = torch.where((open_rows & ~alarm)[:, None] & left, now, found)
+        # no majority agrees
+        lost = alarm & full
+        odd, found = odd & ~lost[:, None], torch.where(lost[:, None], p_values, found)
+        aside = oddest & (alarm & ~full)[:, None]
+        found = torch.where(aside, now, found)
+        odd, left, open_rows = odd | aside, left & ~aside, alarm & ~full
+    return found, odd
+
+
+def alarm_rates(present: Tensor, false_alarm_rate: float) -> tuple[Tensor, float]:
+    """How the rate of false alarms of a prompt is shared: one half among its sources, (B, 1), for their damage, and
+    one half for an odd one among them."""
+    return false_alarm_rate / (2 * present.sum(1, keepdim=True).clamp_min(1)), false_alarm_rate / 2
+
+
+def source_weights(
+    p_clean: Tensor,
+    p_match: Tensor,
+    odd: Tensor,
+    present: Tensor,
+    false_alarm_rate: float,
+    kappa: float,
+    floor: float,
+    spared: Tensor | None = None,
+) -> Tensor:
+    """The rule for S sources: each loses weight by the evidence of its own damage and, if it is odd, by that.
+
+    Args:
+        p_clean, p_match: p-values (B, S).
+        odd, present: (B, S), bool.
+        floor: least weight of a present source; that of an odd one is lower.
+        spared: (B, S), sources that damage does not lower.
+
+    Returns:
+        (B, S), rows sum to 1, absent source exactly 0.
+
+    Raises:
+        ValueError: if a sample has no source.
+    """
+    damage_rate, odd_rate = alarm_rates(present, false_alarm_rate)
+    damage = (damage_rate / p_clean).log().clamp_min(0).masked_fill(~present, 0)
+    if spared is not None:
+        damage = damage.masked_fill(spared, 0)
+    scores = damage_scores(damage, present, kappa)
+    against = saturate(kappa * evidence(p_match, odd_rate).clamp_min(0), EVIDENCE_LIMIT)
+    scores = scores - against.masked_fill(~odd, 0)
+    lowest = torch.where(odd.any(1, keepdim=True), min(floor, CONFLICT_FLOOR), floor)
+    return weights_from_scores(scores, present, torch.minimum(lowest, 0.5 / present.sum(1, keepdim=True).clamp_min(1)))
