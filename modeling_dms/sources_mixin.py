@@ -97,11 +97,10 @@ class SourcesMixin:
         if weights is None:
             spared = calibration.reliability.spared[(types - 1).clamp_min(0)] > 0
             alike = (types[:, :, None] == types[:, None]) & compared[:, None]
-            weights = source_weights(
-                p_clean, p_match, odd, present, config.false_alarm_rate, config.kappa, config.weight_floor,
-                # beside a sound source of its type another one need not stand in
-                spared & ~alike.any(2),
-            )  # fmt: skip
+            # beside a sound source of its type another one need not stand in
+            spared = spared & ~alike.any(2)
+            rate, kappa, floor = config.false_alarm_rate, config.kappa, config.weight_floor
+            weights = source_weights(p_clean, odd, present, rate, kappa, floor, spared)
         signals = ModalitySignals(
             typicality=typicality, surprisal=surprisal, p_clean=p_clean, p_match=p_match, agreement=agreement
         )

@@ -10,14 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling_dms.weigh.scheduler import (
-    CONFLICT_FLOOR,
-    EVIDENCE_LIMIT,
-    damage_scores,
-    evidence,
-    saturate,
-    weights_from_scores,
-)
+from modeling_dms.weigh.scheduler import damage_scores, weights_from_scores
 
 
 def oddness(agreement: Tensor, compared: Tensor) -> Tensor:
@@ -79,7 +72,6 @@ def alarm_rates(present: Tensor, false_alarm_rate: float) -> tuple[Tensor, float
 
 def source_weights(
     p_clean: Tensor,
-    p_match: Tensor,
     odd: Tensor,
     present: Tensor,
     false_alarm_rate: float,
@@ -87,12 +79,12 @@ def source_weights(
     floor: float,
     spared: Tensor | None = None,
 ) -> Tensor:
-    """The rule for S sources: each loses weight by the evidence of its own damage and, if it is odd, by that.
+    """The rule for S sources: one that is odd has no weight, the others lose some by the evidence of their damage.
 
     Args:
-        p_clean, p_match: p-values (B, S).
+        p_clean: p-values (B, S).
         odd, present: (B, S), bool.
-        floor: least weight of a present source; that of an odd one is lower.
+        floor: least weight of a present source of two, of more in proportion.
         spared: (B, S), sources that damage does not lower.
 
     Returns:
@@ -101,12 +93,12 @@ def source_weights(
     Raises:
         ValueError: if a sample has no source.
     """
-    damage_rate, odd_rate = alarm_rates(present, false_alarm_rate)
+    damage_rate, _ = alarm_rates(present, false_alarm_rate)
     damage = (damage_rate / p_clean).log().clamp_min(0).masked_fill(~present, 0)
     if spared is not None:
         damage = damage.masked_fill(spared, 0)
-    scores = damage_scores(damage, present, kappa)
-    against = saturate(kappa * evidence(p_match, odd_rate).clamp_min(0), EVIDENCE_LIMIT)
-    scores = scores - against.masked_fill(~odd, 0)
-    lowest = torch.where(odd.any(1, keepdim=True), min(floor, CONFLICT_FLOOR), floor)
-    return weights_from_scores(scores, present, torch.minimum(lowest, 0.5 / present.sum(1, keepdim=True).clamp_min(1)))
+    # what is odd is another sample's, and tells nothing of this one
+    kept = present & ~odd
+    # in proportion to what each would have
+    lowest = 2 * floor / kept.sum(1, keepdim=True).clamp_min(1)
+    return weights_from_scores(damage_scores(damage, kept, kappa), kept, lowest)

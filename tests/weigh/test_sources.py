@@ -95,19 +95,20 @@ def test_the_order_of_sources_does_not_matter_and_odd_ones_are_fewer(drawn):
 )
 @bounded
 def test_weights_are_weights(sources):
-    p_clean, p_match, odd, present = (torch.tensor([list(column)]) for column in zip(*sources, strict=True))
-    present[:, 0] = True
-    weights = source_weights(p_clean, p_match, odd & present, present, 0.01, 16.0, 0.01)
+    p_clean, odd, present = (torch.tensor([list(column)]) for column in zip(*sources, strict=True))
+    present[:, 0], odd[:, 0] = True, False
+    weights = source_weights(p_clean, odd, present, 0.01, 16.0, 0.01)
     assert weights.isfinite().all()
     assert (weights >= 0).all()
-    assert (weights[~present] == 0).all()
+    assert (weights[~present | odd] == 0).all()
+    assert (weights[present & ~odd] > 0).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(1))
 
 
 def test_nothing_odd_and_nothing_damaged_is_uniform_bit_for_bit():
     present = torch.tensor([[True, True, True], [True, False, True]])
     ones, none = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)
-    weights = source_weights(ones, ones, none, present, 0.01, 16.0, 0.01)
+    weights = source_weights(ones, none, present, 0.01, 16.0, 0.01)
     assert torch.equal(weights, present / present.sum(1, keepdim=True))
 
 

@@ -1,0 +1,292 @@
+"""What weights of sources do: one of several passages, or of several sources, is another sample's.
+
+    python benchmarks/sources.py --photos PHOTOS [--models NAMES] [--samples 300] [--out docs/sources.md]
+
+Photographs and captions tell how well a wrong passage is found; questions of easy-VQA, how much that helps.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detection import load_photos
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_dms.evidence.typicality import auroc
+from modeling_dms.training.corruptions import corrupt
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.easy_vqa import COLORS, CONTEXTS, SHAPES
+from modeling_dms.training.evaluate.documents import table
+from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.models.loading import load
+
+
+BATCH, RESAMPLED, PASSAGES, LEAST_GAP = 25, 2000, 3, 0.02
+RATES = (0.01, 0.06)
+HEAD = """# Several images and passages
+
+Written by `python benchmarks/sources.py`. A prompt may hold several passages, as retrieval finds them, or several
+images. With `source_ids` each of them has a weight of its own, and what all others contradict loses it. How to use it:
+[Retrieval-augmented prompts](retrieval.md); how it is found: [the method](method.md#several-sources).
+"""
+PHOTOS = """## Which passage is wrong
+
+{test} photographs of the test split with three captions each, as three passages; one of them, at a random place, is
+replaced by a caption of another photograph. Calibrated on {train} other photographs with three captions each, without
+labels. *Uniform*: prompts in which nothing is replaced and all weights are equal. *Lowest*: prompts in which the wrong
+passage has the lowest weight of the three, alone. *AUROC*: of the weights of wrong against right passages; of equal
+weights half. *Ranked*: prompts in which the wrong passage is the oddest of the three, whether or not that is odd
+enough for its weight to fall. The backbone was not trained on photographs: nothing of this hangs on its answers."""
+ANSWERS = """## What weights of sources change
+
+{test} images of the test split of easy-VQA, one question each, with three passages that say the same in different
+words. Calibrated on {train} training images with three passages each. Shares of answers whose first token is right;
+the backbones were trained on one passage a prompt. *One weight*: image and text as two modalities, all passages
+together. *Least likely dropped*: the passage with the highest surprisal has weight 0. *Likeliest source*: the answer
+to that source alone whose first token is the likeliest. *By source*: this package's rule. *Oracle*: what is wrong has
+weight 0. *Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95%
+interval, bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
+are all equal."""
+
+
+def sample_of(photo: dict[str, Any], captions: Sequence[str], with_image: bool) -> Sample:
+    image = photo["path"] if with_image else None
+    return Sample(photo["image"], image, captions[0], "describe the picture.", contexts=tuple(captions[1:]))
+
+
+def photographs(name: str, photos: dict[str, list[dict[str, Any]]], split: str) -> list[list[str]]:
+    """Rows of the first table."""
+    model, processor = load(name)
+    model, collator = model.eval(), PromptCollator(processor)
+    clean = [sample_of(photo, photo["captions"][:PASSAGES], True) for photo in photos["train"]]
+    model.calibrate(
+        (collator(clean[start : start + BATCH]) for start in range(0, len(clean), BATCH)), 2, show_progress=False
+    )
+    generator, shown, rows = random.Random(0), photos[split], []
+    for with_image in (True, False):
+        right, wrong, places = [], [], []
+        for number, photo in enumerate(shown):
+            other = shown[(number + generator.randrange(1, len(shown))) % len(shown)]
+            captions, place = photo["captions"][:PASSAGES], generator.randrange(PASSAGES)
+            replaced = [*captions[:place], generator.choice(other["captions"]), *captions[place + 1 :]]
+            right.append(sample_of(photo, captions, with_image))
+            wrong.append(sample_of(photo, replaced, with_image))
+            places.append(place)
+        place = torch.tensor(places)
+        for rate in RATES:
+            model.config.dms_config.false_alarm_rate = rate
+            weights, _ = weights_of(model, collator, right)
+            uniform = float((weights == weights.amax(1, keepdim=True)).all(1).float().mean())
+            weights, p = (of[:, -PASSAGES:] for of in weights_of(model, collator, wrong))
+            is_wrong = torch.nn.functional.one_hot(place, PASSAGES).bool()
+            least = weights[~is_wrong].view(len(weights), -1).amin(1)
+            lowest = float((weights[is_wrong] < least).float().mean())
+            ranked = float((p.argmin(1) == place).float().mean())
+            area = auroc(-weights[~is_wrong], -weights[is_wrong])
+            rows.append(
+                [name, "given" if with_image else "absent", f"{rate:.0%}", f"{uniform:.3f}", f"{lowest:.3f}"]
+                + [f"{area:.3f}", f"{ranked:.3f}"]
+            )
+    return rows
+
+
+def weights_of(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Weights, and minus the mean agreement with the other passages, (n, S) each."""
+    found = []
+    for start in tqdm(range(0, len(samples), BATCH), desc="photographs", leave=False):
+        weights, signals = model.get_modality_weights(**collator(samples[start : start + BATCH]))
+        found.append((weights, signals.agreement.nanmean(2)))
+    weights, agreement = zip(*found, strict=True)
+    return torch.cat(weights), torch.cat(agreement)
+
+
+def scene(sample: Sample) -> tuple[str, str]:
+    words = set((sample.context or "").rstrip(".").split())
+    return next(c for c in COLORS if c in words), next(s for s in SHAPES if s in words)
+
+
+def with_passages(sample: Sample, start: int = 0, of: Sample | None = None) -> Sample:
+    """The sample with three passages, in three of the five wordings; of another sample where one is given."""
+    color, shape = scene(of or sample)
+    texts = [CONTEXTS[(start + k) % len(CONTEXTS)].format(color=color, shape=shape) for k in range(PASSAGES)]
+    return sample.replace(context=texts[0], contexts=tuple(texts[1:]))
+
+
+def conditions(samples: Sequence[Sample]) -> dict[str, tuple[list[Sample], Tensor]]:
+    """By name the samples, and which of their sources (n, 4), the image first, are wrong."""
+    generator = random.Random(0)
+    clean = [with_passages(sample, generator.randrange(len(CONTEXTS))) for sample in samples]
+    others = []
+    for sample in samples:
+        # of another color and another shape
+        fits = [other for other in samples if not set(scene(other)) & set(scene(sample))]
+        others.append(generator.choice(fits))
+    found: dict[str, tuple[list[Sample], Tensor]] = {}
+
+    def add(name: str, change: Callable[[Sample, Sample, int], tuple[Sample, list[int]]]) -> None:
+        changed, wrong = [], torch.zeros(len(clean), 1 + PASSAGES, dtype=torch.bool)
+        for number, (sample, other) in enumerate(zip(clean, others, strict=True)):
+            new, places = change(sample, other, generator.randrange(PASSAGES))
+            changed.append(new)
+            wrong[number, places] = True
+        found[name] = changed, wrong
+
+    def replaced(sample: Sample, passages: Sequence[str], places: Sequence[int]) -> Sample:
+        texts = list(sample.passages)
+        for place in places:
+            texts[place] = passages[place]
+        return sample.replace(context=texts[0], contexts=tuple(texts[1:]))
+
+    add("clean", lambda sample, other, place: (sample, []))
+    add(
+        "one passage is another's",
+        lambda s, o, place: (replaced(s, with_passages(s, place, o).passages, [place]), [1 + place]),
+    )
+    add("the image is another's", lambda s, o, place: (s.replace(image=o.image), [0]))
+    add(
+        "one passage is misspelt",
+        lambda s, o, place: (
+            replaced(
+                s, [corrupt(s.replace(context=text), "text:typos", 5).context or "" for text in s.passages], [place]
+            ),
+            [1 + place],
+        ),
+    )
+    add(
+        "the image is blurred",
+        lambda s, o, place: (corrupt(s.replace(contexts=()), "image:blur", 5).replace(contexts=s.contexts), [0]),
+    )
+    both = [(0, 1), (0, 2), (1, 2)]
+    add(
+        "two passages are another's",
+        lambda s, o, place: (
+            replaced(s, with_passages(s, place, o).passages, both[place]),
+            [1 + number for number in both[place]],
+        ),
+    )
+    return found
+
+
+@torch.no_grad()
+def answered(model: Any, collator: PromptCollator, samples: Sequence[Sample], wrong: Tensor) -> dict[str, np.ndarray]:
+    """By method, whether each answer is right; of the rule, too, whether it left all weights equal."""
+    tokenizer, found = collator.processor.tokenizer, {}
+    for start in range(0, len(samples), BATCH):
+        some = samples[start : start + BATCH]
+        batch = collator(some)
+        first = [tokenizer(f" {s.answers[0]}", add_special_tokens=False)["input_ids"][0] for s in some]
+        wanted, count = torch.tensor(first), wrong.shape[1]
+        kept = (~wrong[start : start + BATCH]).float()
+        uniform = torch.full_like(kept, 1 / count)
+
+        def said(weights: Tensor | None = None, batch=batch, **given: Any) -> Tensor:
+            out = model(**{**batch, **given}, modality_weights=weights)
+            return out.logits[:, -1].softmax(-1)
+
+        weights, signals = model.get_modality_weights(**batch)
+        odd = torch.nn.functional.one_hot(signals.surprisal[:, 1:].argmax(1), PASSAGES).bool()
+        dropped = torch.cat([torch.ones(len(odd), 1), (~odd).float()], 1)
+        alone = torch.stack(
+            [said(torch.nn.functional.one_hot(torch.full((len(some),), k), count).float()) for k in range(count)]
+        )
+        likeliest = alone.amax(2).argmax(0)
+        ids = batch["source_ids"]
+        two = {name: value for name, value in batch.items() if name != "source_ids"}
+        answers = {
+            "uniform": said(uniform),
+            "one weight": model(**two, modality_ids=ids.clamp_max(2)).logits[:, -1].softmax(-1),
+            "least likely dropped": said(dropped / dropped.sum(1, keepdim=True)),
+            "likeliest source": alone[likeliest, torch.arange(len(some))],
+            "by source": said(weights),
+            "oracle": said(kept / kept.sum(1, keepdim=True)),
+        }
+        for method, p in answers.items():
+            found.setdefault(method, []).append((p.argmax(-1) == wanted).float())
+        found.setdefault("left alone", []).append((weights == weights[:, :1]).all(1).float())
+    return {method: torch.cat(right).numpy() for method, right in found.items()}
+
+
+def closed(found: dict[str, np.ndarray]) -> str:
+    generator, count = np.random.default_rng(0), len(found["uniform"])
+
+    def share(rows: np.ndarray) -> float:
+        least, own, most = (found[name][rows].mean() for name in ("uniform", "by source", "oracle"))
+        return (own - least) / (most - least) if most > least else np.nan
+
+    if found["oracle"].mean() - found["uniform"].mean() < LEAST_GAP:
+        return ""
+    drawn = [share(generator.integers(count, size=count)) for _ in range(RESAMPLED)]
+    return "{:.2f} [{:.2f}, {:.2f}]".format(share(np.arange(count)), *np.nanquantile(drawn, (0.025, 0.975)))
+
+
+def questions(name: str, split: str, count: int, calibration: int) -> list[list[str]]:
+    """Rows of the second table."""
+    model, processor = load(name)
+    model, collator = model.eval(), PromptCollator(processor)
+    train = one_per_image(load_easy_vqa("train"), calibration)
+    generator = random.Random(1)
+    clean = [with_passages(sample, generator.randrange(len(CONTEXTS))) for sample in train]
+    model.calibrate((collator(clean[s : s + BATCH]) for s in range(0, len(clean), BATCH)), 2, show_progress=False)
+    rows = []
+    tested = one_per_image(load_easy_vqa(split), count)
+    for condition, (samples, wrong) in tqdm(conditions(tested).items(), desc=name):
+        found = answered(model, collator, samples, wrong)
+        means = [f"{found[method].mean():.3f}" for method in METHODS]
+        gap = closed(found) if condition != "clean" else ""
+        rows.append([name, condition, *means, gap, f"{found['left alone'].mean():.2f}"])
+    return rows
+
+
+METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", "by source", "oracle")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="folder with captions.jsonl and the photographs")
+    parser.add_argument("--photo-models", default="llava-dinov2s-smollm2-135m,blip2-dinov2s-smollm2-135m")
+    parser.add_argument("--models", default="demo-llava,demo-blip2")
+    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--calibration-samples", type=int, default=600)
+    parser.add_argument("--split", default="test", help="of all data; choices are made on validation")
+    parser.add_argument("--out", type=Path, default=Path("docs/sources.md"))
+    options = parser.parse_args()
+    photos = captioned(options.photos)
+    shown = [
+        row
+        for name in filter(None, options.photo_models.split(","))
+        for row in photographs(name, photos, options.split)
+    ]
+    asked = [
+        row
+        for name in filter(None, options.models.split(","))
+        for row in questions(name, options.split, options.samples, options.calibration_samples)
+    ]
+    parts = [
+        HEAD,
+        PHOTOS.format(test=len(photos[options.split]), train=len(photos["train"])),
+        table(("model", "image", "false alarms asked", "uniform", "lowest", "AUROC", "ranked"), shown),
+        ANSWERS.format(test=options.samples, train=options.calibration_samples),
+        table(("model", "inputs", *METHODS, "closed", "left alone"), asked),
+    ]
+    options.out.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    print(f"wrote {options.out}")
+
+
+def captioned(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Photographs with all their captions, by split, see `load_photos`."""
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    captions = {Path(row["image"]).name: row["captions"] for row in map(json.loads, lines)}
+    return {
+        split: [{"image": s.id, "path": s.image, "captions": captions[s.id]} for s in samples]
+        for split, samples in load_photos(folder).items()
+    }
+
+
+if __name__ == "__main__":
+    main()
