@@ -25,7 +25,7 @@ from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import VISION, Prompt, Schedule
-from modeling_dms.outputs import dms_output
+from modeling_dms.outputs import DMSOutput, dms_output
 from modeling_dms.reliability_mixin import ReliabilityMixin
 from modeling_dms.save.checkpoints import CheckpointMixin
 from modeling_dms.sources_mixin import SourcesMixin
@@ -161,9 +161,10 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         else:
             placeholders = self._placeholders_of(input_ids, embeddings)
         owner = None if images is None else self._owner(images, placeholders)
-        named = "modality_ids" if own.get("source_ids") is None else "source_ids"
-        if named == "source_ids":
-            modality_ids = own["source_ids"]
+        sources = own.get("source_ids")
+        named = "modality_ids" if sources is None else "source_ids"
+        if sources is not None:
+            modality_ids = sources
         elif modality_ids is None:
             ids = torch.where(placeholders, self.config.image_token_id, -1) if input_ids is None else input_ids
             modality_ids = self.infer_modality_ids(ids, mask, labels)
@@ -181,7 +182,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
             return None  # encoded by another model, or nobody's
         if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
             return None  # image tokens without an image
-        if named == "source_ids":
+        if sources is not None:
             there = torch.zeros_like(modality_ids[:, :0], dtype=torch.bool)
             prompt = Prompt(input_ids, embeddings, mask, modality_ids, there, placeholders, images, owner, given)
             return self._with_sources(prompt, own)
@@ -320,7 +321,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
             values["reliability"] = reliability
             if schedule.output is not None:
                 values["modality_signals"] = schedule.output.signals
-            if labels is not None and schedule.output is not None and schedule.output.logits is not None:
+            if labels is not None and isinstance(schedule.output, DMSOutput):
                 losses = self.dms.losses(
                     schedule.output, schedule.modality_mask, labels, schedule_target, num_items_in_batch
                 )

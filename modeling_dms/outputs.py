@@ -45,19 +45,27 @@ class ModalitySignals(ModelOutput):
 
 
 @dataclass
-class DMSOutput:
-    r"""Output of the `dms` submodule.
+class Weighed:
+    r"""Weights and what they were made from.
 
-    weights: (B, M), rows sum to 1, absent modality exactly 0.
+    weights: (B, M), rows sum to 1, absent modality exactly 0; (B, S) of sources.
     signals: see [`ModalitySignals`].
-    representations: h_m, (B, M, d_s); `None` of several sources.
-    logits: unimodal logits, (B, M, K); `None` of several sources.
     """
 
     weights: torch.Tensor
     signals: ModalitySignals
-    representations: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+
+
+@dataclass
+class DMSOutput(Weighed):
+    r"""Output of the `dms` submodule.
+
+    representations: h_m, (B, M, d_s).
+    logits: unimodal logits, (B, M, K).
+    """
+
+    representations: torch.Tensor
+    logits: torch.Tensor
 
 
 class _Fields(ModelOutput):

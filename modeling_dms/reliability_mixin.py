@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
-from modeling_dms.outputs import DMSOutput
+from modeling_dms.outputs import Weighed
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
@@ -56,7 +56,7 @@ class ReliabilityMixin:
             logits = logits[torch.arange(len(logits), device=logits.device), places.to(logits.device)]
         return logits.detach().float().softmax(-1).amax(-1)
 
-    def _second_look(self, prompt: Prompt, schedule: Schedule, output: DMSOutput) -> SecondLook | None:
+    def _second_look(self, prompt: Prompt, schedule: Schedule, output: Weighed) -> SecondLook | None:
         """A second look at prompts that disagree or look damaged, if the scheduler asks for it."""
         config = self.dms.scheduler.config
         if config.conflict_prior != "learned" or not self.dms.calibration.reliability.count > 0:
@@ -72,7 +72,7 @@ class ReliabilityMixin:
         return SecondLook(biases, functools.partial(self._decide, prompt, schedule, output, rows))
 
     def _decide(
-        self, prompt: Prompt, schedule: Schedule, output: DMSOutput, rows: Tensor, read: Sequence[Tensor]
+        self, prompt: Prompt, schedule: Schedule, output: Weighed, rows: Tensor, read: Sequence[Tensor]
     ) -> Schedule:
         """The schedule after a second look at some rows (B,): the answer that can be relied on most decides, unless
         all agree.

@@ -12,7 +12,7 @@ from modeling_dms.observe.images import Images
 from modeling_dms.observe.observation_mixin import of_rows, of_words
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt
-from modeling_dms.outputs import DMSOutput, ModalitySignals
+from modeling_dms.outputs import ModalitySignals, Weighed
 from modeling_dms.weigh.scheduler import uniform_weights
 from modeling_dms.weigh.sources import alarm_rates, odd_ones, source_weights
 
@@ -66,7 +66,7 @@ class SourcesMixin:
             raise ValueError(f"several sources are weighed by scheduler='rule' or 'uniform', got {scheduler!r}")
         return replace(prompt, source_types=types)
 
-    def _weigh_sources(self, prompt: Prompt, reading: Reading | None) -> DMSOutput:
+    def _weigh_sources(self, prompt: Prompt, reading: Reading | None) -> Weighed:
         """Weights and signals of each source: (B, S)."""
         config, calibration = self.config.dms_config, self.dms.calibration
         types, present = cast(Tensor, prompt.source_types), prompt.modality_mask
@@ -104,7 +104,7 @@ class SourcesMixin:
         signals = ModalitySignals(
             typicality=typicality, surprisal=surprisal, p_clean=p_clean, p_match=p_match, agreement=agreement
         )
-        return DMSOutput(weights, signals)
+        return Weighed(weights, signals)
 
     def _source_of_images(self, images: Images, placeholders: Tensor, source_ids: Tensor) -> Tensor:
         """The number of the source, from 1, that each image is: (I,).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modeling_dms.observe.images import Images
-from modeling_dms.outputs import DMSOutput
+from modeling_dms.outputs import Weighed
 
 
 VISION, TEXT = 1, 2  # values of `modality_ids`; 0 is neutral
@@ -89,7 +89,7 @@ class Schedule:
     modality_ids: Tensor
     modality_mask: Tensor
     weights: Tensor
-    output: DMSOutput | None = None
+    output: Weighed | None = None
     bias: Tensor | None = None
     look: "SecondLook | None" = None
     reliability: Tensor | None = None
