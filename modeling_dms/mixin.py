@@ -1,5 +1,6 @@
 """What every DMS class adds to its vanilla class: observe, weigh, steer; loading and saving."""
 
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,7 +25,7 @@ from modeling_dms.observe.images import Images
 from modeling_dms.observe.layers import layers_of, watch_layers
 from modeling_dms.observe.observation_mixin import ObservationMixin
 from modeling_dms.observe.prefill import Reading
-from modeling_dms.observe.prompt import VISION, Prompt, Schedule
+from modeling_dms.observe.prompt import OWN, VISION, Prompt, Schedule
 from modeling_dms.outputs import DMSOutput, dms_output
 from modeling_dms.reliability_mixin import ReliabilityMixin
 from modeling_dms.save.checkpoints import CheckpointMixin
@@ -163,6 +164,8 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         owner = None if images is None else self._owner(images, placeholders)
         sources = own.get("source_ids")
         named = "modality_ids" if sources is None else "source_ids"
+        if sources is not None and modality_ids is not None:
+            raise ValueError("pass either modality_ids or source_ids, not both")
         if sources is not None:
             modality_ids = sources
         elif modality_ids is None:
@@ -182,10 +185,12 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
             return None  # encoded by another model, or nobody's
         if unseen and weighed and not torch.compiler.is_compiling() and placeholders.any():
             return None  # image tokens without an image
+        unknown = torch.zeros_like(modality_ids[:, :0], dtype=torch.bool)
+        prompt = Prompt(input_ids, embeddings, mask, modality_ids, unknown, placeholders, images, owner, given)
+        if sources is None and labels is None and input_ids is not None and all(own[name] is None for name in OWN[:3]):
+            sources = self._infer_sources(prompt)
         if sources is not None:
-            there = torch.zeros_like(modality_ids[:, :0], dtype=torch.bool)
-            prompt = Prompt(input_ids, embeddings, mask, modality_ids, there, placeholders, images, owner, given)
-            return self._with_sources(prompt, own)
+            return self._with_sources(replace(prompt, modality_ids=sources), own)
 
         present = torch.stack([(modality_ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
         if unseen:
@@ -202,7 +207,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         uniform_weights(modality_mask)  # raises for a sample without any
         if given is not None:
             given = self._check_weights(given, modality_mask)
-        return Prompt(input_ids, embeddings, mask, modality_ids, modality_mask, placeholders, images, owner, given)
+        return replace(prompt, modality_mask=modality_mask, given=given)
 
     def _schedule(self, prompt: Prompt, signals: bool, reading: Reading | None = None) -> Schedule:
         """Modality weights of prompts.

@@ -23,6 +23,24 @@ class SourcesMixin:
     dms: Any
     config: Any
 
+    def _infer_sources(self, prompt: Prompt) -> Tensor | None:
+        """Each image of a row a source, and all its text one more, (B, P), where a row has several images and
+        calibration knows how far sources agree; else `None`.
+
+        Args:
+            prompt: whose modalities are told apart.
+        """
+        images, owner = prompt.images, prompt.owner
+        if torch.compiler.is_compiling() or images is None or owner is None or len(owner) < 2:
+            return None
+        if self.config.dms_config.scheduler != "rule" or not self.dms.calibration.sources.known.any():
+            return None
+        before = (owner[:, None] == owner).long().tril().sum(1)  # images of the row, up to each
+        if int(before.max()) < 2:
+            return None
+        ids = torch.where(prompt.modality_ids == TEXT, before.max() + 1, 0)
+        return ids.masked_scatter(prompt.placeholders, before.repeat_interleave(images.lengths.to(before.device)))
+
     def _with_sources(self, prompt: Prompt, own: dict[str, Tensor | None]) -> Prompt:
         """A prompt whose modalities are told apart by `source_ids`. Where each row has one image first and one text
         second, these are its modalities.

@@ -256,7 +256,8 @@ class SteeredMixin(DMSMixin):
             modality_weights: (B, M), rows sum to 1, instead of the scheduler's. Beside a cache that has not been made
                 here, with the `modality_ids` of its prompt.
             source_ids: (B, L), instead of `modality_ids`: 0 neutral, 1 to S for each image and each passage of text.
-                `modality_mask`, `modality_weights` and what is returned of modalities then has a column a source.
+                `modality_mask`, `modality_weights` and what is returned of modalities then has a column a source. Not
+                given, each image of a row with several is one, and all text, if calibration has seen several sources.
             source_types: (B, S), 1 for an image and 2 for text; told by the image tokens where not given.
             schedule_target: (B, M), target weights of the schedule loss.
 

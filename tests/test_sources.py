@@ -170,6 +170,33 @@ def test_batch_is_rows_and_what_is_saved_is_loaded(tmp_path):
 
 
 @torch.no_grad()
+def test_several_images_are_several_sources_where_calibration_knows_such():
+    model, pairs = calibrated("llava-llama", 3, 1), tiny.calibrated("llava-llama")
+    (batch,) = sets(8, 3, 1, 2, seed=6)
+    given = model(**batch)
+    inputs = {name: value for name, value in batch.items() if name != "source_ids"}
+    inferred = model(**inputs)
+    assert torch.equal(inferred.modality_weights, given.modality_weights)
+    assert torch.equal(inferred.logits, given.logits)
+    # told otherwise, or with one image a row, they are modalities
+    ids = model.infer_modality_ids(batch["input_ids"])
+    assert model(**inputs, modality_ids=ids).modality_weights.shape == (8, 2)
+    (single,) = sets(8, 1, 1)
+    del single["source_ids"]
+    assert model(**single).modality_weights.shape == (8, 2)
+    assert pairs(**inputs).modality_weights.shape == (8, 2)
+
+
+@torch.no_grad()
+def test_sixteen_sources_work():
+    model = calibrated("llava-llama")
+    (batch,) = sets(2, 1, 15, seed=7)
+    weights = model(**batch).modality_weights
+    assert weights.shape == (2, 16)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2))
+
+
+@torch.no_grad()
 def test_rows_differ_in_their_sources():
     model = calibrated("llava-llama")
     (batch,) = sets(3, 1, 3, seed=3)
@@ -208,6 +235,8 @@ def test_what_cannot_be_is_said():
         model(**batch, modality_mask=torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"scheduler='rule' or 'uniform', got 'learned'"):
         learned(**batch)
+    with pytest.raises(ValueError, match="either modality_ids or source_ids"):
+        model(**batch, modality_ids=batch["source_ids"].clamp_max(2))
     with pytest.raises(ValueError, match="neither"):
         model(**{**batch, "source_ids": torch.zeros_like(batch["source_ids"])})
 
