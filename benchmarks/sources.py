@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_dms.evidence.typicality import auroc
+from modeling_dms.observe.prompt import TEXT, VISION
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, CONTEXTS, SHAPES
@@ -28,7 +29,7 @@ from modeling_dms.training.models.loading import load
 
 
 BATCH, RESAMPLED, PASSAGES, LEAST_GAP = 25, 2000, 3, 0.02
-RATES = (0.01, 0.06)
+RATES = (0.01, 0.03, 0.06)
 HEAD = """# Several images and passages
 
 Written by `python benchmarks/sources.py`. A prompt may hold several passages, as retrieval finds them, or several
@@ -79,15 +80,17 @@ def photographs(name: str, photos: dict[str, list[dict[str, Any]]], split: str) 
             wrong.append(sample_of(photo, replaced, with_image))
             places.append(place)
         place = torch.tensor(places)
+        types = torch.tensor([VISION] * with_image + [TEXT] * PASSAGES).expand(len(place), -1)
+        signals = [seen(model, collator, of) for of in (right, wrong)]
         for rate in RATES:
             model.config.dms_config.false_alarm_rate = rate
-            weights, _ = weights_of(model, collator, right)
+            weights, changed = (model._rule_for_sources(types, *of)[0] for of in signals)
             uniform = float((weights == weights.amax(1, keepdim=True)).all(1).float().mean())
-            weights, p = (of[:, -PASSAGES:] for of in weights_of(model, collator, wrong))
+            weights, odd = changed[:, -PASSAGES:], -signals[1][1].nanmean(2)[:, -PASSAGES:]
             is_wrong = torch.nn.functional.one_hot(place, PASSAGES).bool()
             least = weights[~is_wrong].view(len(weights), -1).amin(1)
             lowest = float((weights[is_wrong] < least).float().mean())
-            ranked = float((p.argmin(1) == place).float().mean())
+            ranked = float((odd.argmax(1) == place).float().mean())
             area = auroc(-weights[~is_wrong], -weights[is_wrong])
             rows.append(
                 [name, "given" if with_image else "absent", f"{rate:.0%}", f"{uniform:.3f}", f"{lowest:.3f}"]
@@ -96,14 +99,14 @@ def photographs(name: str, photos: dict[str, list[dict[str, Any]]], split: str) 
     return rows
 
 
-def weights_of(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Weights, and minus the mean agreement with the other passages, (n, S) each."""
+def seen(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """`p_clean` (n, S) and `agreement` (n, S, S)."""
     found = []
     for start in tqdm(range(0, len(samples), BATCH), desc="photographs", leave=False):
-        weights, signals = model.get_modality_weights(**collator(samples[start : start + BATCH]))
-        found.append((weights, signals.agreement.nanmean(2)))
-    weights, agreement = zip(*found, strict=True)
-    return torch.cat(weights), torch.cat(agreement)
+        _, signals = model.get_modality_weights(**collator(samples[start : start + BATCH]))
+        found.append((signals.p_clean, signals.agreement))
+    p_clean, agreement = zip(*found, strict=True)
+    return torch.cat(p_clean), torch.cat(agreement)
 
 
 def scene(sample: Sample) -> tuple[str, str]:
@@ -249,7 +252,7 @@ METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with captions.jsonl and the photographs")
-    parser.add_argument("--photo-models", default="llava-dinov2s-smollm2-135m,blip2-dinov2s-smollm2-135m")
+    parser.add_argument("--photo-models", default="llava-dinov2s-smollm2-135m")
     parser.add_argument("--models", default="demo-llava,demo-blip2")
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--calibration-samples", type=int, default=600)

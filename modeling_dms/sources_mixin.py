@@ -86,8 +86,7 @@ class SourcesMixin:
 
     def _weigh_sources(self, prompt: Prompt, reading: Reading | None) -> Weighed:
         """Weights and signals of each source: (B, S)."""
-        config, calibration = self.config.dms_config, self.dms.calibration
-        types, present = cast(Tensor, prompt.source_types), prompt.modality_mask
+        calibration, types = self.dms.calibration, cast(Tensor, prompt.source_types)
         features = [self._images_of_sources(prompt), self._texts_of_sources(prompt, reading)]
         shape, device = types.shape, types.device
         p_clean = torch.ones(shape, device=device)
@@ -106,23 +105,30 @@ class SourcesMixin:
                 surprisal[where] = feature.surprisal.float()
         sources = calibration.sources
         agreement = sources.ratios(*sources.cosines(calibration.agreement, types, contents))
+        weights, p_match = self._rule_for_sources(types, p_clean, agreement)
+        signals = ModalitySignals(
+            typicality=typicality, surprisal=surprisal, p_clean=p_clean, p_match=p_match, agreement=agreement
+        )
+        return Weighed(weights if prompt.given is None else prompt.given, signals)
+
+    def _rule_for_sources(self, types: Tensor, p_clean: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+        """The rule's weights (B, S), and the p-values (B, S) of how far each source belongs with the others.
+
+        Args:
+            types: (B, S), 0 for what is not there.
+            p_clean, agreement: of `ModalitySignals`.
+        """
+        config, calibration, present = self.config.dms_config, self.dms.calibration, types > 0
         damage_rate, odd_rate = alarm_rates(present, config.false_alarm_rate)
         # what is damaged has no say in what belongs together
         compared = present & (p_clean > damage_rate)
         which = composition(types, compared)
         p_match, odd = odd_ones(agreement, compared, lambda o: p_odd(calibration.clean_sets, o, which), odd_rate)
-        weights = prompt.given
-        if weights is None:
-            spared = calibration.reliability.spared[(types - 1).clamp_min(0)] > 0
-            alike = (types[:, :, None] == types[:, None]) & compared[:, None]
-            # beside a sound source of its type another one need not stand in
-            spared = spared & ~alike.any(2)
-            rate, kappa, floor = config.false_alarm_rate, config.kappa, config.weight_floor
-            weights = source_weights(p_clean, odd, present, rate, kappa, floor, spared)
-        signals = ModalitySignals(
-            typicality=typicality, surprisal=surprisal, p_clean=p_clean, p_match=p_match, agreement=agreement
-        )
-        return Weighed(weights, signals)
+        # beside a sound source of its type another one need not stand in
+        spared = calibration.reliability.spared[(types - 1).clamp_min(0)] > 0
+        spared &= ~((types[:, :, None] == types[:, None]) & compared[:, None]).any(2)
+        rate, kappa, floor = config.false_alarm_rate, config.kappa, config.weight_floor
+        return source_weights(p_clean, odd, present, rate, kappa, floor, spared), p_match
 
     def _source_of_images(self, images: Images, placeholders: Tensor, source_ids: Tensor) -> Tensor:
         """The number of the source, from 1, that each image is: (I,).

@@ -233,6 +233,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         for table in tables:
             print_summary(table)
     train, test = load_samples(training_data, "train", kind), load_samples(data, config.split, kind)
+    several = next((sample.id for sample in test if sample.images or len(sample.passages) > 1), None)
+    if several is not None:
+        raise ValueError(
+            f"sample {several!r} has several images or passages: `dms evaluate` compares ways to weigh one of each; "
+            "benchmarks/sources.py measures several"
+        )
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     model, processor = load(config.model, dtype=config.dtype)
