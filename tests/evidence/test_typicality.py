@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from modeling_dms.evidence.typicality import (
     auroc,
     fit_canonical,
+    fit_discriminants,
     fit_gaussian,
     fit_logistic,
     log_distances,
@@ -393,3 +394,27 @@ def test_samples_of_weight_0_do_not_count():
     torch.testing.assert_close(
         fit_logistic(inputs, targets, weights), fit_logistic(inputs[:30], targets[:30], weights[:30])
     )
+
+
+@pytest.mark.parametrize("size", [12, 400])
+def test_discriminants_bring_groups_together(size):
+    """Also where there are fewer vectors than numbers, and groups of one."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(60).repeat_interleave(3)[:-2]
+    # what tells groups apart lies in four of the numbers, among others that vary more
+    values = 3 * torch.randn(len(groups), size, generator=generator)
+    values[:, :4] = torch.randn(60, 4, generator=generator)[groups] + 0.3 * torch.randn(
+        len(groups), 4, generator=generator
+    )
+    standard = (values - values.mean(0)) / values.std(0)
+    mapping = fit_discriminants(standard, groups, components=8)
+    assert mapping.shape == (size, 8)
+    assert mapping.isfinite().all()
+    mapped = torch.nn.functional.normalize(standard @ mapping, dim=-1)
+    cosine = mapped @ mapped.T
+    same = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool)
+    plain = torch.nn.functional.normalize(standard, dim=-1)
+    plain = plain @ plain.T
+    told, before = (auroc(of[groups[:, None] != groups], of[same]) for of in (cosine, plain))
+    assert told > 0.9
+    assert told > before
