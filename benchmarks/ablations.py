@@ -89,7 +89,7 @@ def recalibrations(model: Any, collator: PromptCollator, train: list[Sample], mo
     """A function that gives the `dms` calibrated otherwise; what calibration records is recorded once."""
     with mock.patch("modeling_dms.calibrate.calibration_mixin.fit_calibration") as fit:
         calibrate(model, collator, train, most, level=2)
-    _, clean, damaged, present, _, _, in_prompt, _ = fit.call_args.args
+    _, clean, damaged, present, _, _, in_prompt, *_ = fit.call_args.args
 
     def recalibrated(count: int = CALIBRATION, level: int = 2) -> nn.Module:
         kept, rows = copy.deepcopy(model.dms), torch.arange(min(count, len(present)))

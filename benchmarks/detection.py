@@ -113,7 +113,7 @@ def look(model: Any, collator: PromptCollator, samples: Sequence[Sample], in_pro
     if not in_prompt:
         model._text_within = lambda *_: None
     for start in range(0, len(samples), BATCH):
-        records, _, _, read, _ = model._calibration_batch(collator(samples[start : start + BATCH]), 1, generator)
+        records, _, _, read, *_ = model._calibration_batch(collator(samples[start : start + BATCH]), 1, generator)
         found.append([*records, read])
     if not in_prompt:
         del model._text_within

@@ -283,8 +283,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
     def _check_weights(self, weights: Tensor, modality_mask: Tensor) -> Tensor:
         if weights.shape != modality_mask.shape:
             raise ValueError(
-                f"modality_weights must be (batch, modality or source) {tuple(modality_mask.shape)}, "
-                f"got {tuple(weights.shape)}"
+                f"modality_weights must be (batch, modality) {tuple(modality_mask.shape)}, got {tuple(weights.shape)}"
             )
         weights = weights.to(modality_mask.device).float()
         if not torch.compiler.is_compiling():

@@ -6,15 +6,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from modeling_dms.calibrate.sources import SourceRecord, composition, p_odd
+from modeling_dms.calibrate.source_agreement import SourceRecord, composition, p_odd
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.observation_mixin import of_rows, of_words
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt
 from modeling_dms.outputs import ModalitySignals, Weighed
+from modeling_dms.weigh.odd_ones import alarm_rates, odd_ones, source_weights
 from modeling_dms.weigh.scheduler import uniform_weights
-from modeling_dms.weigh.sources import alarm_rates, odd_ones, source_weights
 
 
 class SourcesMixin:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector
-from modeling_dms.calibrate.sources import COMPOSITIONS, SourceAgreement
+from modeling_dms.calibrate.source_agreement import COMPOSITIONS, SourceAgreement
 from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.typicality import log_distances

@@ -22,7 +22,7 @@ from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIE
 from modeling_dms.calibrate.fit import fit_calibration
 from modeling_dms.calibrate.records import MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import CalibrationReport
-from modeling_dms.calibrate.sources import SourceRecord
+from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.observation_mixin import of_rows
 from modeling_dms.observe.prompt import OWN, TEXT, Prompt

@@ -20,7 +20,7 @@ from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
 from modeling_dms.calibrate.fit_sources import fit_sources
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
-from modeling_dms.calibrate.sources import SourceRecord
+from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
     auroc,

@@ -8,9 +8,9 @@ from torch import Tensor
 from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.conformal import Agreement
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
-from modeling_dms.calibrate.sources import BOTH, KINDS, SourceAgreement, SourceRecord, composition
+from modeling_dms.calibrate.source_agreement import BOTH, KINDS, SourceAgreement, SourceRecord, composition
 from modeling_dms.evidence.typicality import EPS, auroc, fit_discriminants, fit_logistic
-from modeling_dms.weigh.sources import oddness
+from modeling_dms.weigh.odd_ones import oddness
 
 
 # an area under the ROC curve below this tells too little of whether two sources belong together

@@ -236,11 +236,11 @@ def _sample(table: Path, where: str, row: dict[str, Any]) -> Sample:
     elif isinstance(sample_id, bool) or not isinstance(sample_id, str | int):
         raise ValueError(f"{where}, column 'id': expected text or an integer, got {type(sample_id).__name__}")
     # the first of several is the one image, and the one passage
-    images = [_image(table, where, value) for value in [row.get("image"), *_list(where, row, "images")]]
+    images = [_image(table, where, value) for value in [row.get("image"), *_list(row, "images")]]
     given = [image for image in images if image is not None]
-    contexts = [_text(where, row, "context"), *_list(where, row, "contexts")]
+    contexts = [_text(where, row, "context"), *_list(row, "contexts")]
     if not all(isinstance(context, str) for context in contexts[1:]):
-        raise ValueError(f"{where}, column 'contexts': expected a list of texts, got {contexts[1:]!r:.100}")
+        raise ValueError(f"{where}, column 'contexts': expected text or a list of texts, got {contexts[1:]!r:.100}")
     passages = [context for context in contexts if context and context.strip()]
     return Sample(
         str(sample_id),
@@ -254,11 +254,10 @@ def _sample(table: Path, where: str, row: dict[str, Any]) -> Sample:
     )
 
 
-def _list(where: str, row: dict[str, Any], column: str) -> list[Any]:
+def _list(row: dict[str, Any], column: str) -> list[Any]:
+    """What a column of several holds, which may be one."""
     value = row.get(column)
-    if value is not None and not isinstance(value, list):
-        raise ValueError(f"{where}, column {column!r}: expected a list, got {type(value).__name__}")
-    return value or []
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _image(table: Path, where: str, value: Any) -> Path | bytes | None:

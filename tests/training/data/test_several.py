@@ -86,9 +86,12 @@ def test_tables_hold_lists(tmp_path):
     assert len(several.load_images()) == 2
     assert (lists.image, lists.images, lists.context, lists.contexts) == (tmp_path / "a.png", (), "only.", ())
     assert (plain.images, plain.context, plain.contexts) == ((), None, ())
-    for wrong in ({"contexts": "one."}, {"contexts": [1]}, {"images": "a.png"}):
-        (tmp_path / "table.jsonl").write_text(json.dumps({**row, **wrong}))
-        with pytest.raises(ValueError, match=f"row 1, column '{next(iter(wrong))}': expected a list"):
+    (tmp_path / "table.jsonl").write_text(json.dumps({**row, "images": "a.png", "contexts": "one."}))
+    (single,) = load_folder(tmp_path)
+    assert (single.image, single.passages) == (tmp_path / "a.png", ["one."])
+    for column, of in (("contexts", "contexts"), ("images", "image")):
+        (tmp_path / "table.jsonl").write_text(json.dumps({**row, column: [1]}))
+        with pytest.raises(ValueError, match=f"row 1, column '{of}': expected"):
             load_folder(tmp_path)
 
 

@@ -329,7 +329,7 @@ def test_of_rows_with_one_id_the_first_stays(tmp_path, caplog):
     assert len(caplog.messages) == 5 + 1
 
 
-@pytest.mark.parametrize("column", ["images", "image_path", "file_name", "img", "Image"])
+@pytest.mark.parametrize("column", ["pictures", "image_path", "file_name", "img", "Image"])
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_table_without_the_column_of_images_says_so(tmp_path, column, suffix, caplog, capsys):
     rows = [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_dms.weigh.sources import alarm_rates, odd_ones, oddness, source_weights
+from modeling_dms.weigh.odd_ones import alarm_rates, odd_ones, oddness, source_weights
 
 
 bounded = settings(max_examples=50, deadline=None, derandomize=True)
@@ -88,11 +88,7 @@ def test_the_order_of_sources_does_not_matter_and_odd_ones_are_fewer(drawn):
     torch.testing.assert_close(p_there, p[:, order])
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(1e-30, 1), st.floats(1e-30, 1), st.booleans(), st.booleans()), min_size=1, max_size=40
-    )
-)
+@given(st.lists(st.tuples(st.floats(1e-30, 1), st.booleans(), st.booleans()), min_size=1, max_size=40))
 @bounded
 def test_weights_are_weights(sources):
     p_clean, odd, present = (torch.tensor([list(column)]) for column in zip(*sources, strict=True))
