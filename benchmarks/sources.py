@@ -8,7 +8,6 @@ Photographs and captions tell how well a wrong passage is found; questions of ea
 import argparse
 import json
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.models.loading import load
 
 
-BATCH, RESAMPLED, PASSAGES, LEAST_GAP, REPEATED = 25, 2000, 3, 0.02, 30
+BATCH, RESAMPLED, PASSAGES, LEAST_GAP = 25, 2000, 3, 0.02
 RATES = (0.01, 0.03, 0.06)
 HEAD = """# Several images and passages
 
@@ -55,13 +54,6 @@ to that source alone whose first token is the likeliest. *By source*: this packa
 weight 0. *Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95%
 interval, bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
 are all equal."""
-
-
-COST = """## What it costs
-
-The time of a forward pass over clean prompts with so many sources, against the same prompts as image and text: the
-median of {repeated} ratios, each of two passes one after the other, and their quartiles. Three passages a prompt or
-fifteen, four prompts in a batch."""
 
 
 def sample_of(photo: dict[str, Any], captions: Sequence[str], with_image: bool) -> Sample:
@@ -254,32 +246,6 @@ def questions(name: str, split: str, count: int, calibration: int) -> list[list[
     return rows
 
 
-def cost(name: str) -> list[list[str]]:
-    """Rows of the third table: a forward pass over clean prompts, one after the other in turn."""
-    model, processor = load(name)
-    model, collator = model.eval(), PromptCollator(processor)
-    clean = [with_passages(sample, number) for number, sample in enumerate(one_per_image(load_easy_vqa("train"), 100))]
-    model.calibrate((collator(clean[s : s + BATCH]) for s in range(0, 100, BATCH)), 1, show_progress=False)
-    model.config.dms_config.false_alarm_rate = 1e-9  # so that every prompt is left alone
-    rows = []
-    for passages in (PASSAGES, 15):
-        samples = [sample.replace(contexts=sample.contexts * ((passages - 1) // 2)) for sample in clean[:4]]
-        batch = collator(samples)
-        ids = batch.pop("source_ids")
-        calls = {"two": {"modality_ids": ids.clamp_max(2)}, "each": {"source_ids": ids}}
-        times: dict[str, list[float]] = {how: [] for how in calls}
-        for _ in range(REPEATED):
-            for how, given in calls.items():
-                began = time.perf_counter()
-                with torch.no_grad():
-                    model(**batch, **given)
-                times[how].append(time.perf_counter() - began)
-        ratios = np.array(times["each"]) / np.array(times["two"])
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        rows.append([name, str(1 + passages), f"{middle:.3f} [{low:.3f}, {high:.3f}]"])
-    return rows
-
-
 METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", "by source", "oracle")
 
 
@@ -288,7 +254,6 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder with captions.jsonl and the photographs")
     parser.add_argument("--photo-models", default="llava-dinov2s-smollm2-135m")
     parser.add_argument("--models", default="demo-llava,demo-blip2")
-    parser.add_argument("--cost-model", default="llava-dinov2s-smollm2-135m")
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--calibration-samples", type=int, default=600)
     parser.add_argument("--split", default="test", help="of all data; choices are made on validation")
@@ -311,8 +276,6 @@ def main() -> None:
         table(("model", "image", "false alarms asked", "uniform", "lowest", "AUROC", "ranked"), shown),
         ANSWERS.format(test=options.samples, train=options.calibration_samples),
         table(("model", "inputs", *METHODS, "closed", "left alone"), asked),
-        COST.format(repeated=REPEATED),
-        table(("model", "sources", "time, against image and text"), cost(options.cost_model)),
     ]
     options.out.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")
