@@ -160,13 +160,27 @@ def test_batch_is_rows_and_what_is_saved_is_loaded(tmp_path):
         one = {name: value[index : index + 1] for name, value in batch.items()}
         alone = model(**one)
         torch.testing.assert_close(alone.modality_weights, out.modality_weights[index : index + 1])
-        torch.testing.assert_close(alone.logits, out.logits[index : index + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.logits, out.logits[index : index + 1], atol=2e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded(**batch).logits, out.logits)
     generated = model.generate(**batch, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(generated.modality_weights, out.modality_weights)
     assert generated.reliability is None
+
+
+@torch.no_grad()
+def test_an_image_and_a_text_are_weighed_alike_beside_rows_of_more_sources():
+    model = calibrated("llava-llama")
+    (batch,) = sets(8, 1, 3, seed=8)
+    ids = batch["source_ids"].clone()
+    ids[:4] = ids[:4].where(ids[:4] < 3, 0)  # the first four have one passage
+    pixels = batch["pixel_values"] + 2 * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {**batch, "source_ids": ids, "pixel_values": pixels}
+    few = {name: value[:4] for name, value in batch.items()}
+    weights, alone = model(**batch).modality_weights, model(**few).modality_weights
+    assert (alone[:, 0] < 0.5).any()
+    torch.testing.assert_close(weights[:4, :2], alone)
 
 
 @torch.no_grad()

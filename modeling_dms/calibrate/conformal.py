@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modeling_dms.calibrate.statistics import REMEMBERED, Statistics
-from modeling_dms.evidence.typicality import EPS, fit_canonical
+from modeling_dms.calibrate.statistics import REMEMBERED, Statistics, keep_map, map_shapes, mapped, standardised
+from modeling_dms.evidence.typicality import fit_canonical
 
 
 # how far, in clean standard deviations, one number counts
@@ -136,31 +136,20 @@ class Agreement(Conformal):
     informative: Tensor
 
     def __init__(self, sizes: Sequence[int], components: int):
-        shapes: dict[str, tuple[int, ...]] = {}
-        for index, size in enumerate(sizes):
-            # location and scale of the content, and its map to what it shares with the other modality
-            shapes |= {f"{index}_location": (size,), f"{index}_scale": (size,), f"{index}_map": (size, components)}
+        shapes = map_shapes(sizes, components)  # to what it shares with the other modality
         # whether the consistency is the canonical one, and whether it tells mismatched pairs at all
         super().__init__(1, {**shapes, **dict.fromkeys(("canonical", "informative"), ())})
 
     def shared(self, index: int, content: Tensor) -> Tensor:
         """What modality `index` says of what it shares with the other one: (B, F) -> (B, K)."""
-        location, scale = self.get_buffer(f"{index}_location"), self.get_buffer(f"{index}_scale")
-        return ((content.float() - location) / scale) @ self.get_buffer(f"{index}_map")
+        return mapped(self, index, content)
 
     def fit_shared(self, contents: Sequence[Tensor]) -> None:
         """Fits what the modalities share, from the contents (n, F) of each, of the same samples."""
-        standard = []
-        for index, content in enumerate(contents):
-            location, scale = content.mean(0), content.std(0)
-            # a feature that hardly varies on clean data must not turn rounding into disagreement
-            scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
-            self.get_buffer(f"{index}_location").copy_(location)
-            self.get_buffer(f"{index}_scale").copy_(scale)
-            standard.append((content - location) / scale)
+        first, second = (standardised(self, index, content) for index, content in enumerate(contents))
         components = self.get_buffer("0_map").shape[1]
-        for index, mapping in enumerate(fit_canonical(*standard, components=components)):
-            self.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping
+        for index, mapping in enumerate(fit_canonical(first, second, components=components)):
+            keep_map(self, index, mapping)
 
     def p_match(self, consistency: Tensor, modality_mask: Tensor) -> Tensor:
         """Its p-value, see [`ModalitySignals`]: (B, M). 1 before calibration, where consistency tells nothing, and

@@ -9,7 +9,8 @@ from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.conformal import Agreement
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.source_agreement import BOTH, KINDS, SourceAgreement, SourceRecord, composition
-from modeling_dms.evidence.typicality import EPS, auroc, fit_discriminants, fit_logistic
+from modeling_dms.calibrate.statistics import keep_map, standardised
+from modeling_dms.evidence.typicality import auroc, fit_discriminants, fit_logistic
 from modeling_dms.weigh.odd_ones import oddness
 
 
@@ -88,13 +89,9 @@ def _fit_maps(sources: SourceAgreement, records: SourceRecord) -> None:
             continue
         found = content[several][of_type[several]]
         sample = torch.arange(len(content))[:, None].expand_as(of_type)[several][of_type[several]]
-        location, scale = found.mean(0), found.std(0)
-        scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
-        sources.get_buffer(f"{index}_location").copy_(location)
-        sources.get_buffer(f"{index}_scale").copy_(scale)
         components = sources.get_buffer(f"{index}_map").shape[1]
-        mapping = fit_discriminants((found - location) / scale, sample, components=components)
-        sources.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping
+        standard = standardised(sources, index, found)
+        keep_map(sources, index, fit_discriminants(standard, sample, components=components))
 
 
 def _fit_pairs(agreement: Agreement, records: SourceRecord) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_dms.calibrate.conformal import Agreement, Conformal
-from modeling_dms.calibrate.statistics import Statistics
+from modeling_dms.calibrate.statistics import Statistics, map_shapes, mapped
 
 
 # kinds of pairs, by the types of both (`VISION` and `TEXT` are 1 and 2): sum of the types - 2
@@ -61,17 +61,9 @@ class SourceAgreement(Statistics):
     known: Tensor
 
     def __init__(self, sizes: Sequence[int], components: int):
-        shapes: dict[str, tuple[int, ...]] = {}
-        for index, size in enumerate(sizes):
-            # location and scale of the content, and its map to where sources of one sample are close
-            shapes |= {f"{index}_location": (size,), f"{index}_scale": (size,), f"{index}_map": (size, components)}
+        shapes = map_shapes(sizes, components)  # to where sources of one sample are close
         # of each kind of pair, the log-likelihood ratio by the cosine: slope and offset
         super().__init__({**shapes, "odds": (len(KINDS), 2), "known": (len(KINDS),)})
-
-    def among(self, index: int, content: Tensor) -> Tensor:
-        """Where a source lies among sources of its own type: (..., F) -> (..., K)."""
-        location, scale = self.get_buffer(f"{index}_location"), self.get_buffer(f"{index}_scale")
-        return ((content.float() - location) / scale) @ self.get_buffer(f"{index}_map")
 
     def cosines(self, agreement: Agreement, types: Tensor, contents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Of all pairs of sources the cosine (B, S, S) of what both say of what they share, and the kind (B, S, S), -1
@@ -83,7 +75,7 @@ class SourceAgreement(Statistics):
         """
         is_of = [types == index + 1 for index in range(len(contents))]
         shared = torch.stack([agreement.shared(index, content) for index, content in enumerate(contents)])
-        among = torch.stack([self.among(index, content) for index, content in enumerate(contents)])
+        among = torch.stack([mapped(self, index, content) for index, content in enumerate(contents)])
         own = torch.stack(is_of)[..., None]
         crossed, alike = (F.normalize((of * own).sum(0), dim=-1) for of in (shared, among))
         kind = types[:, :, None] + types[:, None] - 2

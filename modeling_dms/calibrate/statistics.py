@@ -1,9 +1,12 @@
 """What calibration fits, as buffers that travel with the checkpoint; `fit` fills them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from modeling_dms.evidence.typicality import EPS
 from modeling_dms.weigh.reliability import reliability_numbers
 from modeling_dms.weigh.second_look import FIRST_TOKENS
 
@@ -42,6 +45,35 @@ class Statistics(nn.Module):
             if not old.is_meta:
                 self._buffers[name] = old.to(device=getattr(self, name).device, dtype=torch.float32)
         return self
+
+
+def map_shapes(sizes: Sequence[int], components: int) -> dict[str, tuple[int, ...]]:
+    """Buffers of location and scale of each modality's content (F,), and of its map to `components` coordinates."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, size in enumerate(sizes):
+        shapes |= {f"{index}_location": (size,), f"{index}_scale": (size,), f"{index}_map": (size, components)}
+    return shapes
+
+
+def mapped(statistics: Statistics, index: int, content: Tensor) -> Tensor:
+    """The coordinates of contents of modality `index`: (..., F) -> (..., K)."""
+    location, scale = statistics.get_buffer(f"{index}_location"), statistics.get_buffer(f"{index}_scale")
+    return ((content.float() - location) / scale) @ statistics.get_buffer(f"{index}_map")
+
+
+def standardised(statistics: Statistics, index: int, content: Tensor) -> Tensor:
+    """Contents (n, F) over their location and scale, which are kept."""
+    location, scale = content.mean(0), content.std(0)
+    # a feature that hardly varies on clean data must not turn rounding into disagreement
+    scale = scale.clamp_min(EPS + 1e-2 * scale.mean())
+    statistics.get_buffer(f"{index}_location").copy_(location)
+    statistics.get_buffer(f"{index}_scale").copy_(scale)
+    return (content - location) / scale
+
+
+def keep_map(statistics: Statistics, index: int, mapping: Tensor) -> None:
+    """Keeps a map (F, k) of at most K columns; the others are 0."""
+    statistics.get_buffer(f"{index}_map").zero_()[:, : mapping.shape[1]] = mapping
 
 
 class ModalityCalibration(Statistics):

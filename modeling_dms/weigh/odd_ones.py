@@ -66,8 +66,9 @@ def odd_ones(
 
 def alarm_rates(present: Tensor, false_alarm_rate: float) -> tuple[Tensor, float]:
     """How the rate of false alarms of a prompt is shared: one half among its sources, (B, 1), for their damage, and
-    one half for an odd one among them."""
-    return false_alarm_rate / (2 * present.sum(1, keepdim=True).clamp_min(1)), false_alarm_rate / 2
+    one half for an odd one among them. Of fewer than three none can be odd, and they share all of it."""
+    count = present.sum(1, keepdim=True).clamp_min(1)
+    return false_alarm_rate / torch.where(count > 2, 2 * count, count), false_alarm_rate / 2
 
 
 def source_weights(

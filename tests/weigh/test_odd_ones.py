@@ -109,5 +109,8 @@ def test_nothing_odd_and_nothing_damaged_is_uniform_bit_for_bit():
 
 
 def test_the_rate_of_false_alarms_is_shared():
-    of_each, of_odd = alarm_rates(torch.tensor([[True, True, True, False]]), 0.03)
-    assert float(of_each) * 3 + of_odd == pytest.approx(0.03)
+    present = torch.tensor([[True, True, True, False], [True, True, False, False], [True, False, False, False]])
+    of_each, of_odd = alarm_rates(present, 0.03)
+    assert float(of_each[0]) * 3 + of_odd == pytest.approx(0.03)
+    # as image and text share it
+    torch.testing.assert_close(of_each[1:, 0], torch.tensor([0.015, 0.03]))
