@@ -9,7 +9,6 @@ of the training split, one caption each, without labels, and looked at on those 
 
 import argparse
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from modeling_dms.evidence.surprisal import SURPRISAL_STATISTICS
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.training.corruptions.families import self_made_families
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa, load_openmoji
+from modeling_dms.training.data.flickr8k import split_by_name
 from modeling_dms.training.evaluate.documents import table
 from modeling_dms.training.evaluate.grid import Condition
 from modeling_dms.training.models.loading import load
@@ -77,10 +77,8 @@ def load_photos(folder: Path) -> dict[str, list[Sample]]:
         row = json.loads(line)
         name = Path(row["image"]).name
         path = next(p for p in (folder / row["image"], folder / "images" / name) if p.exists())
-        place = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100
-        split = "train" if place < 60 else "validation" if place < 70 else "test"
         # the name stands for an answer, by which mismatches tell samples apart
-        found[split].append(Sample(name, path, row["captions"][0], "", (name,)))
+        found[split_by_name(name)].append(Sample(name, path, row["captions"][0], "", (name,)))
     return found
 
 

@@ -104,7 +104,7 @@ Exit codes:
 )
 _command = partial(app.command, cls=_Command)
 
-DATA = "easy-vqa, openmoji, a Hub id, or a folder or file with a table of image, context, question, answers."
+DATA = "easy-vqa, openmoji, flickr8k, a Hub id, or a folder or file with a table of image, context, question, answers."
 CHECKPOINT = "Folder, Hub id or shipped name (demo-llava, demo-blip2) of a vanilla or DMS checkpoint, or an adapter."
 
 

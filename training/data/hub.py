@@ -76,21 +76,34 @@ def load_hub(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    samples = islice(_samples(name, split, _rows(name, streaming, data_files)), limit)
+    spec = HUB_DATASETS[name]
+    asked = [spec.question] if spec.question else []
+    columns = list(dict.fromkeys([spec.image, spec.id, spec.image_id, spec.answers, *asked]))
+    rows = read_parquet(name, spec.published_split, columns, streaming, data_files)
+    samples = islice(_samples(name, split, rows), limit)
     return samples if streaming else list(samples)
 
 
-def _rows(name: str, streaming: bool, data_files: str | Sequence[str] | None) -> Iterable[dict[str, Any]]:
+def read_parquet(
+    name: str,
+    split: str,
+    columns: Sequence[str],
+    streaming: bool = False,
+    data_files: str | Sequence[str] | None = None,
+) -> Iterable[dict[str, Any]]:
+    """The rows of a published split, some columns of them, of which the first one holds images that stay encoded.
+
+    Raises:
+        ValueError, ConnectionError, ImportError: as `load_hub`.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f'{name} needs the eval extra: pip install "modeling-dms[eval]"') from error
 
-    spec = HUB_DATASETS[name]
-    columns = {spec.id, spec.image_id, spec.answers, spec.image} | ({spec.question} if spec.question else set())
     try:
         if data_files is None:
-            rows = datasets.load_dataset(name, split=spec.published_split, streaming=streaming)
+            rows = datasets.load_dataset(name, split=split, streaming=streaming)
         else:
             rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=streaming)
     except ValueError as error:
@@ -102,11 +115,11 @@ def _rows(name: str, streaming: bool, data_files: str | Sequence[str] | None) ->
             f"{name} is neither in the local cache nor to be had from the Hub ({type(error).__name__}); "
             "`data_files` takes local Parquet files of it"
         ) from error
-    missing = sorted(columns - set(rows.column_names or ()))
+    missing = sorted(set(columns) - set(rows.column_names or ()))
     if missing:
         raise ValueError(f"{name}: no column {', '.join(missing)}; there are {', '.join(rows.column_names or ())}")
     # decoded by `load_image`, which names the sample of a broken image
-    rows = rows.select_columns(sorted(columns)).cast_column(spec.image, datasets.Image(decode=False))
+    rows = rows.select_columns(list(columns)).cast_column(columns[0], datasets.Image(decode=False))
     return cast(Iterable[dict[str, Any]], rows)
 
 

@@ -6,6 +6,7 @@ import sys
 from itertools import islice
 
 from modeling_dms.training.data.easy_vqa import load_easy_vqa
+from modeling_dms.training.data.flickr8k import is_flickr8k, load_flickr8k
 from modeling_dms.training.data.folder import Table, read_table
 from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
 from modeling_dms.training.data.noto import load_noto
@@ -21,8 +22,8 @@ CAPTIONED = {"caption", "retrieval"}
 
 
 def opened(source: str) -> str | Table:
-    """The table of a path, which is then read once for all splits; the name of any other source."""
-    return read_table(source) if os.path.exists(source) else source
+    """The table of a path, which is then read once for all splits; of any other source what names it."""
+    return read_table(source) if os.path.exists(source) and not is_flickr8k(source) else source
 
 
 def load_samples(source: str | Table, split: str, task: str | None = None, limit: int | None = None) -> list[Sample]:
@@ -32,12 +33,12 @@ def load_samples(source: str | Table, split: str, task: str | None = None, limit
     points all flags stand together.
 
     Args:
-        source: the path of a folder or file for `load_folder`, `"easy-vqa"`, one of `PICTURES`, an id of
-            `HUB_DATASETS`, or what `opened` makes of any of them.
+        source: the path of a folder or file for `load_folder`, or of Flickr8k's files; `"easy-vqa"`, `"flickr8k"`, one
+            of `PICTURES`, an id of `HUB_DATASETS`; or what `opened` makes of any of them.
         split: `"train"` (not of `noto` and `stamps`), `"validation"` or `"test"`, or what a file's own `split` column
             holds.
         task: `"vqa"`, `"caption"` or `"retrieval"`; captioned images also serve retrieval, and the other way round.
-            `None`: whatever the source holds, of `easy-vqa` the questions, of `PICTURES` the captions.
+            `None`: whatever the source holds, of `easy-vqa` the questions, of photographs and `PICTURES` the captions.
         limit: take the first samples only.
 
     Raises:
@@ -53,12 +54,14 @@ def load_samples(source: str | Table, split: str, task: str | None = None, limit
         samples = source.of(split)
     elif source == "easy-vqa":
         samples = load_easy_vqa(split, task or "vqa")
+    elif source == "flickr8k" or is_flickr8k(source):
+        samples = load_flickr8k(split, task or "caption", None if source == "flickr8k" else source)
     elif source in PICTURES:
         samples = sorted(PICTURES[source](split, task or "caption"), key=_drawn)
     elif source in HUB_DATASETS:
         samples = load_hub(source, split, limit=limit)
     else:
-        names = ", ".join(("easy-vqa", *PICTURES, *HUB_DATASETS))
+        names = ", ".join(("easy-vqa", "flickr8k", *PICTURES, *HUB_DATASETS))
         raise ValueError(f"unknown source {source!r}, expected {names}, or the path of a folder or file")
     if task is not None:
         served = CAPTIONED if task in CAPTIONED else {task}

