@@ -8,6 +8,7 @@ Photographs and captions tell how well a wrong passage is found; questions of ea
 import argparse
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from modeling_dms.training.models.loading import load
 
 
 BATCH, RESAMPLED, PASSAGES, LEAST_GAP = 25, 2000, 3, 0.02
+# of the cost: sources of a prompt (an image and captions of it, again and again), prompts at a time, rounds, and
+# samples that calibrate
+COUNTED, TIMED, ROUNDS, CALIBRATED = (3, 4, 16), 8, 11, 100
 RATES = (0.01, 0.03, 0.06)
 HEAD = """# Several images and passages
 
@@ -54,6 +58,13 @@ to that source alone whose first token is the likeliest. *By source*: this packa
 weight 0. *Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95%
 interval, bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
 are all equal."""
+
+COST = """## What it costs
+
+The same prompts of an image and one passage or more, {timed} at a time, read by the backbone alone, as two modalities
+and by source, in turns, {rounds} rounds on {threads} threads; prompts in which neither raises an alarm. What looks
+suspicious within a prompt, one passage of ten, is read once more, alone, and counts. Medians of ratios with their
+quartiles."""
 
 
 def sample_of(photo: dict[str, Any], captions: Sequence[str], with_image: bool) -> Sample:
@@ -246,6 +257,57 @@ def questions(name: str, split: str, count: int, calibration: int) -> list[list[
     return rows
 
 
+def read_as(by_source: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Arguments of `forward`, by what reads a batch."""
+    ids = by_source["source_ids"]
+    two = {name: value for name, value in by_source.items() if name != "source_ids"} | {
+        "modality_ids": ids.clamp_max(2)
+    }
+    return {
+        "alone": two | {"modality_weights": torch.full((len(ids), 2), 0.5)},
+        "modalities": two,
+        "sources": by_source,
+    }
+
+
+def uniform(out: Any) -> bool:
+    return bool((out.modality_weights == out.modality_weights[:, :1]).all())
+
+
+@torch.no_grad()
+def cost(name: str, photos: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Rows of the third table: the same clean prompts read by the backbone alone, as two modalities, and by source, in
+    turns; those in which neither raises an alarm."""
+    model, processor = load(name)
+    model, collator = model.eval(), PromptCollator(processor)
+    clean = [sample_of(photo, photo["captions"][:PASSAGES], True) for photo in photos["train"][:CALIBRATED]]
+    model.calibrate(
+        (collator(clean[start : start + BATCH]) for start in range(0, len(clean), BATCH)), 2, show_progress=False
+    )
+    rows = []
+    for count in COUNTED:
+        some = photos["train"][CALIBRATED : CALIBRATED + 3 * TIMED]
+        tried = [sample_of(photo, (photo["captions"] * count)[: count - 1], True) for photo in some]
+        quiet = [all(uniform(model(**way)) for way in read_as(collator([one])).values()) for one in tried]
+        ways = read_as(collator([one for one, is_quiet in zip(tried, quiet, strict=True) if is_quiet][:TIMED]))
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        order = list(ways)
+        for number in tqdm(range(-1, ROUNDS), desc=f"{count} sources"):
+            order = [*order[1:], order[0]]
+            for way in order:
+                began = time.perf_counter()
+                model(**ways[way])
+                if number >= 0:
+                    taken[way].append(time.perf_counter() - began)
+        ratios = [
+            sorted(own / other for own, other in zip(taken[way], taken[base], strict=True))
+            for way, base in (("modalities", "alone"), ("sources", "alone"), ("sources", "modalities"))
+        ]
+        middle = [f"{r[len(r) // 2]:.3f} [{r[len(r) // 4]:.3f}, {r[-1 - len(r) // 4]:.3f}]" for r in ratios]
+        rows.append([name, str(count), str(ways["sources"]["input_ids"].shape[1]), *middle])
+    return rows
+
+
 METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", "by source", "oracle")
 
 
@@ -270,12 +332,17 @@ def main() -> None:
         for name in filter(None, options.models.split(","))
         for row in questions(name, options.split, options.samples, options.calibration_samples)
     ]
+    costs = [
+        row for name in filter(None, options.photo_models.split(",")) for row in cost(name, captioned(options.photos))
+    ]
     parts = [
         HEAD,
         PHOTOS.format(test=len(photos[options.split]), train=len(photos["train"])),
         table(("model", "image", "false alarms asked", "uniform", "lowest", "AUROC", "ranked"), shown),
         ANSWERS.format(test=options.samples, train=options.calibration_samples),
         table(("model", "inputs", *METHODS, "closed", "left alone"), asked),
+        COST.format(timed=TIMED, rounds=ROUNDS, threads=torch.get_num_threads()),
+        table(("model", "sources", "tokens", "modalities / alone", "sources / alone", "sources / modalities"), costs),
     ]
     options.out.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import CHECKPOINTS, load, room_for_prompts
@@ -21,12 +22,14 @@ class Answer:
         weights: of image and context, or of each image and then each passage.
         signals: by name, of the same; empty where nothing needed them (uniform scheduler, caller's weights).
         reliability: how far the answer can be relied on, from 0 to 1; `None` where nothing is known of it.
+        names: of what the weights are of.
     """
 
     text: str
     weights: list[float]
     signals: dict[str, list[float]]
     reliability: float | None = None
+    names: tuple[str, ...] = FIELDS
 
 
 def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 300) -> tuple[Any, PromptCollator]:
@@ -56,6 +59,18 @@ def check_answerable(sample: Sample) -> None:
         raise ValueError("there is neither an image nor a context to answer from")
 
 
+def names_of(sample: Sample) -> tuple[str, ...]:
+    """What its weights are of: image and context, or each image and each passage where there are several."""
+    images, passages = len(sample.images) + (sample.image is not None), len(sample.passages)
+    if images < 2 and passages < 2:
+        return FIELDS
+    return tuple(
+        f"{name} {number}"
+        for name, count in zip(FIELDS, (images, passages), strict=True)
+        for number in range(1, count + 1)
+    )
+
+
 def answer(
     model: Any,
     collator: PromptCollator,
@@ -66,7 +81,7 @@ def answer(
     """The greedy answer. Safe to call from several threads.
 
     Args:
-        modality_weights: of image and context, instead of the scheduler's.
+        modality_weights: of image and context, or of each source, instead of the scheduler's.
 
     Raises:
         ValueError: if the question is empty, there is neither image nor context, the image cannot be read, or the
@@ -83,7 +98,7 @@ def answer(
     # of pairs of sources there is no one number a source
     signals = {name: values.tolist() for name, values in found.items() if values.ndim == 1}
     reliability = None if generated.reliability is None else float(generated.reliability[0])
-    return Answer(text, generated.modality_weights[0].tolist(), signals, reliability)
+    return Answer(text, generated.modality_weights[0].tolist(), signals, reliability, names_of(sample))
 
 
 def predict_one(
@@ -103,18 +118,13 @@ def predict_one(
         image=loaded[0] if loaded else None, images=tuple(loaded[1:]), contexts=tuple(passages[1:])
     )
     model, collator = load_for_answers(name, max_new_tokens)
-    several = len(loaded) > 1 or len(passages) > 1
-    if several and not any(bool(clean.count > 0) for clean in model.dms.calibration.clean_sets):
+    if names_of(sample) != FIELDS and not any(bool(clean.count > 0) for clean in model.dms.calibration.clean_sets):
         print("calibrated on single images and passages: how far several agree is not known (see docs/sources.md)")
     given = answer(model, collator, sample, max_new_tokens)
     print(f"answer: {given.text}")
     if given.reliability is not None:
         print(f"reliability: {given.reliability:.2f}, how surely it is the answer that undamaged inputs would give")
-    names = ["image", "context"]
-    if several:
-        names = [f"image {number}" for number in range(1, len(loaded) + 1)]
-        names += [f"context {number}" for number in range(1, len(passages) + 1)]
-    print(f"{'':<14}" + "".join(f"{column:>11}" for column in names))
+    print(f"{'':<14}" + "".join(f"{column:>11}" for column in given.names))
     for row, values in {"weight": given.weights, **given.signals}.items():
         print(f"{row:<14}" + "".join(f"{value:>11.3f}" for value in values))
     return given

@@ -2,14 +2,15 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
+from modeling_dms.training.apps.answer import Answer, answer, load_for_answers, names_of
 from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
 from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
@@ -19,9 +20,9 @@ from modeling_dms.training.evaluate.run import one_per_image
 
 INTRODUCTION = (
     "Image and context may both answer the question. Damage one of them, and see to which the model listens: *static* "
-    "weighs both alike, *DMS* by how far each can be trusted."
+    "weighs both alike, *DMS* by how far each can be trusted. An empty line separates passages; of three or more "
+    "sources, one that all others contradict shows."
 )
-STATIC = (0.5, 0.5)
 EXAMPLES = 5
 MAX_NEW_TOKENS = 20
 MAX_CHARACTERS = 10_000  # of a text
@@ -44,14 +45,14 @@ class Bar:
 
 
 BARS = {
-    "weight": Bar(0, 1, "how much is heard; 0.5 each is the static model"),
+    "weight": Bar(0, 1, "how much is heard; equal weights are the static model"),
     "confidence": Bar(0, 1, "high is good: sure of an answer from this input alone"),
     "uncertainty": Bar(0, 0.01, "low is good: how much that varies under dropout"),
     "consistency": Bar(-1, 1, "high is good: image and context say the same"),
     "typicality": Bar(-4, 0, "0 is good: the lower, the farther outside of clean inputs"),
     "surprisal": Bar(0, 20, "low is good: how unlikely the words of the context are"),
     "p_clean": Bar(0, 1, "high is good: share of clean inputs that look as damaged"),
-    "p_match": Bar(0, 1, "high is good: share of clean pairs that agree as little"),
+    "p_match": Bar(0, 1, "high is good: share of clean inputs that agree as little"),
 }
 
 
@@ -80,6 +81,7 @@ def show(
     model: Any,
     collator: PromptCollator,
     image: str | None,
+    images: Sequence[str],
     context: str | None,
     question: str | None,
     image_kind: str,
@@ -91,6 +93,8 @@ def show(
 
     Args:
         image: path of a file.
+        images: those of further ones.
+        context: a passage, or several, separated by empty lines; of these the first is damaged.
         image_kind, text_kind: one of `kinds`.
         image_severity, text_severity: 0 (as given) to 5.
 
@@ -102,27 +106,34 @@ def show(
         if len(text or "") > MAX_CHARACTERS:
             raise ValueError(f"the {name} is longer than {MAX_CHARACTERS} characters")
     # one id for all: the same severity is the same draw again
-    sample = Sample("page", None if image is None else Path(image), context, question or "")
+    passages = [passage for passage in re.split(r"\n\s*\n", context or "") if passage.strip()]
+    paths = [Path(path) for path in (image, *images) if path is not None]
+    sample = Sample("page", paths[0] if paths else None, passages[0] if passages else None, question or "")
     try:
-        loaded = sample.load_image()
+        loaded = sample.replace(images=tuple(paths[1:])).load_images()
     except ValueError as error:
         raise ValueError("the image cannot be read: is it an image, and complete?") from error
-    if loaded is not None:
-        loaded.thumbnail((MAX_SIDE, MAX_SIDE))
-    sample = sample.replace(image=loaded)
+    for picture in loaded:
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    sample = sample.replace(image=loaded[0] if loaded else None)
     for kind, severity in ((image_kind, image_severity), (text_kind, text_severity)):
         if severity:
             sample = corrupt(sample, kind, int(severity))
-    static = answer(model, collator, sample, MAX_NEW_TOKENS, STATIC)
+    first = sample
+    sample = sample.replace(images=tuple(loaded[1:]), contexts=tuple(passages[1:]))
+    count = len(names_of(sample))
+    static = answer(model, collator, sample, MAX_NEW_TOKENS, [1 / count] * count)
     dms, rate = answer(model, collator, sample, MAX_NEW_TOKENS), model.config.dms_config.alarm_rate
     said, bars = explain(dms, rate), draw_bars(dms, rate)
     if dms.reliability is not None:
         said += f" Its answer can be relied on with {dms.reliability:.2f}."
-    return Shown(sample.load_image(), sample.context or "", static.text, dms.text, said, bars)
+    return Shown(first.load_image(), "\n\n".join(sample.passages), static.text, dms.text, said, bars)
 
 
 def explain(dms: Answer, rate: float) -> str:
     """What DMS did, in one sentence; an alarm is raised by p-values up to `rate`."""
+    if dms.names != FIELDS:
+        return _explain_sources(dms, rate)
     if 0 in dms.weights:
         absent = dms.weights.index(0)
         return f"There is no {FIELDS[absent]}: the {FIELDS[1 - absent]} alone is heard."
@@ -146,18 +157,33 @@ def explain(dms: Answer, rate: float) -> str:
     return "Nothing looks damaged: DMS answers as the static model does."
 
 
+def _explain_sources(dms: Answer, rate: float) -> str:
+    """The same of several images or passages."""
+    if not dms.signals:
+        return "The scheduler is uniform: this is the static model."
+    most = max(dms.weights)
+    odd = [name for name, weight in zip(dms.names, dms.weights, strict=True) if weight == 0]
+    low = [f"{name} ({weight:.2f})" for name, weight in zip(dms.names, dms.weights, strict=True) if 0 < weight < most]
+    said = [f"All others contradict {' and '.join(odd)}: not heard."] if odd else []
+    said += [f"Damage is seen in {' and '.join(low)}: heard less."] if low else []
+    if not said and min(dms.signals["p_match"]) <= rate:
+        return "They disagree, and no majority tells who is right: DMS takes no side."
+    return " ".join(said) or "Nothing looks damaged or odd: DMS answers as the static model does."
+
+
 def draw_bars(dms: Answer, rate: float) -> str:
     """Weights and signals as an HTML table of bars; p-values up to `rate` stand out."""
     values = {"weight": dms.weights, **dms.signals}
-    head = "".join(f"<th>{modality}</th>" for modality in FIELDS)
+    head = "".join(f"<th>{name}</th>" for name in dms.names)
     rows = [f"<tr><th></th>{head}<th></th></tr>"]
     for name, bar in BARS.items():
         if name not in values:
             continue
         cells = ""
-        for modality, value, weight in zip(FIELDS, values[name], dms.weights, strict=True):
+        for source, value, weight in zip(dms.names, values[name], dms.weights, strict=True):
             alarm = name in ("p_clean", "p_match") and value <= rate
-            cells += "<td>-</td>" if weight == 0 else f"<td>{_bar(bar, value, modality, alarm)}</td>"
+            absent = weight == 0 and dms.names == FIELDS
+            cells += "<td>-</td>" if absent else f"<td>{_bar(bar, value, source.partition(' ')[0], alarm)}</td>"
         rows.append(f'<tr data-name="{name}"><th>{name}</th>{cells}<td>{bar.note}</td></tr>')
     return f'<table class="bars">{"".join(rows)}</table>'
 
@@ -193,11 +219,12 @@ table.bars i.alarm { background: #c0392b }
 
 
 def responder(model: Any, collator: PromptCollator) -> Callable[..., tuple]:
-    """`show` as the page calls it: the image is gradio's description of a file, and what is wrong is a sentence."""
+    """`show` as the page calls it: images are gradio's descriptions of files, and what is wrong is a sentence."""
 
-    def respond(image: dict[str, Any] | None, *inputs: Any) -> tuple:
+    def respond(image: dict[str, Any] | None, images: Sequence[dict[str, Any]] | None, *inputs: Any) -> tuple:
         try:
-            shown = show(model, collator, None if image is None else image["path"], *inputs)
+            paths = [file["path"] for file in images or ()]
+            shown = show(model, collator, None if image is None else image["path"], paths, *inputs)
         except (ValueError, ImportError) as error:
             shown = Shown(sentence=f"Cannot answer: {error}.")
         return tuple(vars(shown).values())
@@ -249,6 +276,8 @@ def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
                 image = gr.Image(
                     examples[0][0], label="image", sources=["upload", "clipboard"], elem_id="image", **pictures
                 )
+                with gr.Accordion("further images", open=False):
+                    images = gr.File(file_count="multiple", show_label=False, height=120, elem_id="images")
                 context = gr.Textbox(examples[0][1], label="context", max_lines=6, elem_id="context")
                 question = gr.Textbox(examples[0][2], label="question", max_lines=6, elem_id="question")
                 with gr.Row():
@@ -273,12 +302,21 @@ def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
                             dms = gr.Textbox(label="DMS answers", min_width=80, elem_id="dms")
                 sentence = gr.Textbox(label="what DMS did", max_lines=4, elem_id="sentence")
                 bars = gr.HTML(elem_id="bars")
-        inputs, outputs = [image, context, question, *damages], [shown, read, static, dms, sentence, bars]
-        chosen = gr.Examples(examples, inputs[:3], label="held-out samples of easy-VQA")
+        inputs, outputs = [image, images, context, question, *damages], [shown, read, static, dms, sentence, bars]
+        chosen = gr.Examples(examples, [image, context, question], label="held-out samples of easy-VQA")
         # a file is read by `Sample.load_image`: gradio would clip 16-bit images, and fail on what is no image
         event: dict[str, Any] = {"fn": respond, "inputs": inputs, "outputs": outputs, "preprocess": False}
         event |= {"show_progress": "minimal", "show_progress_on": sentence}
-        changes = [image.upload, image.clear, context.submit, question.submit, button.click, page.load]
+        changes = [
+            image.upload,
+            image.clear,
+            images.upload,
+            images.clear,
+            context.submit,
+            question.submit,
+            button.click,
+            page.load,
+        ]
         changes += [component.input for component in damages]
         gr.on(changes, **event, trigger_mode="always_last", api_name="answer")
         chosen.load_input_event.then(**event, api_visibility="private")

@@ -63,7 +63,7 @@ def loaded():
 def show(loaded):
     """`show` and one sample's image, context and question."""
     return lambda sample, damage=CLEAN: web.show(
-        *loaded, None if sample.image is None else str(sample.image), sample.context, sample.question, *damage
+        *loaded, None if sample.image is None else str(sample.image), [], sample.context, sample.question, *damage
     )
 
 
@@ -72,7 +72,7 @@ def rescued(loaded, samples):
     """A held-out sample that both answer, and of which DMS is right and static wrong under a color cast; what is shown
     of it clean and damaged."""
     for sample in samples:
-        inputs, right = (str(sample.image), sample.context, sample.question), sample.answers[0]
+        inputs, right = (str(sample.image), [], sample.context, sample.question), sample.answers[0]
         clean, damaged = (web.show(*loaded, *inputs, *damage) for damage in (CLEAN, CAST))
         if clean.static == clean.dms == damaged.dms == right != damaged.static and "Nothing" in clean.sentence:
             return sample, clean, damaged
@@ -141,6 +141,32 @@ def test_the_sentence_names_the_static_model():
     assert "scheduler is uniform" in web.explain(Answer("", [0.5, 0.5], {}), 0.02)
 
 
+@pytest.mark.parametrize(
+    ("weights", "p_match", "said"),
+    [
+        ([0.25] * 4, 0.5, "Nothing looks damaged or odd: DMS answers as the static model does."),
+        ([0.25] * 4, 0.01, "They disagree, and no majority tells who is right: DMS takes no side."),
+        ([0.4, 0.0, 0.4, 0.2], 0.01, "All others contradict context 1: not heard. Damage is seen in context 3 (0.20)"),
+    ],
+)
+def test_the_sentence_names_sources(weights, p_match, said):
+    names = ("image", "context 1", "context 2", "context 3")
+    dms = Answer("", weights, {"p_clean": [0.5] * 4, "p_match": [p_match] * 4}, None, names)
+    assert web.explain(dms, 0.02).startswith(said)
+    # a source that is there and not heard has a bar of its own, of length 0
+    assert "width:0.0%" in web.draw_bars(dms, 0.02) or 0.0 not in weights
+
+
+def test_several_images_and_passages_have_a_bar_each(loaded, samples):
+    one, other = samples[1], samples[2]
+    context = f"{one.context}\n \n\n{one.context}"
+    shown = web.show(*loaded, str(one.image), [str(other.image)], context, one.question, *CAST)
+    for name in ("image 1", "image 2", "context 1", "context 2"):
+        assert f"<th>{name}</th>" in shown.bars
+    assert not np.array_equal(shown.image, one.load_image())
+    assert shown.context == f"{one.context}\n\n{one.context}"
+
+
 def test_bars_end_at_their_edges():
     signals = {"typicality": [-9.0, -1.0], "surprisal": [0.0, float("inf")], "p_clean": [0.75, 0.01]}
     html = web.draw_bars(Answer("", [0.25, 0.75], signals), 0.02)
@@ -205,12 +231,13 @@ def test_what_cannot_be_answered_is_a_sentence(loaded, samples, tmp_path):
         ((good, "a box.", "what color?", "image:nothing", 3, "text:typos", 0), "unknown corruption"),
         ((good, "a box.", "what color?", "image:fog", 9, "text:typos", 0), "severity must be"),
     ):
-        *others, sentence, bars = respond(*inputs)
+        image, *rest = inputs
+        *others, sentence, bars = respond(image, None, *rest)
         assert sentence.startswith("Cannot answer: ")
         assert said in sentence
         assert str(tmp_path) not in sentence
         assert [*others, bars] == [None, "", "", "", ""]
-    *_, sentence, _ = respond(good, "a red box. " * 900, "what color?", *CLEAN)
+    *_, sentence, _ = respond(good, None, "a red box. " * 900, "what color?", *CLEAN)
     assert not sentence.startswith("Cannot answer")
 
 
@@ -221,7 +248,7 @@ def test_an_uncalibrated_checkpoint_of_another_backbone(samples, tmp_path, capsy
     """An InternVL, which makes several tiles of an image."""
     loaded = load_for_answers(str(tiny.save_internvl(tmp_path)), web.MAX_NEW_TOKENS)
     assert "not calibrated" in capsys.readouterr().out  # nor is it, as the shipped ones are, on data of another model
-    shown = web.show(*loaded, str(samples[1].image), samples[1].context, samples[1].question, *CAST)
+    shown = web.show(*loaded, str(samples[1].image), [], samples[1].context, samples[1].question, *CAST)
     assert shown.dms == shown.static
     assert shown.sentence.startswith("Not calibrated")
 
@@ -272,7 +299,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
 
 def test_static_weights_of_one_modality(loaded, samples):
     """The static model hears what is there."""
-    alone = answer(*loaded, samples[1].replace(image=None), 5, web.STATIC)
+    alone = answer(*loaded, samples[1].replace(image=None), 5, (0.5, 0.5))
     assert alone.weights == [0, 1]
     assert alone.signals == {}
 
@@ -314,12 +341,12 @@ def test_the_server_gives_every_client_its_own_answer(url, loaded, samples):
     clients = [Client(url, verbose=False) for _ in range(2)]
     jobs = [
         clients[number % 2].submit(
-            handle_file(str(sample.image)), sample.context, sample.question, *damage, api_name="/answer"
+            handle_file(str(sample.image)), None, sample.context, sample.question, *damage, api_name="/answer"
         )
         for number, (sample, damage) in enumerate(asked)
     ]
     for job, (sample, damage) in zip(jobs, asked, strict=True):
-        expected = respond({"path": str(sample.image)}, sample.context, sample.question, *damage)
+        expected = respond({"path": str(sample.image)}, None, sample.context, sample.question, *damage)
         assert list(job.result(120)[1:]) == list(expected[1:])
 
 
