@@ -23,9 +23,6 @@ class Conformal(Statistics):
         columns: C, scores of each sample.
     """
 
-    clean: Tensor
-    count: Tensor
-
     def __init__(self, columns: int, shapes: dict[str, tuple[int, ...]]):
         super().__init__({**shapes, "clean": (REMEMBERED, columns), "count": ()})
 
@@ -80,15 +77,6 @@ class Detector(Conformal):
         reads_layers: whether the log distances of the layers are the last of the numbers, see [`Calibration.numbers`].
     """
 
-    location: Tensor
-    scale: Tensor
-    whitening: Tensor
-    directions: Tensor
-    offsets: Tensor
-    score_location: Tensor
-    score_scale: Tensor
-    left_out: Tensor
-
     def __init__(self, size: int, families: int, reads_layers: bool):
         super().__init__(
             families + 1,
@@ -131,9 +119,6 @@ class Agreement(Conformal):
         sizes: F of each modality's content.
         components: K.
     """
-
-    canonical: Tensor
-    informative: Tensor
 
     def __init__(self, sizes: Sequence[int], components: int):
         shapes = map_shapes(sizes, components)  # to what it shares with the other modality

@@ -57,9 +57,6 @@ class SourceAgreement(Statistics):
         components: K.
     """
 
-    odds: Tensor
-    known: Tensor
-
     def __init__(self, sizes: Sequence[int], components: int):
         shapes = map_shapes(sizes, components)  # to where sources of one sample are close
         # of each kind of pair, the log-likelihood ratio by the cosine: slope and offset

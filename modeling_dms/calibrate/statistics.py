@@ -1,6 +1,7 @@
 """What calibration fits, as buffers that travel with the checkpoint; `fit` fills them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class Statistics(nn.Module):
     """
 
     starts_at_one = ("scale", "variance", "residual")
+
+    if TYPE_CHECKING:
+        # buffers are tensors
+        def __getattr__(self, name: str) -> Tensor: ...
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -85,17 +90,6 @@ class ModalityCalibration(Statistics):
         components: K.
     """
 
-    mean: Tensor
-    scale: Tensor
-    basis: Tensor
-    variance: Tensor
-    residual: Tensor
-    distance_low: Tensor
-    distance_high: Tensor
-    scalar_location: Tensor
-    scalar_scale: Tensor
-    level: Tensor
-
     def __init__(self, layers: int, size: int, components: int):
         super().__init__(
             {
@@ -141,17 +135,6 @@ class Reliability(Statistics):
     Args:
         modalities: M.
     """
-
-    location: Tensor
-    scale: Tensor
-    coefficients: Tensor
-    look_location: Tensor
-    look_scale: Tensor
-    look_coefficients: Tensor
-    rate: Tensor
-    spared: Tensor
-    kept: Tensor
-    count: Tensor
 
     def __init__(self, modalities: int):
         # numbers of one look and of a second one, alone and under each alarm
@@ -199,9 +182,6 @@ class Reliability(Statistics):
 
 class PixelRange(Statistics):
     """The lowest and the highest value that clean pictures have in each channel: of black and of white."""
-
-    location: Tensor
-    scale: Tensor
 
     def __init__(self):
         super().__init__({"location": (3,), "scale": (3,)})
