@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling_dms.calibrate.records import Record
 from modeling_dms.observe.images import Images
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
@@ -33,7 +34,7 @@ class Copy:
 
 
 @dataclass
-class Answers:
+class Answers(Record):
     """First tokens of answers to n samples, compared with those to the same samples as they were.
 
     Attributes:
@@ -53,11 +54,6 @@ class Answers:
     sureness: Tensor
     image_content: Tensor
     text_content: Tensor
-
-    @staticmethod
-    def cat(answers: Sequence["Answers"]) -> "Answers":
-        """One after the other."""
-        return Answers(*(torch.cat(parts) for parts in zip(*(vars(a).values() for a in answers), strict=True)))
 
 
 def swapped_images(inputs: dict[str, Any], images: Images, batch: int) -> dict[str, Any] | None:

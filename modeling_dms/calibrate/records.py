@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,17 +13,21 @@ MIN_SAMPLES = 50
 FOLDS = 5
 
 
-def _cat(records: Sequence[Any]) -> list[Any]:
-    parts = zip(*(vars(record).values() for record in records), strict=True)
-    return [None if part[0] is None else torch.cat(part) for part in parts]
+class Record:
+    """Fields of n samples each; those that may be `None` are so in all records or in none."""
 
+    def __getitem__(self, rows: Tensor) -> Self:
+        return type(self)(*(None if part is None else part[rows] for part in vars(self).values()))
 
-def _of_rows(record: Any, rows: Tensor) -> list[Any]:
-    return [None if part is None else part[rows] for part in vars(record).values()]
+    @classmethod
+    def cat(cls, records: Sequence[Self]) -> Self:
+        """The samples of several records, one after the other."""
+        parts = zip(*(vars(record).values() for record in records), strict=True)
+        return cls(*(None if part[0] is None else torch.cat(part) for part in parts))
 
 
 @dataclass
-class ModalityRecord:
+class ModalityRecord(Record):
     """One modality of n samples.
 
     Attributes:
@@ -40,17 +44,9 @@ class ModalityRecord:
     content: Tensor
     numbers: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> "ModalityRecord":
-        return ModalityRecord(*_of_rows(self, rows))
-
-    @staticmethod
-    def cat(records: Sequence["ModalityRecord"]) -> "ModalityRecord":
-        """The samples of several records, one after the other."""
-        return ModalityRecord(*_cat(records))
-
 
 @dataclass
-class DamagedRecord:
+class DamagedRecord(Record):
     """The same n samples, damaged.
 
     Attributes:
@@ -62,11 +58,3 @@ class DamagedRecord:
     severity: Tensor
     statistics: Tensor | None
     numbers: Tensor | None
-
-    def __getitem__(self, rows: Tensor) -> "DamagedRecord":
-        return DamagedRecord(*_of_rows(self, rows))
-
-    @staticmethod
-    def cat(records: Sequence["DamagedRecord"]) -> "DamagedRecord":
-        """The samples of several records, one after the other."""
-        return DamagedRecord(*_cat(records))
