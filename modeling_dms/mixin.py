@@ -44,7 +44,10 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixin, CheckpointMixin):
-    """Adds the `dms` submodule to a class of transformers: what is observed of a prompt, and the weights it gives."""
+    """Adds the `dms` submodule to a class of transformers: what is observed of a prompt, and the weights it gives.
+
+    Until calibrated (or with `scheduler="uniform"`) a model answers exactly as the vanilla class.
+    """
 
     dms: DynamicModalityScheduling
     config: Any

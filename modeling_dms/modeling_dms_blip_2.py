@@ -25,9 +25,6 @@ from modeling_dms.steer.masks import fold_key_bias
 class DMSBlip2ForConditionalGeneration(QFormerMixin, Blip2ForConditionalGeneration, GenerationMixin):
     """`Blip2ForConditionalGeneration` that weighs image and text per sample, with decoder-only and encoder-decoder
     language models.
-
-    A vanilla checkpoint loads with only `dms.*` new. Until calibrated (or with `scheduler="uniform"`) it answers
-    exactly as the vanilla class.
     """
 
     config: DMSBlip2Config

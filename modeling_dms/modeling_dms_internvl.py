@@ -8,11 +8,7 @@ from modeling_dms.steered_mixin import SteeredMixin
 
 
 class DMSInternVLForConditionalGeneration(SteeredMixin, InternVLForConditionalGeneration, GenerationMixin):
-    """`InternVLForConditionalGeneration` that weighs image and text per sample.
-
-    A vanilla checkpoint loads with only `dms.*` new. Until calibrated (or with `scheduler="uniform"`) it answers
-    exactly as the vanilla class.
-    """
+    """`InternVLForConditionalGeneration` that weighs image and text per sample."""
 
     config: DMSInternVLConfig
     config_class = DMSInternVLConfig

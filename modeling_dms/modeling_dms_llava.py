@@ -8,11 +8,7 @@ from modeling_dms.steered_mixin import SteeredMixin
 
 
 class DMSLlavaForConditionalGeneration(SteeredMixin, LlavaForConditionalGeneration, GenerationMixin):
-    """`LlavaForConditionalGeneration` that weighs image and text per sample.
-
-    A vanilla checkpoint loads with only `dms.*` new. Until calibrated (or with `scheduler="uniform"`) it answers
-    exactly as the vanilla class.
-    """
+    """`LlavaForConditionalGeneration` that weighs image and text per sample."""
 
     config: DMSLlavaConfig
     config_class = DMSLlavaConfig
