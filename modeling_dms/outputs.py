@@ -68,16 +68,6 @@ class DMSOutput(Weighed):
     logits: torch.Tensor
 
 
-class _Fields(ModelOutput):
-    """What a DMS class adds to the output of its vanilla class, see [`dms_output`]."""
-
-    modality_weights: torch.Tensor | None = None
-    modality_signals: ModalitySignals | None = None
-    reliability: torch.Tensor | None = None
-    modality_ids: torch.Tensor | None = None
-    dms_losses: dict[str, torch.Tensor] | None = None
-
-
 _made: dict[type[ModelOutput], type[ModelOutput]] = {}
 
 
@@ -99,8 +89,7 @@ def dms_output(vanilla: type[ModelOutput]) -> type[ModelOutput]:
     names = ("modality_weights", "modality_signals", "reliability")
     if not vanilla.__name__.startswith("Generate"):
         names += ("modality_ids", "dms_losses")
-    fields = dict.fromkeys(names)
-    annotations = {name: _Fields.__annotations__[name] for name in names}
+    fields, annotations = dict.fromkeys(names), dict.fromkeys(names, Any)
     body = {"__annotations__": annotations, "__module__": __name__, "__doc__": vanilla.__doc__, **fields}
     made = _made[vanilla] = dataclass(type(f"DMS{vanilla.__name__}", (vanilla,), body))
     globals()[made.__name__] = made  # where pickle looks for it
