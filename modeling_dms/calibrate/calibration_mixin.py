@@ -83,10 +83,7 @@ class CalibrationMixin(CounterfactualMixin):
             if level == 3 and not self.can_generate():
                 level = 2
             found = self._calibration_data(dataloader, level, max_samples, show_progress, max_asked)
-            clean, damaged, present, in_prompt, answers, sources = found
-            return fit_calibration(
-                self.dms.calibration, clean, damaged, present, level, leave_out, in_prompt, answers, sources
-            )
+            return fit_calibration(self.dms.calibration, *found[:3], level, leave_out, *found[3:])
         except BaseException:
             pixels.load_state_dict(before)
             raise
@@ -94,54 +91,41 @@ class CalibrationMixin(CounterfactualMixin):
     @torch.no_grad()
     def _calibration_data(
         self, dataloader: Iterable[dict[str, Any]], level: int, max_samples: int, show_progress: bool, max_asked: int
-    ) -> tuple[
-        list[ModalityRecord],
-        list[dict[str, DamagedRecord]],
-        Tensor,
-        ModalityRecord | None,
-        Answers | None,
-        SourceRecord | None,
-    ]:
-        """What `fit_calibration` takes. Sets the range of the pixels."""
+    ):
+        """The data that `fit_calibration` takes, in its order. Sets the range of the pixels."""
         generator = torch.Generator().manual_seed(self.config.dms_config.mc_seed)
         training = {module: module.training for module in self.modules()}
         self.eval()
-        clean: list[list[ModalityRecord]] = [[], []]
-        damaged: list[dict[str, list[DamagedRecord]]] = [{}, {}]
-        present: list[Tensor] = []
-        in_prompt, answers, sources = [], [], []
+        found, seen = [], 0
         try:
             with tqdm(desc="calibrating", unit=" samples", disable=not show_progress) as progress:
-                for batch in self._with_pixel_range(dataloader):
-                    number, seen = len(present), sum(map(len, present))
+                for number, batch in enumerate(self._with_pixel_range(dataloader)):
                     asked = None
                     if level == 3 and seen < max_asked:
                         asked = number % len(IMAGE_FAMILIES), number % len(TEXT_FAMILIES), seen
-                    found = self._calibration_batch(batch, level, generator, asked, seen)
-                    records, families, mask, read, said, several = found
-                    present.append(mask)
-                    sources.append(several)
-                    in_prompt.append(read)
-                    answers += [] if said is None else [said]
-                    for index in range(len(MODALITIES)):
-                        clean[index].append(records[index])
-                        for name, record in families[index].items():
-                            damaged[index].setdefault(name, []).append(record)
-                    progress.update(len(mask))
-                    if sum(map(len, present)) >= max_samples:
+                    found.append(self._calibration_batch(batch, level, generator, asked, seen))
+                    count = len(found[-1][2])
+                    seen += count
+                    progress.update(count)
+                    if seen >= max_samples:
                         break
         finally:
             for module, mode in training.items():
                 module.training = mode
-        if not present:
+        if not found:
             raise ValueError("the calibration data are empty")
+        clean, damaged, present, in_prompt, answers, sources = zip(*found, strict=True)
+        answers = [said for said in answers if said is not None]
         return (
-            [ModalityRecord.cat(records) for records in clean],
-            [{name: DamagedRecord.cat(rows) for name, rows in families.items()} for families in damaged],
+            [ModalityRecord.cat(records) for records in zip(*clean, strict=True)],
+            [
+                {name: DamagedRecord.cat([families[name] for families in some]) for name in some[0]}
+                for some in zip(*damaged, strict=True)
+            ],
             torch.cat(present),
-            None if any(read is None for read in in_prompt) else ModalityRecord.cat(in_prompt),
+            None if None in in_prompt else ModalityRecord.cat(in_prompt),
             Answers.cat(answers) if answers else None,
-            None if any(several is None for several in sources) else SourceRecord.cat(sources),
+            None if None in sources else SourceRecord.cat(sources),
         )
 
     def abstention_threshold(self, risk: float = 0.1) -> float:
