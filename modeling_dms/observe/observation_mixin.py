@@ -55,11 +55,14 @@ class ObservationMixin:
         """
         return None
 
-    def _parts(self, **kwargs: Any) -> list[int] | None:
+    def _parts(self, pixel_values: Tensor, **kwargs: Any) -> list[int] | None:
         """How many parts of what the vision tower returns are each image's, from the arguments of
         `get_image_features`: tiles or, where it returns the patches of all images in a row, patches. `None` where the
         number of its tokens tells it."""
-        return None
+        if pixel_values.ndim != 5:
+            return None
+        # of each row, whose images are one after the other; those that fill it up are all 0
+        return (pixel_values != 0).flatten(2).any(2).sum(1).tolist()
 
     def _picture_sizes(self, inputs: dict[str, Any]) -> Sequence[Sequence[int]] | None:
         """Height and width of each picture, where smaller ones are padded."""
