@@ -145,6 +145,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
 
         Args:
             inputs: of `forward`.
+            images: theirs, encoded.
             own: the caller's values of `OWN`, or `None` for each.
             labels: of the losses.
 
@@ -319,8 +320,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         """The backbone's output with weights, signals and losses; its loss plus the weighted DMS losses.
 
         Args:
-            num_items_in_batch: targets of all the batches whose gradients are summed up, as `Trainer` passes it: all
-                losses are sums over that number.
+            num_items_in_batch: see [`DynamicModalityScheduling.losses`].
         """
         values = dict(outputs)
         if schedule is not None:

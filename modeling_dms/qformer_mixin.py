@@ -72,11 +72,7 @@ class QFormerMixin(SteeredMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the vanilla class's; takes `modality_ids`, `modality_mask` and `modality_weights` as well.
-
-        The weights are computed once, from the prompt, and hold for every generated token. With
-        `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
-        """
+        """As [`SteeredMixin.generate`]."""
         if hasattr(self, "hf_device_map"):
             self._preprocess_accelerate()
         self._check_padding(attention_mask)

@@ -216,10 +216,7 @@ class SteeredMixin(DMSMixin):
         pass, for which the text is read alone.
 
         Args:
-            inputs: of `forward`.
-            images: theirs, encoded.
-            own: the caller's values of `OWN`.
-            labels: of the losses.
+            inputs, images, own, labels: see `_prompt`.
             stops: see [`Prefill`].
         """
         config, prompt = self.config.dms_config, self._prompt(inputs, images, own, labels)
