@@ -103,12 +103,12 @@ class QFormerMixin(SteeredMixin):
         prompt = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         if self._is_causal and input_ids is not None:
             prompt["input_ids"] = input_ids
-        with FirstTokens.kept(kwargs) as first:
-            with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
+        first = FirstTokens(kwargs)
+        with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
+            generated = self.language_model.generate(**prompt, **kwargs)
+        if isinstance(schedule, Prefill) and schedule.schedule is None:
+            schedule.settle()  # its language model is compiled
+            first.sureness = None
+            with steered(schedule.steering):
                 generated = self.language_model.generate(**prompt, **kwargs)
-            if isinstance(schedule, Prefill) and schedule.schedule is None:
-                schedule.settle()  # its language model is compiled
-                first.sureness = None
-                with steered(schedule.steering):
-                    generated = self.language_model.generate(**prompt, **kwargs)
         return self._generated(generated, schedule, first)

@@ -336,7 +336,8 @@ class SteeredMixin(DMSMixin):
                     f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass "
                     "one of (batch, length)"
                 )
-        with _generation.set(Generation(self, prompt, schedule)), FirstTokens.kept(kwargs) as first:
+        first = FirstTokens(kwargs)
+        with _generation.set(Generation(self, prompt, schedule)):
             generated = super().generate(inputs, *args, **kwargs)
         return self._generated(generated, schedule, first)
 
