@@ -101,8 +101,8 @@ def fit_calibration(
         detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
         report.samples[name] = int(rows.sum())
         p_values.append(torch.ones(len(bad) + 1, len(rows)))
-        p_values[-1][:, rows] = torch.stack([*_unseen(detector, scores), detector.p_value(detector.largest(sound))])
-        _report_detection(report, name, detector, scores, severities, config.alarm_rate)
+        unseen = _report_detection(report, name, detector, scores, severities, config.alarm_rate)
+        p_values[-1][:, rows] = torch.stack([*unseen, detector.p_value(detector.largest(sound))])
     if calibration.in_prompt is not None:
         calibration.detectors[-1].reset()
     if calibration.in_prompt is not None and in_prompt is not None:
@@ -142,16 +142,6 @@ def _folds(first: Tensor, order: Tensor) -> Tensor:
     places, group = first.unique(return_inverse=True)
     folds = (order[places].argsort().argsort() % FOLDS)[group]
     return folds if len(places) >= FOLDS and 2 * int(folds.bincount().max()) <= len(folds) else order % FOLDS
-
-
-def _unseen(detector: Detector, scores: Mapping[str, Tensor]) -> list[Tensor]:
-    """p-values (n,) of each family's damaged samples, by a detector that does not know the family."""
-    chosen, found = detector.left_out.clone(), []
-    for number, values in enumerate(scores.values()):
-        detector.left_out[number] = 1
-        found.append(detector.p_value(detector.largest(values)))
-        detector.left_out.copy_(chosen)
-    return found
 
 
 def _distances(statistics: Tensor, judges: Sequence[dict[str, Tensor]], folds: Tensor) -> Tensor:
@@ -246,22 +236,28 @@ def _report_detection(
     damaged: Mapping[str, Tensor],
     severities: Mapping[str, Tensor],
     rate: float,
-) -> None:
-    """Fills in the part of one modality; `damaged` are scores (n, D + 1) by family, `severities` (n,)."""
+) -> list[Tensor]:
+    """Fills in the part of one modality; `damaged` are scores (n, D + 1) by family, `severities` (n,).
+
+    Returns:
+        p-values (n,) of each family's damaged samples, by a detector that does not know the family.
+    """
     clean = detector.clean[: int(detector.count)]
     report.achieved_false_alarm_rate[name] = max(1, int(rate * (len(clean) + 1))) / (len(clean) + 1)
     report.families[name], report.unseen[name] = {}, {}
-    chosen = detector.left_out.clone()
+    chosen, p_values = detector.left_out.clone(), {}
     for number, (kind, scores) in enumerate(damaged.items()):
         step = (severities[kind] * SEVERITIES).long().clamp(0, SEVERITIES - 1)
         for table in (report.families[name], report.unseen[name]):
             if table is report.unseen[name]:
                 detector.left_out[number] = 1
             largest = detector.largest(scores)
-            flagged = (detector.p_value(largest) <= rate).float()
+            p_values[kind] = detector.p_value(largest)  # those of `unseen` stay
+            flagged = (p_values[kind] <= rate).float()
             shares = [float(flagged[step == s].mean()) for s in range(SEVERITIES)]
             table[kind] = Detection(auroc(detector.largest(clean), largest), shares)
         detector.left_out.copy_(chosen)
+    return [*p_values.values()]
 
 
 def _fit_agreement(
