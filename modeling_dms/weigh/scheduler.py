@@ -1,6 +1,6 @@
 """Signals -> modality weights."""
 
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,16 +87,9 @@ class ModalityScheduler(nn.Module):
         modalities: M.
     """
 
-    # what the learned scheduler sees of each modality, and which of the signals that may be left out that is
-    SEEN: ClassVar[dict[str, str]] = {
-        "consistency": "consistency",
-        "typicality": "typicality",
-        "p_clean": "damage",
-        "p_match": "consistency",
-        "confidence": "confidence",
-        "uncertainty": "uncertainty",
-        "energy": "confidence",
-    }
+    # which of the signals that may be left out is what the learned scheduler sees of each modality: consistency,
+    # typicality, p_clean, p_match, confidence, uncertainty and energy
+    SEEN = ("consistency", "typicality", "damage", "consistency", "confidence", "uncertainty", "confidence")
 
     def __init__(self, config: DMSConfig, modalities: int):
         super().__init__()
@@ -148,7 +141,7 @@ class ModalityScheduler(nn.Module):
         own = torch.stack([cast(Tensor, signals.consistency), cast(Tensor, signals.typicality), *alarms], -1)
         rows = torch.cat([own.clamp(-10, 10), standard], -1)
         chosen = SIGNALS if self.config.scheduler_signals is None else self.config.scheduler_signals
-        seen = torch.tensor([float(kind in chosen) for kind in self.SEEN.values()], device=rows.device)
+        seen = torch.tensor([float(kind in chosen) for kind in self.SEEN], device=rows.device)
         inputs = (rows * seen * modality_mask[..., None]).flatten(1).detach()
         return self.output(torch.nn.functional.gelu(self.hidden(inputs.to(self.hidden.weight.dtype))))
 
