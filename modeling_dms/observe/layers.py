@@ -25,7 +25,8 @@ class Watch:
     keeps: bool = True
 
 
-_watched: Running[Watch | None] = Running("watched_layers", None)
+# the pass that leaves the states of its watched layers
+watched: Running[Watch | None] = Running("watched_layers", None)
 
 
 def layers_of(stack: nn.Module) -> nn.ModuleList:
@@ -40,39 +41,29 @@ def watch_layers(stack: nn.Module, layers: Sequence[int]) -> None:
         if layer == 0:
             modules[0].register_forward_pre_hook(_keep_input, with_kwargs=True)
         else:
-            modules[layer - 1].register_forward_hook(partial(_keep_output, layer))
-    if layers[-1] > 0:
-        modules[layers[-1] - 1].register_forward_hook(_end)
+            modules[layer - 1].register_forward_hook(partial(_keep_output, layer, layers[-1]))
 
 
 def _keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    watch = _watched.get()
+    watch = watched.get()
     if watch is not None and watch.keeps:
         watch.states[0] = args[0] if args else kwargs["hidden_states"]
 
 
-def _keep_output(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-    watch = _watched.get()
-    if watch is not None and watch.keeps:
-        watch.states[layer] = output[0] if isinstance(output, tuple) else output
-
-
-def _end(module: nn.Module, args: tuple, output: Any) -> None:
-    watch = _watched.get()
+def _keep_output(layer: int, deepest: int, module: nn.Module, args: tuple, output: Any) -> None:
+    watch = watched.get()
+    if watch is None or not watch.keeps:
+        return
+    watch.states[layer] = output[0] if isinstance(output, tuple) else output
     # a compiled program cannot be left in the middle; of the layers behind, which then run, it keeps nothing
-    if watch is not None and watch.ends and not torch.compiler.is_compiling():
+    if watch.ends and layer == deepest and not torch.compiler.is_compiling():
         raise Reached
-
-
-def watching(watch: Watch) -> Any:
-    """A context in which a pass leaves the states of its watched layers."""
-    return _watched.set(watch)
 
 
 def kept_states(run: Callable[[], Any], layers: Sequence[int]) -> tuple[list[Tensor], Any]:
     """Runs the backbone, or a part of it, and keeps the states of some watched layers: those, and what it returned."""
     watch = Watch()
-    with _watched.set(watch):
+    with watched.set(watch):
         returned = run()
     return [watch.states[layer] for layer in layers], returned
 
@@ -87,15 +78,8 @@ def text_only_states(run: Callable[[], Any], embeddings: Tensor, layers: Sequenc
     """
     watch = Watch(ends=True)
     if layers[-1] > 0:
-        with _watched.set(watch):
-            _run_to_the_end(run)
+        reached = contextlib.nullcontext() if torch.compiler.is_compiling() else contextlib.suppress(Reached)
+        with watched.set(watch), reached:
+            run()
     watch.states[0] = embeddings
     return [watch.states[layer] for layer in layers]
-
-
-def _run_to_the_end(run: Callable[[], Any]) -> None:
-    if torch.compiler.is_compiling():
-        run()
-        return
-    with contextlib.suppress(Reached):
-        run()

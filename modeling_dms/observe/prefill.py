@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_dms._compat import cache_of
-from modeling_dms.observe.layers import Reached, Watch, watching
+from modeling_dms.observe.layers import Reached, Watch, watched
 from modeling_dms.observe.prompt import Schedule
 from modeling_dms.steer.masks import Steering, check_supported, steered
 from modeling_dms.steer.running import Running
@@ -70,7 +70,7 @@ class Prefill:
     def observed(self) -> Iterator[None]:
         """A context in which the language model's passes are observed, until the weights are known."""
         try:
-            with steered(self.steering), _prefill.set(self), watching(self._watch):
+            with steered(self.steering), _prefill.set(self), watched.set(self._watch):
                 yield
         except Reached:
             if not self.stops:
