@@ -16,7 +16,7 @@ from modeling_dms.mixin import DMSMixin
 from modeling_dms.observe.first_tokens import FirstTokens
 from modeling_dms.observe.images import Images, image_statistics
 from modeling_dms.observe.layers import kept_states
-from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill, settled
+from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill
 from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule, with_own_parameters
 from modeling_dms.outputs import ModalitySignals, with_weights
 from modeling_dms.steer.bias import embedding_scale
@@ -175,7 +175,9 @@ class SteeredMixin(DMSMixin):
         if carried is not None and not torch.compiler.is_compiling() and cache.get_seq_length() == 0:
             carried = None  # of a prompt that the cache holds no more
         if carried is None and generation is not None and generation.reads(self, inputs.get("input_ids"), cache):
-            return True, settled(generation.schedule)
+            schedule = generation.schedule
+            made = schedule.schedule if isinstance(schedule, Prefill) else None
+            return True, schedule if made is None else made
         weights, ids = own.get("modality_weights"), own.get("modality_ids")
         if carried is None and cache is not None and not hasattr(cache, "get_seq_length"):
             # continuous batching: several prompts in one row, whose masks are none of the library's

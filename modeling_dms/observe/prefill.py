@@ -143,12 +143,6 @@ class Generation:
         return torch.equal(input_ids[:, : prompt.shape[1]], prompt.to(input_ids.device))
 
 
-def settled(schedule: Schedule | Prefill | None) -> Schedule | Prefill | None:
-    """The schedule itself where a pass has made it."""
-    made = schedule.schedule if isinstance(schedule, Prefill) else None
-    return schedule if made is None else made
-
-
 _prefill: Running[Prefill | None] = Running("prefill", None)
 
 
