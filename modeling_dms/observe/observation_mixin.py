@@ -43,10 +43,6 @@ class ObservationMixin:
         """Runs the text stack on text embeddings (B, N, D) alone."""
         return self._text_stack()(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
 
-    def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
-        """The images of a call; `None` without any."""
-        raise NotImplementedError
-
     def _text_within(self, prompt: Prompt, inputs: dict[str, Any]) -> ModalityFeatures | None:
         """Features of the text of each row, read within its prompt; `None` where that cannot be observed.
 
