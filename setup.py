@@ -29,8 +29,6 @@ DEV = [
     "bitsandbytes>=0.50",
     "build",
     "hypothesis>=6",
-    "ipykernel>=6",
-    "nbclient>=0.10",
     "pycocoevalcap>=1.2",
     "pyright>=1.1.400",
     "pytest>=8",
