@@ -9,13 +9,11 @@ from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.counterfactual import NONE, Answers
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.statistics import Reliability
-from modeling_dms.evidence.typicality import auroc, fit_logistic
+from modeling_dms.evidence.typicality import auroc
 from modeling_dms.weigh.reliability import reliability_numbers
-from modeling_dms.weigh.second_look import BOTH
+from modeling_dms.weigh.second_look import BOTH, fit_arbiter
 
 
-# of the few answers that reliability is fitted to
-TRUST_RIDGE = 0.1
 # the level of the test that the other modality cannot stand in
 SURE = 0.05
 
@@ -96,9 +94,5 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
 
 def _fit_odds(reliability: Reliability, name: str, numbers: Tensor, agrees: Tensor) -> None:
     """Logistic regressions of agreement (n, A) on numbers (n, F)."""
-    location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-3)
-    reliability.get_buffer(f"{name}location").copy_(location)
-    reliability.get_buffer(f"{name}scale").copy_(scale)
-    even = torch.full((len(numbers),), 1 / len(numbers))
-    fits = [fit_logistic((numbers - location) / scale, right, even, ridge=TRUST_RIDGE) for right in agrees.T]
-    reliability.get_buffer(f"{name}coefficients").copy_(torch.stack(fits).squeeze(0))
+    for part, value in vars(fit_arbiter(numbers, agrees)).items():
+        reliability.get_buffer(f"{name}{part}").copy_(value.squeeze(0) if part == "coefficients" else value)

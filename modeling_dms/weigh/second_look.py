@@ -1,8 +1,9 @@
 """Which answer to believe where an image and a text may not belong together: a second look, at each of them alone.
 
 Own. Two sources cannot settle a disagreement by a vote. But what a backbone answers to each alone and to both, and how
-sure it is of every token, differs between pairs that belong together and pairs that do not; pairs that were mismatched
-on purpose show how, without labels. Nothing here knows a model: recorded answers serve as well.
+sure it is of every token, differs between pairs that belong together and pairs that do not. Pairs that were mismatched
+or damaged on purpose show how: which of the three answers agrees with that to the pair as it was, without labels.
+Nothing here knows a model: recorded answers serve as well.
 """
 
 import re
@@ -18,8 +19,8 @@ from modeling_dms.evidence.typicality import fit_logistic
 IMAGE_ALONE, TEXT_ALONE, BOTH = 0, 1, 2  # whose answer is believed
 COMPARED = 25  # numbers of three answers
 FIRST_TOKENS = 12  # of three distributions of the first token
-RIDGE = 1e-2
-_FARTHEST = 5.0  # standard deviations that one number counts
+# of the few answers that trust is fitted to
+RIDGE = 0.1
 _ODDS = 10.0
 
 
@@ -87,41 +88,35 @@ def log_odds(probability: Tensor) -> Tensor:
 
 @dataclass
 class Arbiter:
-    """Tells pairs that belong together from mismatched ones by the numbers of `compared`.
+    """Tells from P numbers how far each of A answers can be relied on.
 
     Attributes:
         location, scale: (P,), of the numbers.
-        coefficients: (P + 1,), of the log-odds that they belong together, the intercept last.
+        coefficients: (A, P + 1), of the log-odds that an answer agrees, the intercept last.
     """
 
     location: Tensor
     scale: Tensor
     coefficients: Tensor
 
-    def together(self, numbers: Tensor) -> Tensor:
-        """The probability that image and text belong together, both cases being equally frequent: (n, P) -> (n,)."""
-        standard = ((numbers - self.location) / self.scale).clamp(-_FARTHEST, _FARTHEST)
-        return (standard @ self.coefficients[:-1] + self.coefficients[-1]).sigmoid()
+    def trust(self, numbers: Tensor) -> Tensor:
+        """The expected agreement of each answer with that to the pair as it was, in [0, 1]: (n, P) -> (n, A)."""
+        standard = (numbers - self.location) / self.scale
+        return (standard @ self.coefficients[:, :-1].T + self.coefficients[:, -1]).sigmoid()
 
-    def decide(self, numbers: Tensor, otherwise: int = IMAGE_ALONE) -> Tensor:
-        """Whose answer to believe: that to both where they rather belong together, else that to one: (n, P) -> (n,).
-
-        Args:
-            otherwise: `IMAGE_ALONE` or `TEXT_ALONE`, the one that is believed where they do not belong together.
-        """
-        return torch.where(self.together(numbers) > 0.5, BOTH, otherwise)
+    def decide(self, numbers: Tensor) -> Tensor:
+        """Whose answer to believe, `IMAGE_ALONE`, `TEXT_ALONE` or `BOTH` of three: (n, P) -> (n,)."""
+        return self.trust(numbers).argmax(1)
 
 
-def fit_arbiter(matched: Tensor, mismatched: Tensor) -> Arbiter:
-    """Fits an [`Arbiter`] by ridge logistic regression; no answer needs to be right.
+def fit_arbiter(numbers: Tensor, agrees: Tensor) -> Arbiter:
+    """Fits an [`Arbiter`] by ridge logistic regressions; no answer needs to be right.
 
     Args:
-        matched, mismatched: (n, P) and (m, P), numbers of `compared` for pairs that belong together, and for pairs
-            that were mismatched on purpose. Both count alike, however many there are of each.
+        numbers: (n, P), of pairs that belong together and of pairs that were mismatched or damaged on purpose.
+        agrees: (n, A), 1 where an answer is that to the pair as it was, else 0.
     """
-    both = torch.cat([matched, mismatched])
-    location, scale = both.mean(0), both.std(0).clamp_min(1e-3)
-    standard = ((both - location) / scale).clamp(-_FARTHEST, _FARTHEST)
-    targets = torch.cat([torch.ones(len(matched)), torch.zeros(len(mismatched))])
-    balance = torch.where(targets == 1, 0.5 / len(matched), 0.5 / len(mismatched))
-    return Arbiter(location, scale, fit_logistic(standard, targets, balance, ridge=RIDGE))
+    location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-3)
+    even = torch.full((len(numbers),), 1 / len(numbers))
+    fits = [fit_logistic((numbers - location) / scale, right, even, ridge=RIDGE) for right in agrees.T]
+    return Arbiter(location, scale, torch.stack(fits))
