@@ -41,8 +41,7 @@ def test_a_released_card_is_what_its_files_make(name, tmp_path):
     shutil.copytree(source, copy)
     card = source / "README.md"
     (copy / "README.md").unlink()
-    folders = [ROOT / "docs" / "study" / f"{name.split('-')[0]}-{evaluation}" for evaluation in EVALUATIONS]
-    folders = [folder for folder in folders if (folder / "results.json").exists()]
+    folders = [source / "evaluation" / task for task in EVALUATIONS]
     write_card(copy, folders, [copy / "training" / stage for stage in RELEASED[name]])
     assert (copy / "README.md").read_text() == card.read_text()
     results = json.loads((folders[0] / "results.json").read_text())["results"]["groups"]
