@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from modeling_dms.calibrate.counterfactual import (
-    NONE,
-    Answers,
-    Copy,
-    CounterfactualMixin,
-    swapped_images,
-    swapped_texts,
-)
+from modeling_dms.calibrate.counterfactual import Answers, CounterfactualMixin, as_text
 from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, damaged_pictures, damaged_texts
 from modeling_dms.calibrate.fit import fit_calibration
 from modeling_dms.calibrate.records import MIN_SAMPLES, DamagedRecord, ModalityRecord
@@ -205,39 +198,8 @@ class CalibrationMixin(CounterfactualMixin):
             asked: the numbers of the families of images and texts by whose damage the model is asked about, and the
                 place of the batch's first sample; `None` if it is not asked.
         """
-        inputs = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
-        pixel_values = inputs.pop("pixel_values", None)
-        ids, given_ids = inputs.get("modality_ids"), inputs.get("source_ids")
-        if given_ids is not None:
-            ids = given_ids
-        elif ids is None:
-            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
-        placeholders = self._placeholders(inputs["input_ids"])
-        images = owner = None
-        given = {name: value for name, value in inputs.items() if name not in OWN and name != "labels"}
-        if pixel_values is not None:
-            pixel_values = pixel_values.to(self.dtype)
-            self._check_images(pixel_values)
-            given["pixel_values"] = pixel_values
-            images = self._observed_images(given)
-            owner = images.rows(placeholders)
-        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
-        mask, sources = inputs.get("attention_mask"), None
-        prompt = Prompt(inputs["input_ids"], None, mask, ids, present, placeholders, images, owner, None)
-        if given_ids is not None:
-            prompt = self._with_sources(prompt, {name: inputs.get(name) for name in OWN})
-        if prompt.source_types is not None:
-            # statistics are those of one image and one passage; all of them tell how far sources agree
-            sources = self._source_record(prompt)
-            prompt = self._one_of_each(prompt, place)
-        else:
-            if pixel_values is None:
-                present[:, 0] = False
-            if inputs.get("modality_mask") is not None:
-                present = present & inputs["modality_mask"].bool()
-            prompt = replace(prompt, modality_mask=present)
-        ids, present, owner = prompt.modality_ids, prompt.modality_mask, prompt.owner
-        is_text = ids == TEXT
+        prompt, inputs, given, sources = self._clean_prompt(batch, place)
+        ids, present = prompt.modality_ids, prompt.modality_mask
         records = [
             self.dms.record(0, self._vision_features(prompt), self._readout),
             self.dms.record(1, self._text_features(inputs["input_ids"], None, ids), self._readout),
@@ -245,67 +207,87 @@ class CalibrationMixin(CounterfactualMixin):
         read = self._text_within(prompt, given)
         in_prompt = None if read is None else self.dms.record(1, read, self._readout)
         damaged: list[dict[str, DamagedRecord]] = [{}, {}]
-        other_image: dict[str, Any] = {}
-        other_text: dict[str, Any] = {}
-        bad_text = records[1].content
+        image: dict[str, Any] = {}
+        text, of_text = {}, records[1].content
         for number, name in enumerate(IMAGE_FAMILIES if level > 1 else ()):
-            severity = torch.rand(len(ids), generator=generator)
-            numbers = records[0].numbers
-            if images is not None and owner is not None:
-                # images that are not looked at stay as they are
-                of_image = torch.cat([severity, torch.zeros(1)])[owner.cpu()]
-
-                def damage(pictures: Tensor, number: Tensor, name=name, of_image=of_image) -> Tensor:
-                    return damaged_pictures(pictures, name, of_image[number], generator)
-
-                pooled = images.tokens.split(images.lengths.tolist())
-                changed = self._changed_images({**inputs, "pixel_values": pixel_values}, pooled, damage)
-                numbers = of_rows(self._pixel_statistics(changed, pooled), owner, len(ids)).cpu()
-                if asked is not None and number == asked[0]:
-                    other_image["pixel_values"] = changed["pixel_values"]
-            damaged[0][name] = DamagedRecord(severity, None, numbers)
+            damaged[0][name], changed = self._damaged_images(prompt, inputs, name, generator)
+            if changed is None:
+                damaged[0][name].numbers = records[0].numbers
+            elif asked is not None and number == asked[0]:
+                image = {"pixel_values": changed["pixel_values"]}
         vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
         vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
         for number, name in enumerate(TEXT_FAMILIES if level > 1 else ()):
             severity = torch.rand(len(ids), generator=generator)
-            input_ids, still = damaged_texts(inputs["input_ids"], is_text, name, severity, vocabulary, generator)
+            input_ids, still = damaged_texts(inputs["input_ids"], ids == TEXT, name, severity, vocabulary, generator)
             features = self._text_features(input_ids, None, torch.where(still, TEXT, 0))
             seen = [None if part is None else part.float().cpu() for part in (features.statistics, features.numbers)]
             damaged[1][name] = DamagedRecord(severity, *seen)
             if asked is not None and number == asked[1]:
-                other_text, bad_text = self._as_text(inputs, ids, input_ids, still), features.content
+                text, of_text = as_text(inputs, ids, input_ids, still), features.content
         answers, both = None, (present & present.roll(1, 0)).all(1).cpu()
-        if asked is not None and images is not None and bool(both.any()):
+        if asked is not None and prompt.images is not None and bool(both.any()):
             clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
-            image, text = (record.content for record in records)
-
-            def encoded(changed: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-                seen = {name: value for name, value in inputs.items() if name not in OWN and name != "labels"}
-                seen = {"pixel_values": pixel_values, **seen, **changed}
-                content = self._vision_features(replace(prompt, images=self._observed_images(seen))).content
-                return {name: seen.get(name) for name in (*changed, "mm_encoder_outputs")}, content
-
-            other_image, bad_image = encoded(other_image)
-            copies = [
-                Copy({}, image, text),
-                Copy(other_image, bad_image, text, (asked[0], NONE)),
-                Copy(other_text, image, bad_text, (NONE, asked[1])),
-                Copy({**other_image, **other_text}, bad_image, bad_text, asked[:2]),
-            ]
-            if len(ids) > 1:  # there are others
-                of_others = self._as_text(inputs, ids, *swapped_texts(inputs["input_ids"], is_text))
-                copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
-            of_images = {name: inputs[name] for name in self._image_parameters if isinstance(inputs.get(name), Tensor)}
-            swapped = swapped_images({**of_images, "pixel_values": pixel_values}, images, len(ids))
-            if swapped is not None:
-                copies.append(Copy(*encoded(swapped), text, shifts=(1, 0)))
-            answers = self._answers(clean, copies, inputs.get("labels"), both, asked[2])
+            contents = (records[0].content, records[1].content, of_text)
+            copies = self._copies(prompt, inputs, image, text, contents, asked[:2])
+            labels = None if batch.get("labels") is None else batch["labels"].to(self.device)
+            answers = self._answers(clean, copies, labels, both, asked[2])
         return records, damaged, present.cpu(), in_prompt, answers, sources
 
-    def _as_text(
-        self, inputs: dict[str, Any], modality_ids: Tensor, input_ids: Tensor, still: Tensor
-    ) -> dict[str, Any]:
-        """Inputs of `forward` with another text, of which those tokens count that are `still` there: (B, L) each."""
-        there, mask = still | (modality_ids != TEXT), inputs.get("attention_mask")
-        mask = torch.ones_like(modality_ids) if mask is None else mask
-        return {"input_ids": input_ids, "attention_mask": mask * there, "modality_ids": modality_ids * there}
+    def _clean_prompt(
+        self, batch: dict[str, Any], place: int
+    ) -> tuple[Prompt, dict[str, Any], dict[str, Any], SourceRecord | None]:
+        """The prompts of a batch with one image and one text each, what `forward` takes of them without labels and
+        DMS's own arguments, the same with encoded images, and all their sources where they have several.
+
+        Args:
+            place: of the batch's first sample.
+        """
+        own = {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        inputs = {name: v for name, v in own.items() if name not in OWN and name != "labels"}
+        ids, given_ids = own.get("modality_ids"), own.get("source_ids")
+        if given_ids is not None:
+            ids = given_ids
+        elif ids is None:
+            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
+        placeholders = self._placeholders(inputs["input_ids"])
+        images, owner, given = None, None, inputs
+        if inputs.get("pixel_values") is not None:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+            self._check_images(inputs["pixel_values"])
+            given = dict(inputs)
+            images = self._observed_images(given)
+            owner = images.rows(placeholders)
+        present = torch.stack([(ids == m + 1).any(1) for m in range(len(MODALITIES))], 1)
+        mask = inputs.get("attention_mask")
+        prompt = Prompt(inputs["input_ids"], None, mask, ids, present, placeholders, images, owner, None)
+        if given_ids is not None:
+            prompt = self._with_sources(prompt, {name: own.get(name) for name in OWN})
+        if prompt.source_types is not None:
+            # statistics are those of one image and one passage; all of them tell how far sources agree
+            return self._one_of_each(prompt, place), inputs, given, self._source_record(prompt)
+        if images is None:
+            present[:, 0] = False
+        if own.get("modality_mask") is not None:
+            present = present & own["modality_mask"].bool()
+        return replace(prompt, modality_mask=present), inputs, given, None
+
+    def _damaged_images(
+        self, prompt: Prompt, inputs: dict[str, Any], family: str, generator: torch.Generator
+    ) -> tuple[DamagedRecord, dict[str, Any] | None]:
+        """The record of a copy whose images are damaged, and its inputs; without numbers, and `None`, where there are
+        no images."""
+        severity = torch.rand(len(prompt.modality_ids), generator=generator)
+        images, owner = prompt.images, prompt.owner
+        if images is None or owner is None:
+            return DamagedRecord(severity, None, None), None
+        # images that are not looked at stay as they are
+        of_image = torch.cat([severity, torch.zeros(1)])[owner.cpu()]
+
+        def damage(pictures: Tensor, number: Tensor) -> Tensor:
+            return damaged_pictures(pictures, family, of_image[number], generator)
+
+        pooled = images.tokens.split(images.lengths.tolist())
+        changed = self._changed_images(inputs, pooled, damage)
+        numbers = of_rows(self._pixel_statistics(changed, pooled), owner, len(severity)).cpu()
+        return DamagedRecord(severity, None, numbers), changed

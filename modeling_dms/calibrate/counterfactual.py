@@ -1,14 +1,15 @@
 """What the backbone answers to samples that calibration damages or mismatches itself, and to each source alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.records import Record
 from modeling_dms.observe.images import Images
+from modeling_dms.observe.prompt import TEXT, Prompt
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
@@ -84,6 +85,13 @@ def swapped_texts(input_ids: Tensor, is_text: Tensor) -> tuple[Tensor, Tensor]:
     return ids, still
 
 
+def as_text(inputs: dict[str, Any], modality_ids: Tensor, input_ids: Tensor, still: Tensor) -> dict[str, Any]:
+    """Inputs of `forward` with another text, of which those tokens count that are `still` there: (B, L) each."""
+    there, mask = still | (modality_ids != TEXT), inputs.get("attention_mask")
+    mask = torch.ones_like(modality_ids) if mask is None else mask
+    return {"input_ids": input_ids, "attention_mask": mask * there, "modality_ids": modality_ids * there}
+
+
 class CounterfactualMixin:
     """Adds to a model that continues prompts what calibration asks it."""
 
@@ -108,6 +116,49 @@ class CounterfactualMixin:
         if logits.shape[1] == ids.shape[1]:
             which = places
         return logits[torch.arange(len(ids), device=ids.device), which].float().softmax(-1)
+
+    def _copies(
+        self,
+        prompt: Prompt,
+        inputs: dict[str, Any],
+        other_image: dict[str, Any],
+        other_text: dict[str, Any],
+        contents: tuple[Tensor, Tensor, Tensor],
+        families: tuple[int, int],
+    ) -> list[Copy]:
+        """Copies of a batch with images: itself, with its image, its text or both damaged, and with the text or the
+        image of the row before.
+
+        Args:
+            inputs: inputs of `forward`.
+            other_image, other_text: what of them damage has changed.
+            contents: of image, text, and the damaged text, (B, F) each.
+            families: the numbers of those that damaged image and text.
+        """
+        image, text, bad_text = contents
+        ids = prompt.modality_ids
+
+        def encoded(changed: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+            seen = {**inputs, **changed}
+            content = self._vision_features(replace(prompt, images=self._observed_images(seen))).content
+            return {name: seen.get(name) for name in (*changed, "mm_encoder_outputs")}, content
+
+        other_image, bad_image = encoded(other_image)
+        copies = [
+            Copy({}, image, text),
+            Copy(other_image, bad_image, text, (families[0], NONE)),
+            Copy(other_text, image, bad_text, (NONE, families[1])),
+            Copy({**other_image, **other_text}, bad_image, bad_text, families),
+        ]
+        if len(ids) > 1:  # there are others
+            of_others = as_text(inputs, ids, *swapped_texts(inputs["input_ids"], ids == TEXT))
+            copies.append(Copy(of_others, image, text.roll(1, 0), shifts=(0, 1)))
+        of_images = {name: inputs[name] for name in self._image_parameters if isinstance(inputs.get(name), Tensor)}
+        of_images["pixel_values"] = inputs["pixel_values"]
+        swapped = swapped_images(of_images, cast(Images, prompt.images), len(ids))
+        if swapped is not None:
+            copies.append(Copy(*encoded(swapped), text, shifts=(1, 0)))
+        return copies
 
     def _answers(
         self,
