@@ -1,8 +1,9 @@
 """What weights of sources do: one of several passages, or of several sources, is another sample's.
 
-    python benchmarks/sources.py --photos PHOTOS [--models NAMES] [--samples 300] [--out docs/sources.md]
+    python benchmarks/sources.py --photos PHOTOS [--parts photographs,questions,cost] [--out docs/sources.md]
 
-Photographs and captions tell how well a wrong passage is found; questions of easy-VQA, how much that helps.
+Photographs and captions tell how well a wrong passage is found; questions of easy-VQA, how much that helps. The page
+is made of `sources.json` beside this file, which keeps the parts that are not measured anew.
 """
 
 import argparse
@@ -55,8 +56,9 @@ words. Calibrated on {train} training images with three passages each. Shares of
 the backbones were trained on one passage a prompt. *One weight*: image and text as two modalities, all passages
 together. *Least likely dropped*: the passage with the highest surprisal has weight 0. *Likeliest source*: the answer
 to that source alone whose first token is the likeliest. *By source*: this package's rule. *Oracle*: what is wrong has
-weight 0. *Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95%
-interval, bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
+weight 0, as where a perfect credibility of each source is given (the setting of CrAM, Deng et al., AAAI 2025).
+*Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95% interval,
+bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
 are all equal."""
 
 COST = """## What it costs
@@ -309,6 +311,16 @@ def cost(name: str, photos: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", "by source", "oracle")
+RESULTS = Path(__file__).with_suffix(".json")
+# of the page: text and heads of the table
+PARTS = {
+    "photographs": (
+        PHOTOS,
+        ("model", "image", "false alarms asked", "uniform", "lowest", "AUROC", "ranked"),
+    ),
+    "questions": (ANSWERS, ("model", "inputs", *METHODS, "closed", "left alone")),
+    "cost": (COST, ("model", "sources", "tokens", "modalities / alone", "sources / alone", "sources / modalities")),
+}
 
 
 def main() -> None:
@@ -316,35 +328,32 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True, help="folder with captions.jsonl and the photographs")
     parser.add_argument("--photo-models", default="llava-dinov2s-smollm2-135m")
     parser.add_argument("--models", default="demo-llava,demo-blip2")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--calibration-samples", type=int, default=600)
     parser.add_argument("--split", default="test", help="of all data; choices are made on validation")
     parser.add_argument("--out", type=Path, default=Path("docs/sources.md"))
     options = parser.parse_args()
-    photos = captioned(options.photos)
-    shown = [
-        row
-        for name in filter(None, options.photo_models.split(","))
-        for row in photographs(name, photos, options.split)
-    ]
-    asked = [
-        row
-        for name in filter(None, options.models.split(","))
-        for row in questions(name, options.split, options.samples, options.calibration_samples)
-    ]
-    costs = [
-        row for name in filter(None, options.photo_models.split(",")) for row in cost(name, captioned(options.photos))
-    ]
-    parts = [
-        HEAD,
-        PHOTOS.format(test=len(photos[options.split]), train=len(photos["train"])),
-        table(("model", "image", "false alarms asked", "uniform", "lowest", "AUROC", "ranked"), shown),
-        ANSWERS.format(test=options.samples, train=options.calibration_samples),
-        table(("model", "inputs", *METHODS, "closed", "left alone"), asked),
-        COST.format(timed=TIMED, rounds=ROUNDS, threads=torch.get_num_threads()),
-        table(("model", "sources", "tokens", "modalities / alone", "sources / alone", "sources / modalities"), costs),
-    ]
-    options.out.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    photos, split, count = captioned(options.photos), options.split, options.samples
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for part in filter(None, options.parts.split(",")):
+        names = (options.models if part == "questions" else options.photo_models).split(",")
+        if part == "photographs":
+            rows = [row for name in names for row in photographs(name, photos, split)]
+            said = {"test": len(photos[split]), "train": len(photos["train"])}
+        elif part == "questions":
+            rows = [row for name in names for row in questions(name, split, count, options.calibration_samples)]
+            said = {"test": count, "train": options.calibration_samples}
+        else:
+            rows = [row for name in names for row in cost(name, photos)]
+            said = {"timed": TIMED, "rounds": ROUNDS, "threads": torch.get_num_threads()}
+        kept[part] = {"said": said, "rows": rows}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    sections = [HEAD.strip()]
+    for part, (text, head) in PARTS.items():
+        if part in kept:
+            sections += [text.format(**kept[part]["said"]), table(head, kept[part]["rows"])]
+    options.out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")
 
 
