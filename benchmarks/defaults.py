@@ -155,13 +155,19 @@ def plain_row(name: str, own: dict[str, list[np.ndarray]]) -> list[str]:
     return [name, *means, difference(default, static), difference(lowered, static)]
 
 
+def done(report: Any, modality: str) -> str:
+    if modality in report.spared:
+        return "keeps its weight"
+    return "may lose all weight" if modality in report.dropped else "is lowered"
+
+
 def calibrated(name: str, samples: Sequence[Sample], count: int) -> tuple[Any, PromptCollator, str]:
     """The model, its collator, and what its calibration says of lowering."""
     model, processor = load(name)
     collator = PromptCollator(processor)
     report = calibrate(model.eval(), collator, samples, count)
     told = [
-        f"{modality} {'keeps its weight' if modality in report.spared else 'is lowered'} (without it {alone:.2f} of "
+        f"{modality} {done(report, modality)} (without it {alone:.2f} of "
         f"calibration's answers are those to clean inputs, with it {both:.2f})"
         for modality, (alone, both) in report.lowering.items()
     ]

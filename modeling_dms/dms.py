@@ -177,8 +177,8 @@ class DynamicModalityScheduling(nn.Module):
             entropy = predictive_entropy(logits, self.config.normalize_entropy)
         weights = modality_weights
         if weights is None:
-            spared = self.calibration.reliability.spared
-            weights = self.scheduler(signals, modality_mask, standard, entropy, spared)
+            known = self.calibration.reliability
+            weights = self.scheduler(signals, modality_mask, standard, entropy, known.spared, known.dropped)
         return DMSOutput(weights, signals, representations, logits)
 
     def _signals(

@@ -125,10 +125,11 @@ class SourcesMixin:
         which = composition(types, compared)
         p_match, odd = odd_ones(agreement, compared, lambda o: p_odd(calibration.clean_sets, o, which), odd_rate)
         # beside a sound source of its type another one need not stand in
-        spared = calibration.reliability.spared[(types - 1).clamp_min(0)] > 0
+        kinds, known = (types - 1).clamp_min(0), calibration.reliability
+        spared, dropped = known.spared[kinds] > 0, known.dropped[kinds] > 0
         spared &= ~((types[:, :, None] == types[:, None]) & compared[:, None]).any(2)
         rate, kappa, floor = config.false_alarm_rate, config.kappa, config.weight_floor
-        return source_weights(p_clean, odd, present, rate, kappa, floor, spared), p_match
+        return source_weights(p_clean, odd, present, rate, kappa, floor, spared, dropped), p_match
 
     def _source_of_images(self, images: Images, placeholders: Tensor, source_ids: Tensor) -> Tensor:
         """The number of the source, from 1, that each image is: (I,).

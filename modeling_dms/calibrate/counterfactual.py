@@ -14,6 +14,7 @@ from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
 NONE = -1  # the family of what is not damaged
+LOWERED = 3  # of the answers: that to both, with what is damaged at `weight_floor`
 
 
 @dataclass

@@ -123,8 +123,9 @@ def fit_calibration(
         p_clean = [p[answers.families[:, m], answers.sources[:, m]] for m, p in enumerate(p_values)]
         p = torch.stack([*p_clean, torch.ones(len(answers.sources)) if p_match is None else p_match], 1)
         report.lowering = dict(zip(MODALITIES, fit_lowering(calibration, answers, p), strict=True))
-        spared = calibration.reliability.spared.tolist()
-        report.spared = [name for name, kept in zip(MODALITIES, spared, strict=True) if kept]
+        known = calibration.reliability
+        report.spared = [name for name, kept in zip(MODALITIES, known.spared.tolist(), strict=True) if kept]
+        report.dropped = [name for name, none in zip(MODALITIES, known.dropped.tolist(), strict=True) if none]
         report.reliability = fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
     target.load_state_dict(calibration.state_dict())
     return report

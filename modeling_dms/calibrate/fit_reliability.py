@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.calibration import Calibration
-from modeling_dms.calibrate.counterfactual import NONE, Answers
+from modeling_dms.calibrate.counterfactual import LOWERED, NONE, Answers
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.statistics import Reliability
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.weigh.reliability import reliability_numbers
-from modeling_dms.weigh.second_look import BOTH, fit_arbiter
+from modeling_dms.weigh.second_look import BOTH, SURE_ALONE, fit_arbiter
 
 
 # the level of the test that the other modality cannot stand in
@@ -20,7 +20,8 @@ SURE = 0.05
 
 def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[tuple[float, float]]:
     """Has each modality keep its weight, however damaged, for which the other one cannot stand in: a question cannot
-    answer itself. To lower one is to move towards the answer to the other alone.
+    answer itself. To lower one is to move towards the answer to the other alone; where that is the better answer,
+    damage may take all weight, else it leaves `weight_floor`.
 
     Args:
         p: (m, M + 1), the p-values of each source and of the pair.
@@ -33,6 +34,8 @@ def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[
     for modality in range(flagged.shape[1]):
         rows = (flagged & damaged)[:, modality] & (flagged.sum(1) == 1) & (damaged.sum(1) == 1)
         alone, both = answers.agrees[rows, 1 - modality], answers.agrees[rows, BOTH]
+        dropped = alone.sum() > answers.agrees[rows, LOWERED].sum()
+        calibration.reliability.dropped[modality] = float(dropped)
         spared = chance(int((alone < both).sum()), int((alone != both).sum())) < SURE
         calibration.reliability.spared[modality] = float(spared)
         found.append((float(alone.mean()), float(both.mean())))
@@ -58,10 +61,12 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     swapped = answers.sources[:, 0] != answers.sources[:, 1]
     flagged = (p[:, :-1] <= rate).sum(1)
     # the rule lowers what is flagged alone
-    weighed = ((p[:, :-1] <= rate) & (reliability.spared == 0)).any(1) & (flagged == 1)
-    weighed = weighed.long()
-    rows = torch.arange(len(p))
-    agrees, sureness = answers.agrees[rows, BOTH + weighed], answers.sureness[rows, weighed]
+    lowered = (p[:, :-1] <= rate) & (reliability.spared == 0) & (flagged == 1)[:, None]
+    rows, which = torch.arange(len(p)), lowered.long().argmax(1)
+    heard = torch.where(reliability.dropped[which] > 0, 1 - which, LOWERED).where(lowered.any(1), BOTH)
+    # of the answers to one side alone, how sure it is stands among the numbers
+    alone = answers.numbers[:, SURE_ALONE].sigmoid()
+    agrees, sureness = answers.agrees[rows, heard], torch.cat([alone, answers.sureness], 1)[rows, heard]
     # a second look falls on what is flagged, or does not belong together
     looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
     if int(looks.sum()) < MIN_SAMPLES:

@@ -39,6 +39,7 @@ class CalibrationReport:
         lowering: at level 3, by modality, how often the other one alone, and how often both, gave the answer to the
             undamaged sample where this one was damaged and flagged; NaN where that never was.
         spared: the modalities that keep their weight all the same, since the other one cannot stand in for them.
+        dropped: those that may lose all of it, since the other one alone answers better than with a little of them.
         reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
             probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
             all agree, or none.
@@ -56,6 +57,7 @@ class CalibrationReport:
     consistency: str = "representations"
     lowering: dict[str, tuple[float, float]] = field(default_factory=dict)
     spared: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     reliability: dict[str, float] = field(default_factory=dict)
     sources: dict[str, float] = field(default_factory=dict)
 
@@ -87,7 +89,8 @@ class CalibrationReport:
         for modality, (alone, both) in self.lowering.items():
             if math.isnan(both):  # it never was flagged
                 continue
-            done = "keeps its weight all the same" if modality in self.spared else "is lowered"
+            done = "may lose all weight" if modality in self.dropped else "is lowered"
+            done = "keeps its weight all the same" if modality in self.spared else done
             lines.append(
                 f"{modality}: what is flagged {done}; without it {alone:.2f} of the answers are those to clean "
                 f"inputs, with it {both:.2f}"

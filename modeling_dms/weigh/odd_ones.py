@@ -79,6 +79,7 @@ def source_weights(
     kappa: float,
     floor: float,
     spared: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """The rule for S sources: one that is odd has no weight, the others lose some by the evidence of their damage.
 
@@ -87,6 +88,7 @@ def source_weights(
         odd, present: (B, S), bool.
         floor: least weight of a present source of two, of more in proportion.
         spared: (B, S), sources that damage does not lower.
+        dropped: (B, S), sources that damage may take all weight of.
 
     Returns:
         (B, S), rows sum to 1, absent source exactly 0.
@@ -102,4 +104,6 @@ def source_weights(
     kept = present & ~odd
     # in proportion to what each would have
     lowest = 2 * floor / kept.sum(1, keepdim=True).clamp_min(1)
+    if dropped is not None:
+        lowest = torch.where(dropped, 0, lowest)
     return weights_from_scores(damage_scores(damage, kept, kappa), kept, lowest)

@@ -62,15 +62,15 @@ def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float | Te
     Args:
         scores: (B, M).
         modality_mask: (B, M), True where present.
-        floor: from 0 to below 1 / M, one for all or (B, 1).
+        floor: from 0 to below 1 / M, one for all, (B, 1), or (B, M).
 
     Returns:
         (B, M), float32, rows sum to 1, absent modality exactly 0.
     """
     uniform = uniform_weights(modality_mask)
     scores = scores.float().masked_fill(~modality_mask, -torch.inf)
-    count = modality_mask.sum(1, keepdim=True)
-    weights = floor + (1 - count * floor) * scores.softmax(1)
+    floor = (scores.new_zeros(()) + floor).expand(scores.shape).masked_fill(~modality_mask, 0)
+    weights = floor + (1 - floor.sum(1, keepdim=True)) * scores.softmax(1)
     weights = weights.masked_fill(~modality_mask, 0)
     lowest = scores.masked_fill(~modality_mask, torch.inf).amin(1, keepdim=True)
     # a comparison has no gradient: under training the (equal) softmax itself must be returned
@@ -105,6 +105,7 @@ class ModalityScheduler(nn.Module):
         standard: Tensor,
         entropy: Tensor,
         spared: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -113,6 +114,7 @@ class ModalityScheduler(nn.Module):
             standard: confidence, uncertainty and energy over their clean spread, (B, M, 3).
             entropy: unimodal predictive entropy, (B, M).
             spared: (M,), above 0 for a modality that damage does not lower; none by default.
+            dropped: (M,), above 0 for one that damage may take all weight of; none by default.
 
         Returns:
             (B, M), rows sum to 1, absent modality exactly 0.
@@ -130,7 +132,9 @@ class ModalityScheduler(nn.Module):
         if self.config.scheduler == "learned":
             correction = self._correction(signals, modality_mask, standard)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
-        floor = torch.full_like(scores[:, :1], self.config.weight_floor, dtype=torch.float32)
+        floor = torch.full_like(scores, self.config.weight_floor, dtype=torch.float32)
+        if dropped is not None:
+            floor = floor.masked_fill(dropped > 0, 0)
         floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
         return weights_from_scores(scores, modality_mask, floor)
 

@@ -19,6 +19,7 @@ from modeling_dms.evidence.typicality import fit_logistic
 IMAGE_ALONE, TEXT_ALONE, BOTH = 0, 1, 2  # whose answer is believed
 COMPARED = 25  # numbers of three answers
 FIRST_TOKENS = 12  # of three distributions of the first token
+SURE_ALONE = (0, 4)  # of these, how sure the answers to the image and to the text alone are
 # of the few answers that trust is fitted to
 RIDGE = 0.1
 _ODDS = 10.0

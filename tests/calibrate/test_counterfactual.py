@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_dms import DMSConfig
 from modeling_dms.calibrate.calibration import Calibration
-from modeling_dms.calibrate.counterfactual import NONE, Answers, Copy, swapped_images, swapped_texts
+from modeling_dms.calibrate.counterfactual import LOWERED, NONE, Answers, Copy, swapped_images, swapped_texts
 from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
 from modeling_dms.calibrate.fit_reliability import fit_lowering
 from modeling_dms.observe.images import Images
@@ -239,6 +239,25 @@ def test_what_looks_damaged_is_lowered_unless_the_other_cannot_stand_in(modality
     assert fitted_lowering(5, 14, modality) == spared
     assert fitted_lowering(14, 5, modality) == [0, 0]
     assert fitted_lowering(0, 0, modality) == [0, 0]
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_damage_takes_all_weight_where_the_other_alone_answers_better_than_with_a_little(modality):
+    """Of copies of which one modality is damaged and flagged."""
+    for better, worse in ((3, 1), (1, 3), (2, 2)):
+        calibration = Calibration(DMSConfig(), [(1, 2)] * 2, [(3, 1, False)] * 2, [2, 2])
+        families = torch.full((20, 2), NONE)
+        families[:, modality] = 0
+        agrees = torch.ones(20, 4)
+        agrees[:better, LOWERED] = 0
+        agrees[better : better + worse, 1 - modality] = 0
+        p = torch.ones(20, 3)
+        p[:, modality] = 1e-6
+        sources, content = torch.arange(20)[:, None].expand(-1, 2), torch.zeros(20, 2)
+        answers = Answers(sources, families, torch.zeros(20, 12), agrees, torch.ones(20, 2), content, content)
+        fit_lowering(calibration, answers, p)
+        expected = [float(better > worse and index == modality) for index in range(2)]
+        assert calibration.reliability.dropped.tolist() == expected
 
 
 def test_a_question_cannot_stand_in_for_an_image(capsys):

@@ -278,6 +278,27 @@ def test_damage_of_a_spared_modality_is_not_looked_at(name, seed, batch, spared)
     assert (found[:, spared] >= 0.5).all()
 
 
+@bounded
+@given(seed=seeds, batch=batches, dropped=st.sampled_from([VISION, TEXT]))
+def test_damage_may_take_all_weight_of_a_dropped_modality_alone(seed, batch, dropped):
+    config, mask = DMSConfig(weight_floor=0.05), torch.ones(batch, 2, dtype=torch.bool)
+    scheduler, others = scheduler_of(config, 2), (torch.zeros(batch, 2, 3), torch.zeros(batch, 2))
+    loses = torch.tensor([float(dropped == modality) for modality in range(2)])
+    for damaged in (VISION, TEXT):
+        damage = torch.full((batch, 2), -1.0)
+        damage[:, damaged] = 20 + normal(seed, batch).abs()
+        signals = random_signals(seed, batch, 2, damage=damage)
+        found = scheduler(signals, mask, *others, None, loses)[:, damaged]
+        if damaged == dropped:
+            assert (found < 1e-6).all()
+        else:
+            torch.testing.assert_close(found, scheduler(signals, mask, *others)[:, damaged], rtol=0, atol=1e-6)
+            assert (found >= 0.05).all()
+    # nothing is suspicious
+    clean = random_signals(seed, batch, 2, damage=torch.full((batch, 2), -1.0))
+    assert torch.equal(scheduler(clean, mask, *others, None, loses), torch.full((batch, 2), 0.5))
+
+
 # ---- published rules
 
 

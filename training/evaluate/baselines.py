@@ -77,7 +77,7 @@ def fit_scheduler(
         choices: fields of DMSConfig.
     """
     signals, mask, standard, entropy = recorded
-    spared = cast(Any, model).dms.calibration.reliability.spared
+    known = cast(Any, model).dms.calibration.reliability
     config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def fit_scheduler(
     for _ in range(steps):
         rows = torch.randint(len(target), (batch_size,), generator=generator)
         some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
-        weights = scheduler(some, mask[rows], standard[rows], entropy[rows], spared)
+        weights = scheduler(some, mask[rows], standard[rows], entropy[rows], known.spared, known.dropped)
         loss = schedule_loss(weights, target[rows], mask[rows]).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ from modeling_dms.training.evaluate.tasks import Task
 
 
 ORACLE = "oracle"
-ORACLE_WEIGHTS = (0.05, 0.01)  # of the damaged modality
+ORACLE_WEIGHTS = (0.05, 0.01, 0.0)  # of the damaged modality
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[
 
 
 def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:
-    """The methods of a condition: `ORACLE` in their place stands for two, told which modality is damaged."""
+    """The methods of a condition: `ORACLE` in their place stands for one each of `ORACLE_WEIGHTS`, told which modality
+    is damaged."""
     found = [method for method in methods if method.name != ORACLE]
     if len(found) < len(methods) and condition.damaged is not None:
         for low in ORACLE_WEIGHTS:
