@@ -55,7 +55,8 @@ def read(rows: list[dict[str, Any]], model: str) -> tuple[Tensor, Tensor, Tensor
             agrees.append([float(answer.words == own) for answer in three])
             sure.append([float(np.mean(answer.log_probabilities or [0.0])) for answer in three])
     shape = (len(rows), len(KINDS), -1)
-    return torch.stack(numbers).view(shape), *(torch.tensor(found).view(shape) for found in (right, agrees, sure))
+    answered = [torch.tensor(found).view(shape) for found in (right, agrees, sure)]
+    return torch.stack(numbers).view(shape), answered[0], answered[1], answered[2]
 
 
 def looked(numbers: Tensor, agrees: Tensor) -> Tensor:

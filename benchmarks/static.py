@@ -376,7 +376,8 @@ def measured(reader: Reader, photos: Path, split: str, limit: int | None = None)
     asked = by_photograph(load_flickr8k(split, "vqa", photos))
     prefix, _ = reader.asked(captions[0].replace(context=None))
     states = encoded(reader, captions, 1)
-    gains, right = [], {}
+    gains: list[Tensor] = []
+    right: dict[str, list[tuple[int, bool]]] = {}
     for place, sample in enumerate(tqdm(captions, desc="measuring")):
         image = states[sample.image].float()
         near = [captions[(place + step) % len(captions)] for step in range(min(OTHERS + 1, len(captions)))]
@@ -401,13 +402,19 @@ def measured(reader: Reader, photos: Path, split: str, limit: int | None = None)
 def asked_table(photos: Path) -> str:
     """How many questions there are, and how many of their contexts tell the answer."""
     rows = []
-    for kinds in (tuple(THINGS), ("animal",), ("place",), ("people",)):
+    asked = {
+        "is there a ...?": [*THINGS],
+        "which animal": ["animal"],
+        "where": ["place"],
+        "how many people": ["people"],
+    }
+    for name, kinds in asked.items():
         cells = []
         for split in SPLITS:
             samples = [s for s in load_flickr8k(split, "vqa", photos) if s.id.rpartition("-")[2] in kinds]
             told = sum(map(told_by_context, samples)) / max(1, len(samples))
             cells += [str(len(samples)), f"{told:.2f}"]
-        rows.append(["is there a ... ?" if len(kinds) > 1 else kinds[0], *cells])
+        rows.append([name, *cells])
     return table(("question", *(name for split in SPLITS for name in (split, "told"))), rows)
 
 
