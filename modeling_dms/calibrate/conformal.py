@@ -14,9 +14,6 @@ FARTHEST = 30.0
 # scores are measured from the point that this share of the clean ones exceeds, by how far those do on average; and the
 # least p-value there is
 TAIL, LEAST_P = 0.05, 1e-30
-# scores as close are taken for the same: a sentence that is there several times must not be above or below them all by
-# rounding
-ALIKE = 1e-3
 
 
 class Conformal(Statistics):
@@ -59,7 +56,7 @@ class Conformal(Statistics):
             (...), at least `LEAST_P`; 1 before calibration.
         """
         clean = self._ordered()
-        counted = (1 + (clean >= score[..., None] - ALIKE).sum(-1)) / (1 + self.count)
+        counted = (1 + (clean >= score[..., None]).sum(-1)) / (1 + self.count)
         tail = (TAIL * self.count).long().clamp_min(1)
         excess = (clean - clean.gather(0, tail[None])).where(torch.arange(len(clean), device=clean.device) < tail, 0)
         beyond = ((score - clean[0]) * tail / excess.sum().clamp_min(1e-6)).clamp_min(0)

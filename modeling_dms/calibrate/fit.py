@@ -1,8 +1,8 @@
 """Fits a `Calibration` from clean samples, without labels.
 
 Level 1 fits how clean samples look. Level 2 takes damaged copies of them (`damage`) and fits what tells each family of
-damage from clean. Everything is cross-fitted: no sample is judged by a fit that it, or one of the same content, took
-part in, so a few hundred samples serve for statistics, detectors and thresholds.
+damage from clean. Everything is cross-fitted: no sample is judged by a fit it took part in, so a few hundred samples
+serve for statistics, detectors and thresholds.
 """
 
 import copy
@@ -35,8 +35,6 @@ UNINFORMATIVE = 0.05
 # of the covariance of clean numbers, towards the identity
 SHRINKAGE = 0.1
 RIDGE = 1e-3
-# contents as close as rounding makes them, in units of their size
-ALIKE = 1e-4
 
 
 @torch.no_grad()
@@ -78,26 +76,21 @@ def fit_calibration(
         if not all(part is None or bool(part.isfinite().all()) for part in vars(record).values()):
             raise ValueError(f"the calibration data give features of {name} that are not finite")
     report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate), alarm_rate=config.alarm_rate)
-    order = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed))
-    first = [_first_alike(record.content) for record in clean]
-    fold_of = [_folds(places, order) for places in first]
-    # pairs are held out by the side that repeats more
-    folds = min(zip(first, fold_of, strict=True), key=lambda pair: len(pair[0].unique()))[1]
+    folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
     p_values: list[Tensor] = []
     for index, name in enumerate(MODALITIES):
         rows, record, detector = present[:, index], clean[index][present[:, index]], calibration.detectors[index]
-        held = fold_of[index][rows]
-        judges = _fit_layers(calibration, index, record, held, level)
-        distances = _distances(record.statistics, judges, held)
+        judges = _fit_layers(calibration, index, record, folds[rows], level)
+        distances = _distances(record.statistics, judges, folds[rows])
         numbers = calibration.numbers(index, distances, record.numbers)
         bad, severities = {}, {}
         for kind, copies in damaged[index].items():
             copies = copies[rows]
             severities[kind] = copies.severity
-            away = None if copies.statistics is None else _distances(copies.statistics, judges, held)
+            away = None if copies.statistics is None else _distances(copies.statistics, judges, folds[rows])
             bad[kind] = calibration.numbers(index, away, copies.numbers)
         detector.reset()
-        sound, scores = _fit_detector(detector, numbers, bad, held)
+        sound, scores = _fit_detector(detector, numbers, bad, folds[rows])
         detector.left_out.copy_(torch.tensor([float(level == 1 or kind in leave_out) for kind in FAMILIES[index]]))
         report.samples[name] = int(rows.sum())
         p_values.append(torch.ones(len(bad) + 1, len(rows)))
@@ -107,7 +100,7 @@ def fit_calibration(
         calibration.detectors[-1].reset()
     if calibration.in_prompt is not None and in_prompt is not None:
         rows = present[:, calibration.in_prompt]
-        _fit_in_prompt(calibration, in_prompt[rows], fold_of[calibration.in_prompt][rows], level)
+        _fit_in_prompt(calibration, in_prompt[rows], folds[rows], level)
     both = present.all(1)
     calibration.agreement.reset()
     p_match: Tensor | None = None
@@ -129,20 +122,6 @@ def fit_calibration(
         report.reliability = fit_reliability(calibration, answers, p, folds[answers.sources[:, 0]])
     target.load_state_dict(calibration.state_dict())
     return report
-
-
-def _first_alike(content: Tensor) -> Tensor:
-    """The place of the first sample with the same content (n, F): (n,)."""
-    distances = torch.cdist(content, content, compute_mode="donot_use_mm_for_euclid_dist")
-    return (distances <= ALIKE * content.norm(dim=1, keepdim=True)).int().argmax(1)
-
-
-def _folds(first: Tensor, order: Tensor) -> Tensor:
-    """The fold of each sample, (n,), those of the same content in one: a sentence that is there twice must not be
-    judged by a fit that it took part in. Where nearly all is the same, there is nothing to hold out for."""
-    places, group = first.unique(return_inverse=True)
-    folds = (order[places].argsort().argsort() % FOLDS)[group]
-    return folds if len(places) >= FOLDS and 2 * int(folds.bincount().max()) <= len(folds) else order % FOLDS
 
 
 def _distances(statistics: Tensor, judges: Sequence[dict[str, Tensor]], folds: Tensor) -> Tensor:

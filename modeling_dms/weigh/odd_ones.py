@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling_dms.weigh.scheduler import damage_scores, weights_from_scores
+from modeling_dms.weigh.scheduler import damage_scores, weights_from_scores, without_least
 
 
 def oddness(agreement: Tensor, compared: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def source_weights(
         odd, present: (B, S), bool.
         floor: least weight of a present source of two, of more in proportion.
         spared: (B, S), sources that damage does not lower.
-        dropped: (B, S), sources that damage may take all weight of.
+        dropped: (B, S), sources that damage takes all weight of, rather than leave less than the least.
 
     Returns:
         (B, S), rows sum to 1, absent source exactly 0.
@@ -104,6 +104,8 @@ def source_weights(
     kept = present & ~odd
     # in proportion to what each would have
     lowest = 2 * floor / kept.sum(1, keepdim=True).clamp_min(1)
-    if dropped is not None:
-        lowest = torch.where(dropped, 0, lowest)
-    return weights_from_scores(damage_scores(damage, kept, kappa), kept, lowest)
+    scores = damage_scores(damage, kept, kappa)
+    if dropped is None:
+        return weights_from_scores(scores, kept, lowest)
+    weights = weights_from_scores(scores, kept, torch.where(dropped, 0, lowest))
+    return without_least(weights, dropped & (weights < lowest))

@@ -79,6 +79,12 @@ def weights_from_scores(scores: Tensor, modality_mask: Tensor, floor: float | Te
     return torch.where(scores.amax(1, keepdim=True) == lowest, uniform, weights)
 
 
+def without_least(weights: Tensor, least: Tensor) -> Tensor:
+    """Weights (B, M) without those that are `least`, which become 0: rows sum to 1."""
+    kept = weights.masked_fill(least, 0)
+    return torch.where(least.any(1, keepdim=True), kept / kept.sum(1, keepdim=True), weights)
+
+
 class ModalityScheduler(nn.Module):
     """Weights each sample's modalities by its signals; `config.scheduler` names the rule.
 
@@ -114,7 +120,8 @@ class ModalityScheduler(nn.Module):
             standard: confidence, uncertainty and energy over their clean spread, (B, M, 3).
             entropy: unimodal predictive entropy, (B, M).
             spared: (M,), above 0 for a modality that damage does not lower; none by default.
-            dropped: (M,), above 0 for one that damage may take all weight of; none by default.
+            dropped: (M,), above 0 for one that damage takes all weight of, rather than leave less than `weight_floor`;
+                none by default.
 
         Returns:
             (B, M), rows sum to 1, absent modality exactly 0.
@@ -133,10 +140,11 @@ class ModalityScheduler(nn.Module):
             correction = self._correction(signals, modality_mask, standard)
             scores = scores + saturate(correction, CORRECTION_LIMIT)
         floor = torch.full_like(scores, self.config.weight_floor, dtype=torch.float32)
-        if dropped is not None:
-            floor = floor.masked_fill(dropped > 0, 0)
         floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
-        return weights_from_scores(scores, modality_mask, floor)
+        if dropped is None:
+            return weights_from_scores(scores, modality_mask, floor)
+        weights = weights_from_scores(scores, modality_mask, floor.masked_fill(dropped > 0, 0))
+        return without_least(weights, (dropped > 0) & (weights < floor))
 
     def _correction(self, signals: ModalitySignals, modality_mask: Tensor, standard: Tensor) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""

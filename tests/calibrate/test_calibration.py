@@ -16,8 +16,8 @@ from modeling_dms import DMSConfig
 from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.conformal import LEAST_P, Conformal
 from modeling_dms.calibrate.damage import FAMILIES
-from modeling_dms.calibrate.fit import _first_alike, _folds, fit_calibration
-from modeling_dms.calibrate.records import FOLDS, DamagedRecord, ModalityRecord
+from modeling_dms.calibrate.fit import fit_calibration
+from modeling_dms.calibrate.records import DamagedRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.observe.prompt import ModalityFeatures
 from modeling_dms.weigh.scheduler import GARBAGE_LEAD
@@ -626,32 +626,3 @@ def test_what_resembles_no_family_is_told_by_its_distance():
     families = ((detector.raw_scores(opposite) - detector.score_location) / detector.score_scale)[:, :-1].amax(1)
     assert (detector.p_value(families) > 0.01).float().mean() > 0.9
     assert (detector.p_value(detector(opposite)) <= 0.01).float().mean() > 0.9
-
-
-@bounded
-@given(st.lists(st.integers(0, 12), min_size=50, max_size=80), st.integers(0, 3))
-def test_the_same_content_is_in_one_fold(contents, seed):
-    order = torch.randperm(len(contents), generator=torch.Generator().manual_seed(seed))
-    content = torch.randn(13, 40, generator=torch.Generator().manual_seed(seed))[contents]
-    first = _first_alike(content * (1 + 1e-7 * torch.randn(len(contents), 1)))
-    assert first.tolist() == [contents.index(value) for value in contents]
-    folds = _folds(first, order)
-    held = [set(folds[first == place].tolist()) for place in first.unique()]
-    alike = all(len(own) == 1 for own in held)
-    assert alike or torch.equal(folds, order % FOLDS)
-    if len(held) >= 2 * FOLDS and max(map(contents.count, contents)) <= len(contents) // 5:
-        assert alike
-    # whoever is judged is judged by a fit of at least half of the samples
-    assert 2 * folds.bincount().max() <= len(folds)
-
-
-def test_contents_that_all_differ_are_drawn_into_folds_as_before():
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(_folds(torch.arange(60), order), order % FOLDS)
-    # a question that all samples ask cannot be held out
-    assert torch.equal(_folds(torch.zeros(60, dtype=torch.long), order), order % FOLDS)
-    # every other sentence twice
-    first = torch.arange(60) // 2 * 2
-    folds = _folds(first, order)
-    assert torch.equal(folds, folds[first])
-    assert folds.bincount().tolist() == [12] * FOLDS

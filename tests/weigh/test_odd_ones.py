@@ -112,7 +112,7 @@ def test_damage_may_take_all_weight_of_a_dropped_source():
     present, none = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.bool)
     p_clean, dropped = torch.tensor([[1e-9, 1e-9, 1.0]]), torch.tensor([[True, False, False]])
     weights = source_weights(p_clean, none, present, 0.01, 16.0, 0.01, None, dropped)
-    assert weights[0, 0] < 1e-6
+    assert weights[0, 0] == 0
     assert weights[0, 1] == pytest.approx(2 * 0.01 / 3, rel=1e-3)
 
 

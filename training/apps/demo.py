@@ -142,7 +142,7 @@ def run_demo(
     for backbone in backbones:
         model, processor = load(f"demo-{backbone}")
         task = VisualQuestionAnswering(processor, ANSWERS)
-        report = calibrate(model, PromptCollator(processor), load_easy_vqa("train"), calibration_samples, level=2)
+        report = calibrate(model, PromptCollator(processor), load_easy_vqa("train"), calibration_samples)
         result = {"backbone": backbone, **measure(model, task, samples), "calibration": asdict(report)}
         found.append(result)
         sections.append(section(result, len(samples)))

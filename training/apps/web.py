@@ -134,8 +134,8 @@ def explain(dms: Answer, rate: float) -> str:
     """What DMS did, in one sentence; an alarm is raised by p-values up to `rate`."""
     if dms.names != FIELDS:
         return _explain_sources(dms, rate)
-    if 0 in dms.weights:
-        absent = dms.weights.index(0)
+    absent = next((place for place in range(2) if _is_absent(dms, place, rate)), None)
+    if absent is not None:
         return f"There is no {FIELDS[absent]}: the {FIELDS[1 - absent]} alone is heard."
     if not dms.signals:
         return "The scheduler is uniform: this is the static model."
@@ -155,6 +155,11 @@ def explain(dms: Answer, rate: float) -> str:
     if most > 0.5:  # by another scheduler than the rule
         return heard
     return "Nothing looks damaged: DMS answers as the static model does."
+
+
+def _is_absent(dms: Answer, place: int, rate: float) -> bool:
+    """Whether image or context is not there: damage may take all weight, too, but raises an alarm."""
+    return dms.weights[place] == 0 and not (dms.signals and dms.signals["p_clean"][place] <= rate)
 
 
 def _explain_sources(dms: Answer, rate: float) -> str:
@@ -180,9 +185,9 @@ def draw_bars(dms: Answer, rate: float) -> str:
         if name not in values:
             continue
         cells = ""
-        for source, value, weight in zip(dms.names, values[name], dms.weights, strict=True):
+        for place, (source, value) in enumerate(zip(dms.names, values[name], strict=True)):
             alarm = name in ("p_clean", "p_match") and value <= rate
-            absent = weight == 0 and dms.names == FIELDS
+            absent = dms.names == FIELDS and _is_absent(dms, place, rate)
             cells += "<td>-</td>" if absent else f"<td>{_bar(bar, value, source.partition(' ')[0], alarm)}</td>"
         rows.append(f'<tr data-name="{name}"><th>{name}</th>{cells}<td>{bar.note}</td></tr>')
     return f'<table class="bars">{"".join(rows)}</table>'
