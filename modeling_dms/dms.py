@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,11 @@ class DynamicModalityScheduling(nn.Module):
         """What calibration needs of modality `index`, on the CPU."""
         representations, _, scalars = self.unimodal([index], [features], readout)
         parts = (features.statistics, scalars[:, 0], representations[:, 0], features.content, features.numbers)
-        return ModalityRecord(*(None if part is None else part.detach().float().cpu() for part in parts))  # type: ignore
+
+        def kept(part: Any) -> Any:
+            return None if part is None else part.detach().float().cpu()
+
+        return ModalityRecord(*map(kept, parts))
 
     def forward(
         self,

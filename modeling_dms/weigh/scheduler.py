@@ -143,8 +143,10 @@ class ModalityScheduler(nn.Module):
         floor = torch.where(conflict[:, None], floor.clamp_max(CONFLICT_FLOOR), floor)
         if dropped is None:
             return weights_from_scores(scores, modality_mask, floor)
-        weights = weights_from_scores(scores, modality_mask, floor.masked_fill(dropped > 0, 0))
-        return without_least(weights, (dropped > 0) & (weights < floor))
+        # not what is lowered for another reason than damage: a conflict, or a learned correction
+        drops = (dropped > 0) & (cast(Tensor, signals.p_clean) <= self.config.alarm_rate)
+        weights = weights_from_scores(scores, modality_mask, floor.masked_fill(drops, 0))
+        return without_least(weights, drops & (weights < floor))
 
     def _correction(self, signals: ModalitySignals, modality_mask: Tensor, standard: Tensor) -> Tensor:
         """What the MLP makes of all signals: (B, M), 0 at initialisation."""

@@ -294,6 +294,14 @@ def test_damage_may_take_all_weight_of_a_dropped_modality_alone(seed, batch, dro
         else:
             torch.testing.assert_close(found, scheduler(signals, mask, *others)[:, damaged], rtol=0, atol=1e-6)
             assert (found >= 0.05).all()
+    # what is lowered for another reason than damage keeps what it had
+    believed = DMSConfig(weight_floor=0.05, conflict_prior=("vision", "text")[1 - dropped])
+    conflict = random_signals(
+        seed, batch, 2, damage=torch.full((batch, 2), -1.0), conflict=torch.full((batch, 2), 9.0)
+    )
+    found = scheduler_of(believed, 2)(conflict, mask, *others, None, loses)
+    assert torch.equal(found, scheduler_of(believed, 2)(conflict, mask, *others))
+    assert (found[:, dropped] > 0).all()
     # nothing is suspicious
     clean = random_signals(seed, batch, 2, damage=torch.full((batch, 2), -1.0))
     assert torch.equal(scheduler(clean, mask, *others, None, loses), torch.full((batch, 2), 0.5))

@@ -167,8 +167,10 @@ def _explain_sources(dms: Answer, rate: float) -> str:
     if not dms.signals:
         return "The scheduler is uniform: this is the static model."
     most = max(dms.weights)
-    odd = [name for name, weight in zip(dms.names, dms.weights, strict=True) if weight == 0]
-    low = [f"{name} ({weight:.2f})" for name, weight in zip(dms.names, dms.weights, strict=True) if 0 < weight < most]
+    sources = list(zip(dms.names, dms.weights, dms.signals["p_match"], strict=True))
+    # damage may take all weight, too
+    odd = [name for name, weight, p_match in sources if weight == 0 and p_match <= rate]
+    low = [f"{name} ({weight:.2f})" for name, weight, _ in sources if weight < most and name not in odd]
     said = [f"All others contradict {' and '.join(odd)}: not heard."] if odd else []
     said += [f"Damage is seen in {' and '.join(low)}: heard less."] if low else []
     if not said and min(dms.signals["p_match"]) <= rate:

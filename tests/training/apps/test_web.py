@@ -148,6 +148,7 @@ def test_the_sentence_names_the_static_model():
         ([0.25] * 4, 0.5, "Nothing looks damaged or odd: DMS answers as the static model does."),
         ([0.25] * 4, 0.01, "They disagree, and no majority tells who is right: DMS takes no side."),
         ([0.4, 0.0, 0.4, 0.2], 0.01, "All others contradict context 1: not heard. Damage is seen in context 3 (0.20)"),
+        ([0.0, 0.4, 0.4, 0.2], 0.5, "Damage is seen in image (0.00) and context 3 (0.20): heard less."),
     ],
 )
 def test_the_sentence_names_sources(weights, p_match, said):
