@@ -140,7 +140,8 @@ class DMSConfig(_Checked, PreTrainedConfig):
         conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
             (`"vision"` or `"text"`). `"learned"` takes a second look at prompts that disagree or look damaged: the
             backbone reads them twice more, with each modality alone, and the answer that can be relied on most is
-            taken. Default: neither, weights stay uniform.
+            taken. Calibrate with it set: then calibration also asks by how much the image makes the text likelier.
+            Default: neither, weights stay uniform.
         false_alarm_rate (`float`, defaults to 0.01): share of clean samples that may be flagged for whatever reason, 0
             to 0.5. Damage of the image, of the text and, with `conflict_prior`, their disagreement share it alike.
         scheduler_hidden_size (`int`, defaults to 64): hidden units of the learned scheduler.

@@ -199,6 +199,11 @@ class DynamicModalityScheduling(nn.Module):
             shared = [calibration.agreement.shared(index, feature.content) for index, feature in enumerate(features)]
             canonical = consistency(torch.stack(shared, 1), modality_mask)
             agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
+        p_match, gain = calibration.agreement.p_match(agreement, modality_mask), features[-1].gain
+        if gain is not None:
+            known = modality_mask.all(1, keepdim=True)
+            joint = calibration.joint.p_value(calibration.joint(torch.stack([agreement[:, -1], gain], -1)))
+            p_match = joint[:, None].where(known, p_match)
         present = modality_mask.float()
         # before calibration nothing is known to be odd
         counts = torch.stack([detector.count for detector in calibration.detectors[: len(features)]])
@@ -211,7 +216,7 @@ class DynamicModalityScheduling(nn.Module):
             typicality=typicality * known,
             surprisal=torch.stack(surprisal, 1) * present,
             p_clean=p_clean.masked_fill(~known, 1),
-            p_match=calibration.agreement.p_match(agreement, modality_mask),
+            p_match=p_match,
         )
         standard = [calibration.modalities[index].standardize(scalars[:, index]) for index in range(len(features))]
         return signals, torch.stack(standard, 1)

@@ -232,7 +232,8 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
                 text = self._text_features(prompt.input_ids, prompt.embeddings, prompt.modality_ids)
             else:
                 text = self._text_in_prompt(prompt, reading)
-                rows = self.dms.calibration.suspicious(text).nonzero()[:, 0]
+                looked_at = self.dms.calibration.suspicious(text) | self.dms.calibration.reads_all
+                rows = looked_at.nonzero()[:, 0]
                 if len(rows):
                     ids = cast(Tensor, prompt.input_ids)[rows]
                     text.closer = (rows, self._text_features(ids, None, prompt.modality_ids[rows]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector
+from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector, JointAgreement
 from modeling_dms.calibrate.source_agreement import COMPOSITIONS, SourceAgreement
 from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability
 from modeling_dms.configuration.configuration_dms import DMSConfig
@@ -48,6 +48,7 @@ class Calibration(nn.Module):
         self.modalities = nn.ModuleList(modalities)  # type: ignore[assignment]
         self.detectors = nn.ModuleList(Detector(*evidence[index]) for index in of)  # type: ignore[assignment]
         self.agreement = Agreement(contents, config.subspace_size)
+        self.joint = JointAgreement()
         self.sources = SourceAgreement(contents, config.subspace_size)
         # the oddness of the oddest of three and more sources of clean samples, by what these are
         self.clean_sets = nn.ModuleList(Conformal(1, {}) for _ in COMPOSITIONS)  # type: ignore[assignment]
@@ -63,6 +64,11 @@ class Calibration(nn.Module):
     def reads_prompts(self) -> bool:
         """Whether it tells suspicious texts within their prompts."""
         return self.in_prompt is not None and bool(self.detectors[-1].count > 0)
+
+    @property
+    def reads_all(self) -> Tensor:
+        """Whether all texts are to be read alone as well, since that tells whether pairs belong together: (), bool."""
+        return self.joint.count > 0
 
     def distances(self, index: int, statistics: Tensor) -> Tensor:
         """`log_distances` of modality `index`: (B, L, F) -> (B, 2 L)."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from modeling_dms.calibrate.counterfactual import Answers, CounterfactualMixin, as_text
 from modeling_dms.calibrate.damage import FAMILIES, IMAGE_FAMILIES, TEXT_FAMILIES, damaged_pictures, damaged_texts
 from modeling_dms.calibrate.fit import fit_calibration
-from modeling_dms.calibrate.records import MIN_SAMPLES, DamagedRecord, ModalityRecord
+from modeling_dms.calibrate.records import MIN_SAMPLES, DamagedRecord, GainRecord, ModalityRecord
 from modeling_dms.calibrate.report import CalibrationReport
 from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
@@ -107,7 +107,7 @@ class CalibrationMixin(CounterfactualMixin):
                 module.training = mode
         if not found:
             raise ValueError("the calibration data are empty")
-        clean, damaged, present, in_prompt, answers, sources = zip(*found, strict=True)
+        clean, damaged, present, in_prompt, answers, sources, gains = zip(*found, strict=True)
         answers = [said for said in answers if said is not None]
         return (
             [ModalityRecord.cat(records) for records in zip(*clean, strict=True)],
@@ -119,6 +119,7 @@ class CalibrationMixin(CounterfactualMixin):
             None if None in in_prompt else ModalityRecord.cat(in_prompt),
             Answers.cat(answers) if answers else None,
             None if None in sources else SourceRecord.cat(sources),
+            None if None in gains else GainRecord.cat(gains),
         )
 
     def abstention_threshold(self, risk: float = 0.1) -> float:
@@ -225,14 +226,19 @@ class CalibrationMixin(CounterfactualMixin):
             damaged[1][name] = DamagedRecord(severity, *seen)
             if asked is not None and number == asked[1]:
                 text, of_text = as_text(inputs, ids, input_ids, still), features.content
-        answers, both = None, (present & present.roll(1, 0)).all(1).cpu()
+        answers = gains = None
+        both = (present & present.roll(1, 0)).all(1).cpu()
+        clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
+        # what a conflict is told by may cost more where somebody wants to know of it
+        weighs_gain = level > 1 and read is not None and self.config.dms_config.conflict_prior is not None
+        if weighs_gain:
+            gains = self._gains(prompt, clean, both, place)
         if asked is not None and prompt.images is not None and bool(both.any()):
-            clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
             contents = (records[0].content, records[1].content, of_text)
             copies = self._copies(prompt, inputs, image, text, contents, asked[:2])
             labels = None if batch.get("labels") is None else batch["labels"].to(self.device)
-            answers = self._answers(clean, copies, labels, both, asked[2])
-        return records, damaged, present.cpu(), in_prompt, answers, sources
+            answers = self._answers(clean, copies, labels, both, asked[2], prompt if weighs_gain else None)
+        return records, damaged, present.cpu(), in_prompt, answers, sources, gains
 
     def _clean_prompt(
         self, batch: dict[str, Any], place: int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.statistics import REMEMBERED, Statistics, keep_map, map_shapes, mapped, standardised
-from modeling_dms.evidence.typicality import fit_canonical
+from modeling_dms.evidence.typicality import fit_canonical, fit_logistic
 
 
 # how far, in clean standard deviations, one number counts
@@ -141,3 +141,24 @@ class Agreement(Conformal):
         where fewer than two modalities are present."""
         known = (self.informative > 0) & (modality_mask.sum(1, keepdim=True) > 1)
         return self.p_value(-consistency).where(known, 1)
+
+
+class JointAgreement(Conformal):
+    """What calibration knows of how far clean pairs agree by two numbers together: their consistency, and by how much
+    the image makes the text likelier ([`ModalityFeatures.gain`]). Its score is minus the log-odds that a pair belongs
+    together, but for a constant."""
+
+    def __init__(self):
+        super().__init__(1, {"coefficients": (2,)})
+
+    def fit_numbers(self, matched: Tensor, swapped: Tensor) -> None:
+        """Fits what both numbers are worth, from those of pairs (n, 2) and of the same images with other texts."""
+        numbers = torch.cat([matched, swapped])
+        location, scale = numbers.mean(0), numbers.std(0).clamp_min(1e-6)
+        targets = torch.cat([torch.ones(len(matched)), torch.zeros(len(swapped))])
+        even = torch.full((len(numbers),), 1 / len(numbers))
+        self.coefficients.copy_(fit_logistic((numbers - location) / scale, targets, even, ridge=1e-3)[:-1] / scale)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The score: (n, 2) -> (n,)."""
+        return -numbers @ self.coefficients

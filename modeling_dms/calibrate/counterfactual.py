@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from modeling_dms.calibrate.records import Record
+from modeling_dms.calibrate.records import GainRecord, Record
 from modeling_dms.observe.images import Images
-from modeling_dms.observe.prompt import TEXT, Prompt
+from modeling_dms.observe.prompt import TEXT, ModalityFeatures, Prompt
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
@@ -47,6 +47,7 @@ class Answers(Record):
             the text alone, both, and to both with what is damaged at the rule's weight.
         sureness: (n, 2), the probability of the likeliest token of the last two.
         image_content, text_content: (n, F) each, see `ModalityFeatures`.
+        gain: (n,), likewise; `None` where it is not asked for.
     """
 
     sources: Tensor
@@ -56,6 +57,7 @@ class Answers(Record):
     sureness: Tensor
     image_content: Tensor
     text_content: Tensor
+    gain: Tensor | None = None
 
 
 def swapped_images(inputs: dict[str, Any], images: Images, batch: int) -> dict[str, Any] | None:
@@ -118,6 +120,33 @@ class CounterfactualMixin:
             which = places
         return logits[torch.arange(len(ids), device=ids.device), which].float().softmax(-1)
 
+    def _gain(self, prompt: Prompt, inputs: dict[str, Any]) -> Tensor:
+        """`ModalityFeatures.gain` (B,) of prompts, on the CPU.
+
+        Args:
+            inputs: of `forward` with `modality_ids`, their images encoded.
+        """
+        read = {name: value for name, value in inputs.items() if name != "modality_ids"}
+        ids, modality_ids = inputs["input_ids"], inputs["modality_ids"]
+        changed = replace(prompt, input_ids=ids, attention_mask=inputs["attention_mask"], modality_ids=modality_ids)
+        within = cast(ModalityFeatures, self._text_within(changed, read))
+        within.closer = torch.arange(len(ids)), self._text_features(ids, None, modality_ids)
+        return cast(Tensor, within.gain).float().cpu()
+
+    def _gains(self, prompt: Prompt, clean: dict[str, Any], rows: Tensor, first: int) -> GainRecord:
+        """Those of a batch, and of its images with the text of the row before.
+
+        Args:
+            clean: see `_answers`.
+            rows: (B,), which of the rows, and of those before them, have all sources.
+            first: the place of the batch's first sample.
+        """
+        is_text = prompt.modality_ids == TEXT
+        changed = as_text(clean, prompt.modality_ids, *swapped_texts(clean["input_ids"], is_text))
+        gains = [self._gain(prompt, {**clean, **other}).masked_fill(~rows, torch.nan) for other in ({}, changed)]
+        count = len(rows)
+        return GainRecord(*gains, first + (torch.arange(count) - 1) % count)
+
     def _copies(
         self,
         prompt: Prompt,
@@ -168,6 +197,7 @@ class CounterfactualMixin:
         labels: Tensor | None,
         rows: Tensor,
         first: int,
+        prompt: Prompt | None = None,
     ) -> Answers:
         """Answers to copies of a batch, the first of which is the batch itself.
 
@@ -176,6 +206,7 @@ class CounterfactualMixin:
             labels: see `_first_tokens`.
             rows: (B,), which of them have all sources.
             first: the place of the first among the samples of the calibration.
+            prompt: the batch's, if gains are asked for as well.
         """
         count, found, truth, low = len(rows), [], None, self.config.dms_config.weight_floor
         places, device = rows.nonzero()[:, 0], clean["input_ids"].device
@@ -206,5 +237,6 @@ class CounterfactualMixin:
             sources = first + torch.stack([(places - shift) % count for shift in copy.shifts], 1)
             parts = first_tokens_compared(*said), agrees, sure, copy.image_content, copy.text_content
             of = torch.tensor(copy.families).expand(len(places), -1)
-            found.append(Answers(sources, of, *(part.float().cpu()[rows] for part in parts)))
+            gain = None if prompt is None else self._gain(prompt, inputs)[rows]
+            found.append(Answers(sources, of, *(part.float().cpu()[rows] for part in parts), gain))
         return Answers.cat(found)

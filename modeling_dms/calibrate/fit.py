@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from modeling_dms.calibrate.calibration import Calibration
-from modeling_dms.calibrate.conformal import FARTHEST, TAIL, Agreement, Detector
+from modeling_dms.calibrate.conformal import FARTHEST, TAIL, Detector, JointAgreement
 from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
 from modeling_dms.calibrate.fit_sources import fit_sources
-from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, ModalityRecord
+from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, GainRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.configuration.configuration_dms import MODALITIES
@@ -48,6 +48,7 @@ def fit_calibration(
     in_prompt: ModalityRecord | None = None,
     answers: Answers | None = None,
     sources: SourceRecord | None = None,
+    gains: GainRecord | None = None,
 ) -> CalibrationReport:
     """Fits all of `calibration` from clean samples and damaged copies of them.
 
@@ -60,6 +61,7 @@ def fit_calibration(
         in_prompt: of the clean samples' text, as it was read within the prompts.
         answers: what the backbone answered to damaged copies, for level 3.
         sources: all sources of the same samples, where they have several of a modality.
+        gains: by how much the same samples' images make their texts likelier, where that is to count.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
@@ -103,10 +105,10 @@ def fit_calibration(
         _fit_in_prompt(calibration, in_prompt[rows], folds[rows], level)
     both = present.all(1)
     calibration.agreement.reset()
+    calibration.joint.reset()
     p_match: Tensor | None = None
     if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
-        records = [record[both] for record in clean]
-        p_match = _fit_agreement(calibration.agreement, records, folds[both], report, answers, folds)
+        p_match = _fit_agreement(calibration, clean, both, folds, report, answers, gains)
     for statistics in (calibration.sources, *calibration.clean_sets):
         statistics.reset()
     if sources is not None:
@@ -241,47 +243,99 @@ def _report_detection(
 
 
 def _fit_agreement(
-    agreement: Agreement,
+    calibration: Calibration,
     clean: Sequence[ModalityRecord],
+    both: Tensor,
     folds: Tensor,
     report: CalibrationReport,
     answers: Answers | None,
-    folds_of_all: Tensor,
+    gains: GainRecord | None,
 ) -> Tensor | None:
-    """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations.
+    """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations; and
+    what it tells together with the gains, where they are known.
 
     Args:
-        clean, folds: of the n samples that have both.
-        folds_of_all: of all samples.
+        both: (n,), which samples have both.
+        folds: (n,).
 
     Returns:
         The p-values of the pairs of `answers`, by fits that their images took no part in; `None` where consistency
         tells nothing of them.
     """
-    consistency = None if answers is None else torch.zeros(len(answers.sources))
-    scores: dict[str, tuple[list[Tensor], list[Tensor]]] = {"canonical": ([], []), "representations": ([], [])}
+    agreement, asked = calibration.agreement, torch.zeros(0) if answers is None else torch.zeros(len(answers.sources))
+    # each image with its own text, with one of the same fold and, where gains are known, with that of the row before
+    cosines = {kind: torch.full((3, len(both)), torch.nan) for kind in ("canonical", "representations")}
     for fold in range(FOLDS):
-        held = folds == fold
-        agreement.fit_shared([record.content[~held] for record in clean])
-        if answers is not None and consistency is not None:
-            asked = folds_of_all[answers.sources[:, 0]] == fold
-            contents = (answers.image_content[asked], answers.text_content[asked])
-            image, text = (agreement.shared(index, content) for index, content in enumerate(contents))
-            consistency[asked] = torch.cosine_similarity(image, text)
-        shared = [agreement.shared(index, record.content[held]) for index, record in enumerate(clean)]
-        views = {"canonical": shared, "representations": [record.representations[held] for record in clean]}
-        for kind, (first, second) in views.items():
-            # matched pairs, and each image with another sample's text
-            for pairs, shift in zip(scores[kind], (0, len(first) // 2), strict=True):
-                pairs.append(torch.cosine_similarity(first, second.roll(shift, 0)))
-    agreement.fit_shared([record.content for record in clean])
-    matched = {kind: torch.cat(pairs) for kind, (pairs, _) in scores.items()}
-    areas = {kind: auroc(torch.cat(swapped), matched[kind]) for kind, (_, swapped) in scores.items()}
+        held, rest = both & (folds == fold), both & (folds != fold)
+        agreement.fit_shared([record.content[rest] for record in clean])
+        if answers is not None:
+            rows = folds[answers.sources[:, 0]] == fold
+            contents = (answers.image_content[rows], answers.text_content[rows])
+            asked[rows] = torch.cosine_similarity(
+                *(agreement.shared(m, content) for m, content in enumerate(contents))
+            )
+        shared = [agreement.shared(index, record.content) for index, record in enumerate(clean)]
+        views = {"canonical": shared, "representations": [record.representations for record in clean]}
+        for kind, (images, texts) in views.items():
+            own = texts[held]
+            others = [own, own.roll(len(own) // 2, 0), *([] if gains is None else [texts[gains.other][held]])]
+            for place, other in enumerate(others):
+                cosines[kind][place, held] = torch.cosine_similarity(images[held], other)
+    agreement.fit_shared([record.content[both] for record in clean])
+    areas = {kind: auroc(found[1, both], found[0, both]) for kind, found in cosines.items()}
     best = max(areas, key=lambda kind: areas[kind])
     report.consistency, report.mismatch_auroc = best, areas[best]
-    agreement.remember(-matched[best][:, None])
+    agreement.remember(-cosines[best][0, both, None])
     agreement.canonical.fill_(float(best == "canonical"))
     agreement.informative.fill_(float(areas[best] > 0.5 + UNINFORMATIVE))
-    if consistency is None or best != "canonical" or not agreement.informative > 0:
+    scores = None
+    if gains is not None:
+        own, other = torch.stack([cosines[best][0], gains.gain], 1), torch.stack([cosines[best][2], gains.of_other], 1)
+        of_answers = None
+        if answers is not None and answers.gain is not None:
+            of_answers = torch.stack([asked, answers.gain], 1), folds[answers.sources[:, 0]]
+        scores = _fit_joint(calibration.joint, own, other, folds, report, of_answers)
+    if answers is None or best != "canonical":
         return None
-    return agreement.p_value(-consistency)
+    if scores is not None:
+        return calibration.joint.p_value(scores)
+    return agreement.p_value(-asked) if agreement.informative > 0 else None
+
+
+def _fit_joint(
+    joint: JointAgreement,
+    matched: Tensor,
+    swapped: Tensor,
+    folds: Tensor,
+    report: CalibrationReport,
+    answers: tuple[Tensor, Tensor] | None,
+) -> Tensor | None:
+    """Fits what consistency and gain tell together, if that is more than consistency tells alone.
+
+    Args:
+        matched, swapped: both numbers (n, 2) of pairs, and of the same images with other texts; NaN where unknown.
+        folds: (n,).
+        answers: numbers (m, 2) of further pairs and their folds.
+
+    Returns:
+        Scores (m,) of these, by fits that their images took no part in; `None` where nothing was fitted.
+    """
+    known = torch.cat([matched, swapped], 1).isfinite().all(1)
+    if int(known.sum()) < MIN_SAMPLES:
+        return None
+    scores, found = torch.zeros(2, len(folds)), None if answers is None else torch.zeros(len(answers[0]))
+    for fold in range(FOLDS):
+        held, rest = known & (folds == fold), known & (folds != fold)
+        joint.fit_numbers(matched[rest], swapped[rest])
+        scores[:, held] = torch.stack([joint(matched[held]), joint(swapped[held])])
+        if answers is not None and found is not None:
+            rows = answers[1] == fold
+            found[rows] = joint(answers[0][rows])
+    areas = auroc(swapped[known, 0], matched[known, 0]), auroc(scores[0, known], scores[1, known])
+    if areas[1] <= max(areas[0], 0.5 + UNINFORMATIVE):
+        joint.reset()
+        return None
+    joint.fit_numbers(matched[known], swapped[known])
+    joint.remember(scores[0, known, None])
+    report.consistency, report.mismatch_auroc = f"{report.consistency} and likelihood gain", areas[1]
+    return found

@@ -58,3 +58,18 @@ class DamagedRecord(Record):
     severity: Tensor
     statistics: Tensor | None
     numbers: Tensor | None
+
+
+@dataclass
+class GainRecord(Record):
+    """By how much images make texts likelier, see `ModalityFeatures.gain`; NaN where a sample lacks either.
+
+    Attributes:
+        gain: (n,), of each sample.
+        of_other: (n,), of its image and the text of another sample.
+        other: (n,), the place of that sample.
+    """
+
+    gain: Tensor
+    of_other: Tensor
+    other: Tensor

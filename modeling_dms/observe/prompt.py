@@ -31,7 +31,8 @@ class ModalityFeatures:
         surprisal: (B,), the mean of a text's tokens in nats; `None` where nothing predicts them.
         content: (B, F), what is compared with that of the other modality.
         in_prompt: whether it was read within the prompt, and not alone.
-        closer: of a text read within its prompt, the rows (b,) that looked suspicious and were read alone.
+        closer: of a text read within its prompt, the rows (b,) that were read alone as well: those that looked
+            suspicious, or all.
     """
 
     tokens: Tensor
@@ -42,6 +43,18 @@ class ModalityFeatures:
     surprisal: Tensor | None = None
     in_prompt: bool = False
     closer: "tuple[Tensor, ModalityFeatures] | None" = None
+
+    @property
+    def gain(self) -> Tensor | None:
+        """By how much likelier its prompt, and so its image, makes each token of a text on average: (B,), in nats;
+        `None` unless all texts have been read both ways.
+
+        The logarithm of what VisualGPTScore (Lin et al., 2023) compares, p(text | image) / p(text).
+        """
+        if self.closer is None or self.surprisal is None or len(self.closer[0]) < len(self.surprisal):
+            return None
+        alone = self.closer[1].surprisal
+        return None if alone is None else alone - self.surprisal
 
 
 @dataclass
