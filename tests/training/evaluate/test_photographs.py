@@ -1,4 +1,4 @@
-"""What `benchmarks/static.py` reads at once is what the model says of each prompt by itself."""
+"""What `benchmarks/photographs.py` reads at once is what the model says of each prompt by itself."""
 
 import sys
 from pathlib import Path
@@ -12,13 +12,13 @@ from modeling_dms.training.models.loading import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
-import static
+import photographs
 
 
 @pytest.fixture(scope="module")
 def reader():
     model, processor = load("demo-llava", {"scheduler": "uniform"})
-    return static.Reader(model.eval(), processor)
+    return photographs.Reader(model.eval(), processor)
 
 
 @pytest.fixture
