@@ -270,10 +270,8 @@ def _fit_agreement(
         agreement.fit_shared([record.content[rest] for record in clean])
         if answers is not None:
             rows = folds[answers.sources[:, 0]] == fold
-            contents = (answers.image_content[rows], answers.text_content[rows])
-            asked[rows] = torch.cosine_similarity(
-                *(agreement.shared(m, content) for m, content in enumerate(contents))
-            )
+            image = agreement.shared(0, answers.image_content[rows])
+            asked[rows] = torch.cosine_similarity(image, agreement.shared(1, answers.text_content[rows]))
         shared = [agreement.shared(index, record.content) for index, record in enumerate(clean)]
         views = {"canonical": shared, "representations": [record.representations for record in clean]}
         for kind, (images, texts) in views.items():
