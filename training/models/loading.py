@@ -66,9 +66,10 @@ def load(
             # calibrated by version 0.1, to other numbers: of that there is left that it was
             weights |= {part: value for part, value in fitted.items() if not part.endswith(".level")}
             weights = {**fitted, **weights}
-        reliability = {part: value for part, value in fitted.items() if part.startswith(f"{calibration}reliability.")}
-        if not weights.keys() & reliability:  # calibrated before there was a third level
-            weights |= reliability
+        for room in ("reliability", "joint"):
+            new = {part: v for part, v in fitted.items() if part.startswith(f"{calibration}{room}.")}
+            if not weights.keys() & new:  # calibrated before there was that
+                weights |= new
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         try:
             set_peft_model_state_dict(adapted, weights)
