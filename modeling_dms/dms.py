@@ -203,7 +203,7 @@ class DynamicModalityScheduling(nn.Module):
         if gain is not None:
             known = modality_mask.all(1, keepdim=True)
             joint = calibration.joint.p_value(calibration.joint(torch.stack([agreement[:, -1], gain], -1)))
-            p_match = joint[:, None].where(known, p_match)
+            p_match = joint[:, None].where(known & calibration.reads_all, p_match)
         present = modality_mask.float()
         # before calibration nothing is known to be odd
         counts = torch.stack([detector.count for detector in calibration.detectors[: len(features)]])

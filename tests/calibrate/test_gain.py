@@ -102,6 +102,20 @@ def test_the_gain_is_what_both_readings_of_a_text_differ_by(backbone):
     assert (alone.p_match == 1).all()
 
 
+@torch.no_grad()
+def test_a_batch_of_suspicious_texts_keeps_what_consistency_tells():
+    """All of them are read alone then, too, and nobody has fitted what the gain tells."""
+    model = tiny.build("llava-llama").eval()
+    model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
+    model.dms.calibration.agreement.informative.fill_(1)
+    batch = tiny.clean_samples(count=8, size=8)[0]
+    expected = model(**batch).modality_signals.p_match
+    model.dms.calibration.suspicious = lambda text: torch.ones(len(text.tokens), dtype=torch.bool)
+    found = model(**batch).modality_signals.p_match
+    assert (expected < 1).any()
+    torch.testing.assert_close(found, expected)
+
+
 def test_it_is_saved(tmp_path):
     model = tiny.build("llava-llama").eval()
     knows_gain(model)
