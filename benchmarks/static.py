@@ -77,8 +77,7 @@ def imitate(
     reader: Reader, states: dict[Any, Tensor], teacher: Reader, samples: Sequence[Sample], rng: random.Random
 ) -> None:
     """Teaches a Q-Former to say what another model's projector says, of as many neighbouring image tokens as there are
-    to a query, and takes over what its language model, the same one, has learned. By itself, of a few hundred
-    photographs, a Q-Former does not learn to look."""
+    to a query. By itself, of a few hundred photographs, a Q-Former does not learn to look."""
     shown = encoded(teacher, samples, VIEWS)
     queries = reader.tokens(next(iter(states.values()))[:1].float()).shape[1]
     with torch.no_grad():
@@ -102,11 +101,21 @@ def imitate(
         nn.utils.clip_grad_norm_(bridge, 1.0)
         optimizer.step()
     print(json.dumps({"imitated": loss.item()}), flush=True)
-    learned = {n[n.index(".layers.") :]: p for n, p in teacher.model.named_parameters() if "lora_" in n}
+
+
+def adopt(model: Any, teacher: Any) -> None:
+    """Takes over what another model's language model, the same one, has learned."""
+    learned = {n[n.index(".layers.") :]: p for n, p in teacher.named_parameters() if "lora_" in n}
+    scales = [of.peft_config["default"].lora_alpha / of.peft_config["default"].r for of in (teacher, model)]
     with torch.no_grad():
-        for name, parameter in reader.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(learned[name[name.index(".layers.") :]])
+                part = learned[name[name.index(".layers.") :]]
+                if "lora_A" in name:
+                    parameter[: len(part)] = part
+                else:
+                    # of the rest, which is random in A, as before nothing
+                    parameter[:, : part.shape[1]] = part * (scales[0] / scales[1])
 
 
 def lesson(
@@ -121,6 +130,13 @@ def lesson(
         context = {"image": None, "wrong context": rng.choice(others)}.get(form, rng.choice(described))
         row.append(reader.asked(sample.replace(context=context), sees=form != "context")[1])
     return row
+
+
+def saved(model: Any, processor: Any, folder: Path) -> None:
+    """An adapter with what `load` reads beside it."""
+    model.save_pretrained(folder)
+    model.get_base_model().config.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -154,6 +170,7 @@ def train(options: argparse.Namespace) -> None:
         teacher, of_teacher = load(options.teacher, {"scheduler": "rule"}, merge=False)
         firsts = [own[0] for own in captions.values()]
         imitate(reader, states, Reader(teacher.eval(), of_teacher), firsts, random.Random(options.seed))
+        adopt(model, teacher)
     elif not trained_before:
         align(reader, states, captions, random.Random(options.seed))
     model.train()
@@ -187,10 +204,7 @@ def train(options: argparse.Namespace) -> None:
         print(json.dumps(log[-1]), flush=True)
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         torch.save({"model": trained, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "log": log}, checkpoint)
-    final = options.out / "final"
-    model.save_pretrained(final)
-    reader.base.config.save_pretrained(final)
-    processor.save_pretrained(final)
+    saved(model, processor, options.out / "final")
     (options.out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 

@@ -105,7 +105,10 @@ Exit codes:
 _command = partial(app.command, cls=_Command)
 
 DATA = "easy-vqa, openmoji, flickr8k, a Hub id, or a folder or file with a table of image, context, question, answers."
-CHECKPOINT = "Folder, Hub id or shipped name (demo-llava, demo-blip2) of a vanilla or DMS checkpoint, or an adapter."
+CHECKPOINT = (
+    "Folder, Hub id or shipped name (demo-llava, demo-blip2, photographs-llava) of a vanilla or DMS checkpoint, or an "
+    "adapter."
+)
 
 
 @app.callback()
@@ -182,7 +185,7 @@ def demo(
     web: Annotated[
         bool, typer.Option("--web", help="Serve a page instead, to try inputs and corruptions on.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help=f"With --web: {CHECKPOINT} Default: demo-llava.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"With --web: {CHECKPOINT} Default: photographs-llava.")] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="With --web: default is the first free one from 7860 on.")
     ] = None,
@@ -201,7 +204,7 @@ def demo(
         return
     from modeling_dms.training.apps.web import serve
 
-    serve(model or "demo-llava", port, calibration_samples)
+    serve(model, port, calibration_samples)
 
 
 @_command(
@@ -473,6 +476,7 @@ def release(
     run: Annotated[Path, typer.Argument(help="Folder with an adapter, of `dms train` or `dms calibrate`.")],
     base: Annotated[str, typer.Option(help="The assembled checkpoint it was trained on.")],
     out: Annotated[Path, typer.Option(help="Folder for the small adapter.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Of its LoRA, lower than what was trained.")] = None,
 ) -> None:
     """Makes an adapter small, and independent of where it was trained.
 
@@ -480,7 +484,7 @@ def release(
     """
     from modeling_dms.training.publish.release import release as write
 
-    typer.echo(f"wrote {write(run, base, out)}")
+    typer.echo(f"wrote {write(run, base, out, rank)}")
 
 
 if __name__ == "__main__":
