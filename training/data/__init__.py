@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modeling_dms.training.data.collator import PromptCollator, as_text
     from modeling_dms.training.data.easy_vqa import load_easy_vqa
+    from modeling_dms.training.data.example_photographs import load_example_photographs
     from modeling_dms.training.data.flickr8k import load_flickr8k
     from modeling_dms.training.data.folder import load_folder
     from modeling_dms.training.data.hub import HUB_DATASETS, load_hub
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "collator": ("PromptCollator", "as_text"),
     "easy_vqa": ("load_easy_vqa",),
+    "example_photographs": ("load_example_photographs",),
     "flickr8k": ("load_flickr8k",),
     "folder": ("load_folder",),
     "hub": ("HUB_DATASETS", "load_hub"),
@@ -43,6 +45,7 @@ __all__ = [
     "Sample",
     "as_text",
     "load_easy_vqa",
+    "load_example_photographs",
     "load_flickr8k",
     "load_folder",
     "load_hub",

@@ -225,9 +225,8 @@ def run_condition(
             began = time.perf_counter()
             vanilla = not hasattr(model, "families_left_out")
             with contextlib.nullcontext() if vanilla else model.families_left_out(condition.unseen_families):
-                decision = method.decide(model, batch)
+                decision, trust = method.judge(model, batch)
                 deciding = time.perf_counter() - began
-                trust = method.reliability(model, batch)
             weights = None if (given := method.weights(decision)) is None else given.tolist()
             # methods that have weights answer by these alone
             known = None if weights is None else by_weights.get(str(weights))

@@ -109,9 +109,10 @@ class Method:
         ids = prompt["input_ids"]
         return torch.full((len(ids), len(MODALITIES)), 1 / len(MODALITIES), device=ids.device)
 
-    def reliability(self, model: PreTrainedModel, prompt: Batch) -> Tensor | None:
-        """How far the answers can be relied on, (B,) in [0, 1]; `None` for a method that does not tell."""
-        return None
+    def judge(self, model: PreTrainedModel, prompt: Batch) -> tuple[Tensor, Tensor | None]:
+        """The decision, and how far the answers can be relied on: (B,) in [0, 1], or `None` for a method that does not
+        tell."""
+        return self.decide(model, prompt), None
 
     def weights(self, decision: Tensor) -> Tensor | None:
         """Modality weights (B, M), `None` for a method that has none."""
@@ -233,16 +234,19 @@ class Scheduled(Method):
         with scheduled_by(model, self.scheduler):
             return model.get_modality_weights(**_inputs(prompt))[0]
 
-    def reliability(self, model: PreTrainedModel, prompt: Batch) -> Tensor | None:
+    @torch.no_grad()
+    def judge(self, model: PreTrainedModel, prompt: Batch) -> tuple[Tensor, Tensor | None]:
+        """Both of one pass."""
         if not cast(Any, model).dms.calibration.reliability.count > 0:
-            return None
+            return self.decide(model, prompt), None
         inputs, language = _inputs(prompt), model.config.get_text_config()
         if language.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.full_like(prompt["input_ids"][:, :1], language.decoder_start_token_id)
         else:
             inputs["logits_to_keep"] = 1
         with scheduled_by(model, self.scheduler):
-            return model(**inputs).reliability
+            out = model(**inputs)
+        return out.modality_weights, out.reliability
 
 
 def _inputs(prompt: Batch) -> Batch:

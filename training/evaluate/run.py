@@ -22,6 +22,7 @@ from modeling_dms.save.staging import check_writable
 from modeling_dms.training.corruptions import NAMES, CorruptionConfig, names_in
 from modeling_dms.training.corruptions.registry import INPUTS, seeded
 from modeling_dms.training.data import PromptCollator, Sample, load_samples
+from modeling_dms.training.data.flickr8k import is_flickr8k
 from modeling_dms.training.data.folder import Table
 from modeling_dms.training.data.samples import (
     SPLITS,
@@ -62,6 +63,8 @@ from modeling_dms.training.names import check_names
 
 logger = logging.getLogger(__name__)
 
+# between the samples of a sheet
+STRIDE = 7
 CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
 # by name: the kind of samples it takes
 TASKS = {"vqa": "vqa", "vqa-generate": "vqa", "caption": "caption", "retrieval": "retrieval", "matching": "retrieval"}
@@ -323,6 +326,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     results = {
         "run": {
             **{f.name: _plain(getattr(config, f.name)) for f in fields(config) if f.name not in ("out", "resume")},
+            # by its name, wherever its files lie
+            "data": "flickr8k" if is_flickr8k(config.data) else config.data,
             "model_sha256": asked["model"]["sha256"][0],
             "metric": task.metric,
             "seeds": list(range(config.seeds)),
@@ -359,24 +364,26 @@ def write(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     shown = [m.name for m in methods if not m.name.startswith(("learned: ", "rule +"))]
     pictures = draw(results, cells, out, shown)
-    sheet = draw_samples(out / "samples.png", model, task, methods, samples, [c.condition for c in cells])
+    if panels := sample_panels(model, task, methods, samples, [c.condition for c in cells]):
+        draw_sheet(out / "samples.png", panels)
+        pictures.append(out / "samples.png")
     text = render(results)
-    text += "\n" + "\n\n".join(f"![{path.stem}]({path.name})" for path in [*pictures, *sheet]) + "\n"
+    text += "\n" + "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 @torch.no_grad()
-def draw_samples(
-    path: Path,
+def sample_panels(
     model: PreTrainedModel,
     task: Task,
     methods: Sequence[Method],
     samples: Sequence[Sample],
     conditions: Sequence[Condition],
     count: int = 8,
-) -> list[Path]:
-    """A sheet of samples under different conditions, answered by static and the first DMS method."""
+) -> list[Panel]:
+    """Samples under different conditions, answered by static and the first DMS method; none for a task that ranks no
+    answers."""
     dms = next((method for method in methods if method.name in ("rule", "own", "learned")), None)
     strongest: dict[str, Condition] = {}
     for condition in conditions:
@@ -392,7 +399,7 @@ def draw_samples(
     for place, condition in enumerate(chosen):
         # the column's own sample: none is picked for its answer
         pool = condition.apply(samples, 0)[0]
-        sample = pool[place * 5 % len(pool)]
+        sample = pool[place * STRIDE % len(pool)]
         batch, answers, weights = task.collate([sample]), {}, [0.5, 0.5]
         for title, method in (("static", Method()), ("DMS", dms)):
             decision = method.decide(model, batch)
@@ -400,8 +407,7 @@ def draw_samples(
             answers[title] = (answer[0]["prediction"], bool(task.scores(answer, [sample])["score"][0] > 0.5))
             weights = decision[0].tolist()
         panels.append(Panel(condition.name, sample, answers, weights))
-    draw_sheet(path, panels)
-    return [path]
+    return panels
 
 
 def _task(

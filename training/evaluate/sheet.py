@@ -23,19 +23,29 @@ class Panel:
     weights: Sequence[float]
 
 
-def draw_sheet(path: Path, panels: Sequence[Panel]) -> None:
-    """Draws panels side by side."""
+def draw_sheet(path: Path, panels: Sequence[Panel], columns: int = 8) -> None:
+    """Draws panels side by side, so many in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        2, len(panels), figsize=(2.1 * len(panels), 5.0), height_ratios=(1, 0.45), squeeze=False, layout="constrained"
+        2 * rows,
+        columns,
+        figsize=(2.1 * columns, 5.0 * rows),
+        height_ratios=(1, 0.45) * rows,
+        squeeze=False,
+        layout="constrained",
     )
-    for column, panel in enumerate(panels):
+    for axis in axes.reshape(rows, 2, columns).swapaxes(1, 2).reshape(-1, 2)[len(panels) :].flat:
+        axis.axis("off")
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, columns)
         image = panel.sample.load_image()
-        top, bottom = axes[0, column], axes[1, column]
+        top, bottom = axes[2 * row : 2 * row + 2, column]
         if image is not None:
             top.imshow(image)
         top.set_box_aspect(1 if image is None else None)
@@ -57,7 +67,8 @@ def draw_sheet(path: Path, panels: Sequence[Panel]) -> None:
         bottom.spines[["top", "right"]].set_visible(False)
         if column:
             bottom.set_yticklabels([])
-    axes[1, 0].set_ylabel("DMS weight", fontsize=9)
+        else:
+            bottom.set_ylabel("DMS weight", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

