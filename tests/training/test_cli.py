@@ -257,7 +257,7 @@ def test_choices_of_calibration_are_checked_before_data_are_read(given, said, tm
     assert said in wrong_usage(*command)
 
 
-SHIPPED = "demo-blip2, demo-llava, llava-dinov2s-smollm2-135m, blip2-dinov2s-smollm2-135m"
+SHIPPED = "demo-blip2, demo-llava, photographs-llava, llava-dinov2s-smollm2-135m, blip2-dinov2s-smollm2-135m"
 
 
 @pytest.mark.parametrize("command", ["predict --question what? --context a --model", "merge --out out", "serve"])

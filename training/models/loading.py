@@ -210,10 +210,11 @@ def _nowhere(name: str | Path) -> str:
 
 def folders_of(name: str | Path) -> list[Path]:
     """The folders that `load` has read a checkpoint from: an adapter's own, and its base's behind it."""
+    name = located(name)
     adapter = _adapter(name)
     if adapter is not None:
         return [adapter.parent, *folders_of(base_of(adapter))]
-    folder = Path(located(name))
+    folder = Path(name)
     return [folder if folder.exists() else Path(snapshot_download(str(name), local_files_only=True))]
 
 
