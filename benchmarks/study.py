@@ -42,7 +42,8 @@ Written by `python benchmarks/study.py`. Models that `benchmarks/static.py` trai
 captions, which answers some questions and not others. Calibration saw {validation} further photographs, without
 labels; of each damage of a test, what resembles it was left out of it. DMS may call {rate:.0%} of clean pairs
 suspicious. Not measured here yet: other severities and draws, another photograph's image or caption, published
-baselines, captions and retrieval. Flickr8k is for research; its photographs belong to their photographers, and none is shown here.
+baselines, captions and retrieval. Flickr8k is for research; its photographs belong to their photographers, and none
+is shown here.
 
 """
 
