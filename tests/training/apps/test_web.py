@@ -315,9 +315,9 @@ def url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_dms.training.cli", "demo", "--web", "--port", str(port)]
+    command = [sys.executable, "-m", "modeling_dms.training.cli", "demo", "--web", "--model", "demo-llava"]
     process = subprocess.Popen(
-        [*command, "--calibration-samples", str(CALIBRATION)],
+        [*command, "--port", str(port), "--calibration-samples", str(CALIBRATION)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -472,3 +472,18 @@ def test_the_page_begins_with_what_the_checkpoint_knows(name, said):
     assert len(samples) == web.EXAMPLES
     assert said in source
     assert all(sample.load_image() is not None and sample.context and sample.question for sample in samples)
+
+
+def test_without_the_parts_the_page_is_on_shapes(monkeypatch, capsys):
+    asked = []
+
+    def load(name, *choices):
+        asked.append(name)
+        raise ImportError("install something") if name == "photographs-llava" else KeyboardInterrupt
+
+    monkeypatch.setattr(web, "gradio", lambda: None)
+    monkeypatch.setattr(web, "load_for_answers", load)
+    with pytest.raises(KeyboardInterrupt):
+        web.serve(None, None, CALIBRATION)
+    assert asked == ["photographs-llava", "demo-llava"]
+    assert "no photographs: install something" in capsys.readouterr().out
