@@ -25,7 +25,8 @@ INTRODUCTION = (
     "sources, one that all others contradict shows."
 )
 EXAMPLES = 5
-# checkpoints that know nothing but shapes
+# the checkpoint that the page takes by default, and those that know nothing but shapes
+PHOTOGRAPHS = "photographs-llava"
 ON_SHAPES = ("demo-llava", "demo-blip2")
 MAX_NEW_TOKENS = 20
 MAX_CHARACTERS = 10_000  # of a text
@@ -360,15 +361,14 @@ def serve(name: str | None, port: int | None, calibration_samples: int) -> None:
         OSError: if the port is taken.
     """
     gr = gradio()
-    if name is None:
-        try:
-            loaded = load_for_answers(name := "photographs-llava", MAX_NEW_TOKENS, calibration_samples)
-        except ImportError as error:
-            print(f"no photographs: {error}")
-            loaded = load_for_answers(name := "demo-llava", MAX_NEW_TOKENS, calibration_samples)
-    else:
-        loaded = load_for_answers(name, MAX_NEW_TOKENS, calibration_samples)
-    page = build(gr, name, responder(*loaded))
+    try:
+        loaded = load_for_answers(name or PHOTOGRAPHS, MAX_NEW_TOKENS, calibration_samples)
+    except ImportError as error:
+        if name is not None:
+            raise
+        print(f"no photographs: {error}")
+        loaded = load_for_answers(name := ON_SHAPES[0], MAX_NEW_TOKENS, calibration_samples)
+    page = build(gr, name or PHOTOGRAPHS, responder(*loaded))
     options = {"css": CSS, "footer_links": [], "max_file_size": "50mb", "share": False, "ssr_mode": False}
     _, url, _ = page.launch(server_port=port, quiet=True, prevent_thread_lock=True, **options)
     print(f"open {url} in a browser; Ctrl-C ends it", flush=True)

@@ -20,9 +20,12 @@ def load_example_photographs() -> list[Sample]:
     """A sample of each of them.
 
     Raises:
-        ImportError: without scikit-image.
+        ImportError: naming the extra that brings scikit-image.
     """
-    import skimage
+    try:
+        import skimage
+    except ImportError as error:
+        raise ImportError('photographs need the parts extra: pip install "modeling-dms[parts]"') from error
 
     folder = Path(skimage.__file__).parent / "data"
     return [
