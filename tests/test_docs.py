@@ -78,6 +78,9 @@ NOT_RUN = {
     "dms release ": "needs the model of the line before; see test_adapters",
     "dms evaluate --model my-adapter ": "needs the model of the line before",
     "dms merge my-adapter ": "needs the model of the line before",
+    "python benchmarks/static.py --photos ": "trains for hours on photographs; test_static runs its steps",
+    "python benchmarks/photographs.py --photos ": "needs photographs and the models of the lines before",
+    "python benchmarks/study.py --photos ": "needs photographs and the models of the lines before",
 }
 
 
@@ -132,6 +135,11 @@ def check_command(command):
     elif program == "pip":
         for extra in re.findall(r"\[([\w-]+)\]", command):
             assert f'"{extra}": ' in (ROOT / "setup.py").read_text(), command
+    elif program == "python":
+        asked = [sys.executable, ROOT / rest[0], "--help"]
+        taken = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        for option in (part for part in rest if part.startswith("--")):
+            assert f"{option} " in taken, f"{command}\n{taken}"
     elif program == "dms":
         group = typer.main.get_command(app)
         name, chosen, arguments = group.resolve_command(typer.Context(group), rest)
