@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # two threads: more are slower on small models
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install parts demo docs site results test test-lower lint build benchmark clean
+.PHONY: install parts demo docs site test test-lower lint build benchmark clean
 
 $(BIN)/dms: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,19 +48,6 @@ docs: $(VENV)/photographs
 # the pages of docs/ and the API, into site/; the variable turns off an advertisement of another tool
 site: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-
-# seen and unseen corruptions of the demo, all baselines, three seeds
-KINDS = image:color_cast,image:glitch,image:fog,image:low_contrast,image:invert,image:pixelate,image:solarize,image:dark,\
-image:jpeg,image:jigsaw,text:typos,text:scramble,image:noise,image:blur,image:occlusion,image:stripes,image:missing,\
-text:random_words,text:missing,image:mismatch,text:mismatch
-RESULTS = docs/results/demo-llava docs/results/demo-blip2
-
-results: $(VENV)/dev
-	for folder in $(RESULTS); do \
-		$(BIN)/dms evaluate --model $$(basename $$folder) --out $$folder --kinds "$(KINDS)" --samples 200 --methods all \
-			--resume || exit 1; \
-	done
-	$(BIN)/dms report $(RESULTS) --out docs/results.md --readme docs/demo.md
 
 # two processes of one thread each: with two, the threads wait for each other and tests take twenty times as long
 test test-lower: export OMP_NUM_THREADS = 1

@@ -332,12 +332,11 @@ Example:
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `dms evaluate` wrote.")],
     out: Annotated[Path, typer.Option(help="Markdown file, in a folder above those.")],
-    readme: Annotated[Path | None, typer.Option(help="File that gets a short table between its grid markers.")] = None,
 ) -> None:
     """Writes one document from several evaluations."""
     from modeling_dms.training.evaluate.report import combine
 
-    combine(folders, out, readme)
+    combine(folders, out)
 
 
 @app.command(

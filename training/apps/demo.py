@@ -189,8 +189,8 @@ def run_demo(
     if repository is not None:
         write_between_markers(repository / "docs" / "demo.md", "demo", f"{short}\n\n{text}")
         write_between_markers(repository / "model_cards" / "README.md", "training", training_table(backbones))
-        for name in ("demo.png", "results.json"):
-            shutil.copy(out / name, repository / "model_cards" / name)
+        shutil.copy(out / "demo.png", repository / "docs" / "demo.png")
+        shutil.copy(out / "results.json", repository / "model_cards" / "results.json")
     print(f"samples in {out / 'demo.png'}, all tables in {out / 'results.md'}; {time.time() - started:.0f} s in all")
     return results
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from modeling_dms.training.evaluate.documents import points, share, table, write_between_markers
+from modeling_dms.training.evaluate.documents import points, share, table
 from modeling_dms.training.evaluate.grid import ORACLE, Cell, Condition
 from modeling_dms.training.evaluate.metrics.confidence import aurc, expected_calibration_error, risk_at
 from modeling_dms.training.evaluate.metrics.robust import (
@@ -342,15 +342,14 @@ def read_results(path: Path) -> dict[str, Any]:
     return read
 
 
-def combine(folders: Sequence[Path], out: Path, readme: Path | None = None) -> None:
+def combine(folders: Sequence[Path], out: Path) -> None:
     """One document from the `results.json` of several evaluations, with their pictures.
 
     Args:
         folders: that `dms evaluate` wrote.
-        readme: a file that gets the `brief` table between its `grid` markers.
 
     Raises:
-        FileNotFoundError, ValueError: for a folder without results, or a `readme` without markers.
+        FileNotFoundError, ValueError: for a folder without results.
     """
     evaluations = [read_results(folder) for folder in folders]
     parts = ["# Results", "Written by `dms report` from " + ", ".join(f"`{f}/results.json`" for f in folders) + "."]
@@ -361,26 +360,6 @@ def combine(folders: Sequence[Path], out: Path, readme: Path | None = None) -> N
         parts += [f"![{picture.stem}]({place})" for picture, place in zip(pictures, places, strict=True)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    if readme is not None:
-        write_between_markers(readme, "grid", brief(evaluations))
-
-
-def brief(evaluations: Sequence[dict[str, Any]]) -> str:
-    """Clean and unseen accuracy of every method, a model a column."""
-    columns: dict[str, dict[str, str]] = {}
-    head = ["method"]
-    for results in evaluations:
-        head += [f"{results['run']['model']}: clean", "unseen", "- static, points", "gap closed"]
-        rows = {(row["group"], row["method"]): row for row in results["results"]["groups"]}
-        for method in dict.fromkeys(method for _, method in rows):
-            clean, unseen = rows.get(("clean", method)), rows.get(("unseen", method))
-            shown = ["-" if row is None else f"{row['score']:.3f}" for row in (clean, unseen)]
-            shown += ["-" if unseen is None or method == STATIC else points(unseen["minus_static"])]
-            gap = None if unseen is None or method in (STATIC, ORACLE) else unseen["gap_closed"]
-            shown += [share(gap)]
-            columns.setdefault(method, {})[results["run"]["model"]] = " | ".join(shown)
-    models = [results["run"]["model"] for results in evaluations]
-    return table(head, [[method, *(of.get(m, "- | - | - | -") for m in models)] for method, of in columns.items()])
 
 
 def condition_means(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, dict[str, Any]]]:

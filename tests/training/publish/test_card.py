@@ -22,7 +22,7 @@ from tests import tiny
 from tests.hub_server import metadata_errors
 
 
-RESULTS = Path(__file__).parents[3] / "docs" / "results" / "demo-llava" / "results.json"
+RESULTS = Path(__file__).parents[3] / "docs" / "results" / "photographs-llava" / "results.json"
 LLAVA, BLIP2 = RECIPES
 
 
@@ -44,6 +44,7 @@ def results_of(model, out, **said):
     """A folder of results, which say what they are of: by default as version 0.1 did, by its name."""
     out.mkdir()
     results = json.loads(RESULTS.read_text())
+    del results["run"]["model_sha256"]
     results["run"] |= {"model": str(model), **said}
     (out / "results.json").write_text(json.dumps(results))
     return out
@@ -92,7 +93,7 @@ def test_every_figure_is_in_the_results(checkpoint, results):
             else:
                 assert cells[4] == "-"
     assert sorted(lines) == sorted(rows)
-    methods = [method for group, method in lines if group == "seen"]
+    methods = [method for group, method in lines if group == "unseen image"]
     assert (methods[:2], methods[-1]) == (["static", "rule"], "oracle")
     assert json.loads(RESULTS.read_text())["run"]["command"] in card.text
 
@@ -296,7 +297,7 @@ def test_results_of_version_0_1_are_told_by_the_checkpoints_name(checkpoint, tmp
 
 
 def test_the_command_writes_a_card(checkpoint, results, tmp_path):
-    run = run_of(tmp_path)
+    run = run_of(tmp_path, data="flickr8k")
     done = CliRunner().invoke(app, ["card", str(checkpoint), "--results", str(results), "--run", str(run)])
     assert done.exit_code == 0, done.output
     text = (checkpoint / "README.md").read_text()
