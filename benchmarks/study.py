@@ -9,6 +9,7 @@ README's table.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,8 @@ from static import saved
 
 from modeling_dms.training.apps.demo import summary
 from modeling_dms.training.data import PromptCollator, load_flickr8k
-from modeling_dms.training.data.samples import image_key
 from modeling_dms.training.evaluate.documents import write_between_markers
-from modeling_dms.training.evaluate.report import read_results
+from modeling_dms.training.evaluate.report import combine, read_results
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 from modeling_dms.training.publish.release import release
@@ -38,13 +38,12 @@ METHODS = ("static", "rule", "oracle")
 RESULTS = Path("docs/results")
 PAGE = """# What weighing changes on photographs
 
-Written by `python benchmarks/study.py`. Models that `benchmarks/static.py` trained on {train} photographs of Flickr8k
-([what they make of photographs](photographs.md)) are asked about {test} others, one question each, beside one of their
-captions, which answers some questions and not others. Calibration saw {validation} further photographs, without
-labels; of each damage of a test, what resembles it was left out of it. DMS may call {rate:.0%} of clean pairs
-suspicious, where its default is 1%. Not measured here yet: other severities and draws, another photograph's image or
-caption, published baselines, captions and retrieval. Flickr8k is for research; its photographs
-belong to their photographers, and none is shown here.
+Written by `python benchmarks/study.py`. Models that `benchmarks/static.py` trained on photographs of Flickr8k
+([what they make of photographs](photographs.md)) are asked about {samples} others, one question each, beside one of
+their captions, which answers some questions and not others. Calibration saw the photographs of the validation split,
+without labels; of each damage of a test, what resembles it was left out of it. DMS may call {rate:.0%} of clean pairs
+suspicious, where its default is 1%. Not measured here yet: other severities and draws, captions and retrieval.
+Flickr8k is for research; its photographs belong to their photographers, and none is shown here.
 
 """
 
@@ -71,38 +70,37 @@ def main() -> None:
     parser.add_argument("--severities", default="5")
     parser.add_argument("--out", type=Path, default=Path("docs/study.md"))
     options = parser.parse_args()
-    folders, reports = [], []
+    folders = []
     for name in options.models.split(","):
         weighed = Path(name).parent / f"photographs-{Path(name).parent.name}"
         if not weighed.exists():
             calibrated(name, options.photos, weighed)
-        reports.append((weighed / "calibration.txt").read_text(encoding="utf-8"))
         folders.append(RESULTS / weighed.name)
         asked = ["--data", options.photos, "--split", "test", "--kinds", options.kinds, "--seeds", 1]
         asked += ["--severities", options.severities, "--methods", options.methods, "--batch-size", 16, "--resume"]
-        run("evaluate", "--model", weighed, *asked, "--out", folders[-1])
+        command = ["dms", "evaluate", "--model", weighed, *asked, "--out", folders[-1]]
+        subprocess.run([Path(sys.executable).parent / command[0], *map(str, command[1:])], check=True)
+        shutil.copy(weighed / "calibration.txt", folders[-1])
         # the photographs belong to others
         (folders[-1] / "samples.png").unlink(missing_ok=True)
         page = folders[-1] / "report.md"
         page.write_text(page.read_text(encoding="utf-8").replace("![samples](samples.png)", ""), encoding="utf-8")
-    run("report", *folders, "--out", options.out)
-    found = [(folder.name, read_results(folder)["results"]["groups"]) for folder in folders]
-    write_between_markers(Path("README.md"), "study", summary(found))
-    counts = {
-        split: len({image_key(sample.image) for sample in load_flickr8k(split, "vqa", options.photos)})
-        for split in ("train", "validation", "test")
-    }
-    told = "\n\n".join(
-        f"## What calibration says: {folder.name}\n\n```\n{report.strip()}\n```"
-        for folder, report in zip(folders, reports, strict=True)
-    )
-    tables = options.out.read_text(encoding="utf-8").replace("# Results\n\n", "", 1)
-    options.out.write_text(f"{PAGE.format(rate=RATE, **counts)}{tables}\n{told}\n", encoding="utf-8")
+    write(folders, options.out, Path("README.md"))
 
 
-def run(*command: object) -> None:
-    """A command of `dms`."""
-    subprocess.run([Path(sys.executable).parent / "dms", *map(str, command)], check=True)
+def write(folders: list[Path], out: Path, readme: Path) -> None:
+    """Writes the page, and the README's table, from what was found."""
+    found = [(folder.name, read_results(folder)) for folder in folders]
+    write_between_markers(readme, "study", summary([(name, of["results"]["groups"]) for name, of in found]))
+    combine(folders, out)
+    tables = out.read_text(encoding="utf-8").replace("# Results\n\n", "", 1)
+    for name, of in found:  # a model is called by its name, not by the folder that it lay in
+        tables = tables.replace(f"## {of['run']['model']}:", f"## {name}:")
+    page = [PAGE.format(rate=RATE, samples=found[0][1]["run"]["samples"]) + tables.rstrip()]
+    for folder in folders:
+        report = (folder / "calibration.txt").read_text(encoding="utf-8").strip()
+        page.append(f"## What calibration says: {folder.name}\n\n```\n{report}\n```")
+    out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

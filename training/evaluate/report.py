@@ -26,6 +26,14 @@ from modeling_dms.training.evaluate.metrics.robust import (
 
 STATIC = "static"
 COVERAGE = 0.8  # share of samples answered at which the risk is told
+# of its table, by their names in results; older results lack some
+ROBUSTNESS = {
+    "mmi": "MMI",
+    "relative_robustness": "relative robustness",
+    "mce": "mCE (static = 1)",
+    "clean_reweighted": "clean samples whose weights are not uniform",
+    "modality_auroc": "weights tell the damaged modality: AUROC",
+}
 DMS = ("rule", "own", "learned")  # the first one that was run is compared with all others
 
 
@@ -189,8 +197,12 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
         "mce": mean_corruption_error(errors(method), errors(STATIC))
         if bounded and errors(STATIC).sum(1).all()
         else None,
+        "clean_reweighted": None,
         "modality_auroc": None,
     }
+    if all(cell.weights is not None for cell in clean):
+        weights = np.concatenate([cell.weights[cell.measured] for cell in clean])
+        row["clean_reweighted"] = float((np.ptp(weights, axis=1) > 1e-3).mean())
     damaged = results.chosen(method, lambda c: c.damaged is not None)
     sides = [
         [
@@ -291,11 +303,8 @@ def render(results: dict[str, Any]) -> str:
             + table(("method", f"`{dms}` - method, points"), [[name, points(of)] for name, of in minus.items()])
         )
     if numbers["robustness"]:
-        body = [
-            [row["method"], *(_number(row[n]) for n in ("mmi", "relative_robustness", "mce", "modality_auroc"))]
-            for row in numbers["robustness"]
-        ]
-        head = ("method", "MMI", "relative robustness", "mCE (static = 1)", "weights tell the damaged modality: AUROC")
+        body = [[row["method"], *(_number(row.get(name)) for name in ROBUSTNESS)] for row in numbers["robustness"]]
+        head = ("method", *ROBUSTNESS.values())
         parts.append(f"## Robustness on unseen corruptions\n\n{table(head, body)}")
     body = [[row["method"], _number(row["milliseconds"], 2), _number(row["ratio"], 2)] for row in numbers["cost"]]
     parts.append(

@@ -789,7 +789,7 @@ def test_numbers_by_hand():
     half = [[0.5, 0.5]] * 4
     cells = [
         cell("static", CLEAN, 0, [1, 1, 1, 1], half),
-        cell("rule", CLEAN, 0, [1, 1, 1, 1], half),
+        cell("rule", CLEAN, 0, [1, 1, 1, 1], [*half[1:], away[0]]),
         cell("static", fog, 0, [0, 0, 1, 1], half, [0.9, 0.8, 0.7, 0.6]),
         cell("rule", fog, 0, [0, 1, 1, 1], away, [0.6, 0.7, 0.8, 0.9]),
         cell("oracle", fog, 0, [1, 1, 1, 1], away, [0.6, 0.7, 0.8, 0.9]),
@@ -810,6 +810,7 @@ def test_numbers_by_hand():
     robust = {row["method"]: row for row in numbers["robustness"]}
     assert robust["rule"]["modality_auroc"] == 1
     assert robust["static"]["modality_auroc"] == 0.5
+    assert (robust["static"]["clean_reweighted"], robust["rule"]["clean_reweighted"]) == (0, 1 / 4)
     assert robust["rule"]["mmi"] == pytest.approx(0.25)
     assert {row["method"]: row["ratio"] for row in numbers["cost"]} == {"static": 1, "rule": 1, "oracle": 1}
     with pytest.raises(ValueError, match="static"):
