@@ -1,10 +1,12 @@
 """`dms serve`: DMS checkpoints behind `transformers serve`, which speaks OpenAI's API."""
 
+import asyncio
 import contextvars
 import functools
 import json
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import typer
@@ -22,13 +24,14 @@ from modeling_dms.training.models.processors import load_processor, read_process
 # fields of a request that a chat template writes into the prompt; `prompt` is a whole prompt, special tokens included
 WRITTEN = ("messages", "input", "instructions", "tools", "chat_template_kwargs")
 
-JSON = (b"content-type", b"application/json")  # of a response that is not streamed
+# kinds of responses
+WHOLE, STREAMED = b"application/json", b"text/event-stream"
 
 
 def serve(name: str, arguments: Sequence[str] = ()) -> None:
     """Serves a checkpoint until it is interrupted. Special tokens that are typed into a chat are read as text, and a
-    request that the processor or the model refuses is answered by status 400 and what is wrong with it. A response
-    that is not streamed has a field `reliability`, where something is known of it.
+    request that the processor or the model refuses is answered by status 400 and what is wrong with it. A response has
+    a field `reliability`, where something is known of it; of a streamed one, its last event has it.
 
     Args:
         name: folder or Hub id of a whole DMS checkpoint.
@@ -103,14 +106,24 @@ def prepare(app: Any, state: Any, processor: ProcessorMixin) -> None:
     def in_context(*args: Any, **kwargs: Any) -> Any:
         """The manager, whose thread sees the context of the request that it works for."""
         manager = get_manager(*args, **kwargs)
-        submit = getattr(type(manager), "async_submit", None)
-        if submit is not None:
-            manager.async_submit = lambda function, *own, **named: submit(
-                manager, contextvars.copy_context().run, function, *own, **named
-            )
+        for name in ("submit", "async_submit"):  # of answers that are streamed, and of whole ones
+            submit = getattr(type(manager), name, None)
+            if submit is not None:
+                setattr(manager, name, functools.partial(_submitted, functools.partial(submit, manager)))
         return manager
 
     state.get_manager = in_context
+
+
+_running: contextvars.ContextVar[list[Future]] = contextvars.ContextVar("running")
+
+
+def _submitted(submit: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What `submit` gives for a function that sees the context it is called in."""
+    future = submit(contextvars.copy_context().run, function, *args, **kwargs)
+    if isinstance(future, Future) and (running := _running.get(None)) is not None:
+        running.append(future)
+    return future
 
 
 Message = MutableMapping[str, Any]
@@ -160,7 +173,8 @@ class TypedTokens:
 
 
 class Reliability:
-    """ASGI middleware: adds `reliability` to a JSON response, how far the answer in it can be relied on."""
+    """ASGI middleware: adds `reliability`, how far an answer can be relied on, to a JSON response, or to the last
+    event of a streamed one."""
 
     def __init__(self, app: Callable):
         self.app = app
@@ -169,23 +183,70 @@ class Reliability:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         with kept_reliability() as kept:
-            start: Message | None = None
+            running: list[Future] = []
+            token = _running.set(running)
+            start: Message = {}
             body = b""
+
+            def told() -> dict[str, float]:
+                return {"reliability": float(kept[-1][0])} if kept and kept[-1] is not None else {}
 
             async def tell(message: Message) -> None:
                 nonlocal start, body
-                if message["type"] == "http.response.start" and JSON in message["headers"]:
+                if message["type"] == "http.response.start":
                     start = message
-                elif start is None:
+                    if self._kind(start) != WHOLE:
+                        await send(start)
+                elif self._kind(start) == STREAMED and _ends(message.get("body", b"")):
+                    # the last word is sent before `generate` returns
+                    await asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True)
+                    lines = message["body"].split(b"\n")
+                    await send({**message, "body": b"\n".join(_with(line, told()) for line in lines)})
+                elif self._kind(start) != WHOLE:
                     await send(message)
-                else:  # not streamed
+                else:
                     body += message.get("body", b"")
                     if not message.get("more_body"):
-                        if kept and kept[-1] is not None:
-                            body = json.dumps({**json.loads(body), "reliability": float(kept[-1][0])}).encode()
+                        if told():
+                            body = json.dumps({**json.loads(body), **told()}).encode()
                             others = [header for header in start["headers"] if header[0] != b"content-length"]
                             start["headers"] = [*others, (b"content-length", str(len(body)).encode())]
                         await send(start)
                         await send({**message, "body": body})
 
-            return await self.app(scope, receive, tell)
+            try:
+                return await self.app(scope, receive, tell)
+            finally:
+                _running.reset(token)
+
+    def _kind(self, start: Message) -> bytes:
+        """The kind of a response, without its encoding."""
+        return dict(start["headers"]).get(b"content-type", b"").split(b";")[0]
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """What a line of a stream of events holds."""
+    try:
+        event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: {") else {}
+    except ValueError:
+        return {}
+    return event
+
+
+def _is_last(event: dict[str, Any]) -> bool:
+    """Whether an event ends an answer."""
+    ended = any(choice.get("finish_reason") for choice in event.get("choices", ()))
+    return ended or event.get("type") == "response.completed"
+
+
+def _ends(body: bytes) -> bool:
+    return any(_is_last(_event(line)) for line in body.split(b"\n"))
+
+
+def _with(line: bytes, fields: dict[str, float]) -> bytes:
+    """The line of an event, with fields in the answer that it ends."""
+    event = _event(line)
+    if not _is_last(event):
+        return line
+    event.get("response", event).update(fields)
+    return b"data: " + json.dumps(event).encode()

@@ -210,11 +210,12 @@ def test_a_server_answers_about_an_image(client, saved, samples, rescued):
         }
         completion = client.chat.completions.create(**asked)
         whole = completion.choices[0].message.content
-        stream = client.chat.completions.create(**asked, stream=True)
+        stream = list(client.chat.completions.create(**asked, stream=True))
         parts = [chunk.choices[0].delta.content or "" for chunk in stream]
         expected, _ = answers(model, processor, "demo-llava", sample)
         assert whole.strip() == "".join(parts).strip() == expected
         assert completion.reliability == pytest.approx(relied_on(model, processor, "demo-llava", sample), abs=1e-4)
+        assert stream[-1].reliability == pytest.approx(completion.reliability, abs=1e-4)
     assert expected == damaged.answers[0]
 
 
@@ -267,6 +268,17 @@ def test_a_server_reads_typed_special_tokens_as_text(in_process, saved, samples,
     as_string = [{"role": "user", "content": f"what does {typed} mean?"}]
     fields = {"instructions": typed, "input": as_string} if path.endswith("responses") else {"messages": as_string}
     answered(ask(in_process, saved, "", path=path, **fields))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_the_last_event_of_a_stream_tells_reliability(in_process, saved, samples, path):
+    sample = samples[0]
+    asked = (in_process, saved, text_of(sample), sample.load_image(), path)
+    whole = ask(*asked, temperature=0).json()["reliability"]
+    stream = ask(*asked, temperature=0, stream=True)
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    told = [event.get("response", event).get("reliability") for event in events]
+    assert told == [None] * (len(events) - 1) + [pytest.approx(whole, abs=1e-6)]
 
 
 def test_a_whole_prompt_is_read_with_its_special_tokens(in_process, saved):
