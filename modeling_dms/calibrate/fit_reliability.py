@@ -20,8 +20,8 @@ SURE = 0.05
 
 def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[tuple[float, float]]:
     """Has each modality keep its weight, however damaged, for which the other one cannot stand in: a question cannot
-    answer itself. To lower one is to move towards the answer to the other alone; where that is the better answer,
-    damage may take all weight, else it leaves `weight_floor`.
+    answer itself. To lower one is to move towards the answer to the other alone; where that is as good as the answer
+    with `weight_floor` left to it, damage may take all weight.
 
     Args:
         p: (m, M + 1), the p-values of each source and of the pair.
@@ -34,7 +34,7 @@ def fit_lowering(calibration: Calibration, answers: Answers, p: Tensor) -> list[
     for modality in range(flagged.shape[1]):
         rows = (flagged & damaged)[:, modality] & (flagged.sum(1) == 1) & (damaged.sum(1) == 1)
         alone, both = answers.agrees[rows, 1 - modality], answers.agrees[rows, BOTH]
-        dropped = alone.sum() > answers.agrees[rows, LOWERED].sum()
+        dropped = bool(rows.any()) and alone.sum() >= answers.agrees[rows, LOWERED].sum()
         calibration.reliability.dropped[modality] = float(dropped)
         spared = chance(int((alone < both).sum()), int((alone != both).sum())) < SURE
         calibration.reliability.spared[modality] = float(spared)

@@ -40,7 +40,7 @@ class CalibrationReport:
         lowering: at level 3, by modality, how often the other one alone, and how often both, gave the answer to the
             undamaged sample where this one was damaged and flagged; NaN where that never was.
         spared: the modalities that keep their weight all the same, since the other one cannot stand in for them.
-        dropped: those that may lose all of it, since the other one alone answers better than with a little of them.
+        dropped: those that may lose all of it, since the other one alone answers as well as with a little of them.
         reliability: at level 3, AUROC of telling answers that agree with those to undamaged inputs from others, by the
             probability of the first token, and by `out.reliability` after one look and after a second one; NaN where
             all agree, or none.

@@ -242,7 +242,7 @@ def test_what_looks_damaged_is_lowered_unless_the_other_cannot_stand_in(modality
 
 
 @pytest.mark.parametrize("modality", [0, 1])
-def test_damage_takes_all_weight_where_the_other_alone_answers_better_than_with_a_little(modality):
+def test_damage_takes_all_weight_unless_a_little_of_it_answers_better(modality):
     """Of copies of which one modality is damaged and flagged."""
     for better, worse in ((3, 1), (1, 3), (2, 2)):
         calibration = Calibration(DMSConfig(), [(1, 2)] * 2, [(3, 1, False)] * 2, [2, 2])
@@ -256,7 +256,7 @@ def test_damage_takes_all_weight_where_the_other_alone_answers_better_than_with_
         sources, content = torch.arange(20)[:, None].expand(-1, 2), torch.zeros(20, 2)
         answers = Answers(sources, families, torch.zeros(20, 12), agrees, torch.ones(20, 2), content, content)
         fit_lowering(calibration, answers, p)
-        expected = [float(better > worse and index == modality) for index in range(2)]
+        expected = [float(better >= worse and index == modality) for index in range(2)]
         assert calibration.reliability.dropped.tolist() == expected
 
 
