@@ -177,8 +177,8 @@ Examples:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for table, numbers and picture.")] = Path("demo"),
     backbone: Annotated[Literal["llava", "blip2", "both"], typer.Option(help="Which checkpoint to run.")] = "both",
-    samples: Annotated[int, typer.Option(min=50, max=880, help="Held-out samples.")] = 120,
-    calibration_samples: Annotated[int, typer.Option(min=50, help="Clean samples to calibrate on.")] = 300,
+    samples: Annotated[int, typer.Option(min=50, max=880, help="Held-out samples.")] = 100,
+    calibration_samples: Annotated[int, typer.Option(min=50, help="Clean samples to calibrate on.")] = 200,
     write_docs: Annotated[
         Path | None, typer.Option(help="Also write the results into the documents of this clone.")
     ] = None,

@@ -30,9 +30,9 @@ from modeling_dms.training.models.request import versions
 
 
 METHODS = (Method(), Scheduled("rule"), Method(ORACLE))
-BATCH = 50
-# groups: of an "unseen" family neither training nor calibration saw any kind; "seen" by either; in a "conflict" both
-# inputs look clean but disagree
+BATCH = 100
+# groups: of an "unseen" family neither training nor calibration saw any kind; in a "conflict" both inputs look clean
+# but disagree
 UNSEEN = (
     *("image:color_cast", "image:glitch", "image:fog", "image:low_contrast", "image:invert", "image:pixelate"),
     *("image:solarize", "image:dark", "image:jpeg", "image:jigsaw"),
@@ -42,18 +42,10 @@ CONDITIONS = (
     *(Condition(name, "unseen image", 5) for name in UNSEEN),
     Condition("text:typos", "unseen text", 4),
     Condition("text:scramble", "unseen text", 4),
-    Condition("image:occlusion", "seen", 4),
-    Condition("image:clutter", "seen", 5),
-    Condition("image:stripes", "seen", 5),
-    Condition("image:salt_and_pepper", "seen", 5),
-    Condition("image:blur", "seen", 4),
-    Condition("text:random_words", "seen", 4),
-    Condition("text:missing", "seen", 4),
     Condition("image:mismatch", "conflict", 4),
-    Condition("image:channel_swap", "conflict", 4),
     Condition("text:mismatch", "conflict", 4),
 )
-PICTURED = ("clean", "image:occlusion", "image:color_cast", "text:random_words", "text:mismatch")
+PICTURED = ("clean", "image:fog", "image:color_cast", "text:scramble", "text:mismatch")
 PHOTOGRAPHED = (
     Condition("clean", "clean"),
     Condition("image:fog", "unseen image", 5),
