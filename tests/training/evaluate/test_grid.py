@@ -71,6 +71,12 @@ def test_schedulers_say_how_far_their_answers_can_be_relied_on(vqa, as_many_are_
     assert (rule.weights[:, 0] < 0.1).mean() > 0.9
     assert set(looked.weights.round(3).ravel()) <= {0, 0.5, 1}
     assert not np.array_equal(rule.metrics["reliability"], looked.metrics["reliability"])
+    # weights and reliability are of one reading
+    read = []
+    hook = model.register_forward_hook(lambda *_: read.append(True))
+    weights, trust = methods[1].judge(model, task.collate(samples))
+    hook.remove()
+    assert (len(read), weights.shape, trust.shape) == (1, (14, 2), (14,))
     again = run_condition(model, task, methods, samples, BLACK, 0, 14)
     np.testing.assert_allclose(again[2].metrics["reliability"], looked.metrics["reliability"], atol=1e-4)
 
