@@ -1,5 +1,8 @@
 """Loading and saving of DMS classes."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +15,31 @@ from transformers.conversion_mapping import (
 
 from modeling_dms.save.export import auto_map, export_code
 from modeling_dms.save.staging import staged
+
+
+_logger = logging.getLogger("transformers.modeling_utils")
+
+
+@contextlib.contextmanager
+def _report_held() -> Iterator[list[logging.LogRecord]]:
+    """Holds back what transformers reports of missing weights, unless loading fails."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = " LOAD REPORT" in record.getMessage()
+        held.extend([record] * is_report)
+        return not is_report
+
+    _logger.addFilter(hold)
+    try:
+        yield held
+    except Exception:
+        _logger.removeFilter(hold)
+        for record in held:
+            _logger.handle(record)
+        raise
+    finally:
+        _logger.removeFilter(hold)
 
 
 class CheckpointMixin:
@@ -54,7 +82,8 @@ class CheckpointMixin:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
         kwargs.setdefault("use_safetensors", True)
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            with _report_held() as held:
+                model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
         # what an earlier version's calibration lacks, or has in another shape, is no damage of the checkpoint
@@ -73,6 +102,11 @@ class CheckpointMixin:
             )
         missing = set(info["missing_keys"])
         own = {f"dms.{name}" for name in model.dms.state_dict()}
+        if (
+            missing != own or info["unexpected_keys"] or info["mismatched_keys"]
+        ):  # more than a vanilla checkpoint lacks
+            for record in held:
+                _logger.handle(record)
         # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
         anew = {name for name in own if name.startswith("dms.scheduler.")}
         if "dms.calibration.detectors.0.count" in missing:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 import re
 
@@ -361,6 +362,28 @@ def test_missing_weights_are_told_to_whoever_asks(tmp_path):
     loaded, info = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, **own, output_loading_info=True)
     assert {name for name in info["missing_keys"] if not name.startswith("dms.")} == {"lm_head.weight"}
     assert_same_tensors(loaded.model.state_dict(), model.model.state_dict())
+
+
+def test_only_what_a_vanilla_checkpoint_has_not_is_no_news(tmp_path, monkeypatch):
+    """transformers reports missing weights; that all of `dms` is new need worry nobody."""
+    reports = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "handlers", [])
+    handler = logging.Handler()
+    handler.emit = lambda record: reports.append(record.getMessage())
+    logger.addHandler(handler)
+    model = tiny.vanilla("llava-llama")
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "base")
+    loaded = DMSLlavaForConditionalGeneration.from_pretrained
+    own = {"config": tiny.build("llava-llama").config}
+    loaded(tmp_path / "whole", dms_config=DMSConfig(**SMALL))
+    assert not [report for report in reports if "LOAD REPORT" in report]
+    with pytest.raises(ValueError, match="lm_head"):
+        loaded(tmp_path / "base", **own)
+    (report,) = (report for report in reports if "LOAD REPORT" in report)
+    assert "lm_head.weight" in report
+    assert not logger.filters
 
 
 def test_partly_missing_dms_is_refused(tmp_path):
