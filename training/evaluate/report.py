@@ -203,7 +203,7 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
     if all(cell.weights is not None for cell in clean):
         weights = np.concatenate([cell.weights[cell.measured] for cell in clean])
         row["clean_reweighted"] = float((np.ptp(weights, axis=1) > 1e-3).mean())
-    damaged = results.chosen(method, lambda c: c.damaged is not None)
+    damaged = [cell for cell in unseen if cell.condition.damaged is not None]
     sides = [
         [
             cell.weights[cell.measured, 0]

@@ -62,6 +62,7 @@ def cell(method, condition, seed, score, weights=None, confidence=None):
 
 def test_numbers_by_hand():
     fog, typos = Condition("image:fog", "unseen image", 5), Condition("text:typos", "unseen text", 5)
+    other = Condition("image:mismatch", "mismatch image", 5)
     away, towards = [[0.1, 0.9]] * 4, [[0.9, 0.1]] * 4
     half = [[0.5, 0.5]] * 4
     cells = [
@@ -73,6 +74,9 @@ def test_numbers_by_hand():
         cell("static", typos, 0, [0, 1, 1, 1], half, [0.5] * 4),
         cell("rule", typos, 0, [0, 1, 1, 1], towards, [0.5] * 4),
         cell("oracle", typos, 0, [0, 1, 1, 1], towards, [0.5] * 4),
+        # what is sound but another sample's is told by other evidence
+        cell("static", other, 0, [0, 0, 0, 0], half, [0.5] * 4),
+        cell("rule", other, 0, [0, 0, 0, 0], towards, [0.5] * 4),
     ]
     numbers = summarize(cells)
     rows = {(row["group"], row["method"]): row for row in numbers["groups"]}
