@@ -167,7 +167,8 @@ def test_outputs_say_how_far_they_can_be_relied_on(backbone):
 
 def test_it_travels_with_the_checkpoint(tmp_path):
     model = calibrated("llava-llama")
-    model.dms.calibration.reliability.spared.zero_()
+    for part in (model.dms.calibration.reliability.spared, model.dms.calibration.reliability.dropped):
+        part.zero_()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     batch = tiny.clean_samples(count=8, size=8, seed=3)[0]

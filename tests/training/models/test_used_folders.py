@@ -216,7 +216,7 @@ def with_results(folder, evaluated):
 
 def results_of(folder, name):
     """Results of an evaluation, as if of a checkpoint."""
-    written = Path(__file__).parents[3] / "docs" / "results" / "demo-llava" / "results.json"
+    written = Path(__file__).parents[3] / "docs" / "results" / "photographs-llava" / "results.json"
     results = json.loads(written.read_text())
     results["run"] |= {"model": str(folder), "model_sha256": checkpoint_digest(folder)}
     name.write_text(json.dumps(results))
