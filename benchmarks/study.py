@@ -124,13 +124,13 @@ def by_rate(folders: list[Path]) -> str:
     for folder in folders:
         of_rate, of_own = (read_results(of)["results"] for of in (folder, of_default(folder)))
         scores = [{(row["group"], row["method"]): row for row in of["groups"]} for of in (of_rate, of_own)]
-        alone = [
+        shares = [
             {row["method"]: row for row in of["robustness"]}["rule"]["clean_reweighted"] for of in (of_rate, of_own)
         ]
         for group, shown in SUMMARISED.items():
             if (group, "rule") in scores[1]:
                 found = [scores[0][group, "static"], *(of[group, "rule"] for of in scores)]
-                clean = [f"{share:.1%}" for share in alone] if group == "clean" else ["", ""]
+                clean = [f"{share:.1%}" for share in shares] if group == "clean" else ["", ""]
                 rows.append([folder.name, shown, *(f"{row['score']:.3f}" for row in found), *clean])
     rates = [f"{rate:.0%}" for rate in (RATE, DMSConfig().false_alarm_rate)]
     head = ["checkpoint", "inputs", "static", *(f"DMS, {rate}" for rate in rates)]

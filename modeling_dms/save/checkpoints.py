@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,24 +23,23 @@ _logger = logging.getLogger("transformers.modeling_utils")
 
 @contextlib.contextmanager
 def _report_held() -> Iterator[list[logging.LogRecord]]:
-    """Holds back what transformers reports of missing weights, unless loading fails."""
+    """Holds back what transformers reports of missing weights, until it is known whether that is news: what is still
+    in the list at the end is reported."""
     held: list[logging.LogRecord] = []
+    thread = threading.get_ident()
 
     def hold(record: logging.LogRecord) -> bool:
-        is_report = " LOAD REPORT" in record.getMessage()
-        held.extend([record] * is_report)
-        return not is_report
+        is_own = record.thread == thread and " LOAD REPORT" in record.getMessage()
+        held.extend([record] * is_own)
+        return not is_own
 
     _logger.addFilter(hold)
     try:
         yield held
-    except Exception:
+    finally:
         _logger.removeFilter(hold)
         for record in held:
             _logger.handle(record)
-        raise
-    finally:
-        _logger.removeFilter(hold)
 
 
 class CheckpointMixin:
@@ -84,6 +84,9 @@ class CheckpointMixin:
         try:
             with _report_held() as held:
                 model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+                missing, own = set(info["missing_keys"]), {f"dms.{name}" for name in model.dms.state_dict()}
+                if missing == own and not info["unexpected_keys"] and not info["mismatched_keys"]:
+                    held.clear()  # a vanilla checkpoint
         except SafetensorError as error:
             raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
         # what an earlier version's calibration lacks, or has in another shape, is no damage of the checkpoint
@@ -100,13 +103,6 @@ class CheckpointMixin:
                 f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
                 f"shape, the model's): {mismatched[:8]}{hint}"
             )
-        missing = set(info["missing_keys"])
-        own = {f"dms.{name}" for name in model.dms.state_dict()}
-        if (
-            missing != own or info["unexpected_keys"] or info["mismatched_keys"]
-        ):  # more than a vanilla checkpoint lacks
-            for record in held:
-                _logger.handle(record)
         # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
         anew = {name for name in own if name.startswith("dms.scheduler.")}
         if "dms.calibration.detectors.0.count" in missing:

@@ -228,7 +228,7 @@ def fitted_lowering(better, worse, modality=0):
     quiet[:, modality] = 1
     for other in (quiet, torch.full_like(p, 1e-6)):
         assert all(math.isnan(share) for pair in fit_lowering(calibration, answers, other) for share in pair)
-        assert calibration.reliability.spared.tolist() == [0, 0]
+        assert calibration.reliability.spared.tolist() == calibration.reliability.dropped.tolist() == [0, 0]
     return spared
 
 

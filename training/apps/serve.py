@@ -235,7 +235,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 def _is_last(event: dict[str, Any]) -> bool:
     """Whether an event ends an answer."""
-    ended = any(choice.get("finish_reason") for choice in event.get("choices", ()))
+    ended = any(choice.get("finish_reason") for choice in event.get("choices") or ())
     return ended or event.get("type") == "response.completed"
 
 
