@@ -55,16 +55,14 @@ def contrastive_loss(h: Tensor, modality_mask: Tensor, temperature: float = 0.07
         (B,), the mean over pairs of modalities and both directions; 0 for a sample that takes part in none, or alone.
     """
     unit = F.normalize(h.float(), dim=-1)
-    total = unit.sum((1, 2)) * 0
+    total, own = unit.sum((1, 2)) * 0, torch.eye(len(h), dtype=torch.bool, device=h.device)
     for first in range(h.shape[1]):
         for second in range(first + 1, h.shape[1]):
-            both = modality_mask[:, first] & modality_mask[:, second]
-            if int(both.sum()) < 2:
-                continue
-            logits = unit[both, first] @ unit[both, second].T / temperature
-            target = torch.arange(len(logits), device=logits.device)
-            both_ways = torch.stack([F.cross_entropy(one, target, reduction="none") for one in (logits, logits.T)])
-            total = total.index_put((both.nonzero()[:, 0],), both_ways.mean(0), accumulate=True)
+            both = modality_mask[:, first].bool() & modality_mask[:, second].bool()
+            logits = unit[:, first] @ unit[:, second].T / temperature
+            both_ways = torch.stack([logits, logits.T]).masked_fill(~(both | own), -torch.inf)
+            loss = -both_ways.log_softmax(-1).diagonal(dim1=1, dim2=2).mean(0)
+            total = total + loss.where(both, 0)
     return total / math.comb(h.shape[1], 2)
 
 
