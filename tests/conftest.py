@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
 
 
-FEW = 32
+FEW = 16
 _calibration_data = CalibrationMixin._calibration_data
 
 

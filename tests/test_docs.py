@@ -136,10 +136,8 @@ def check_command(command):
         for extra in re.findall(r"\[([\w-]+)\]", command):
             assert f'"{extra}": ' in (ROOT / "setup.py").read_text(), command
     elif program == "python":
-        asked = [sys.executable, ROOT / rest[0], "--help"]
-        taken = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-        for option in (part for part in rest if part.startswith("--")):
-            assert f"{option} " in taken, f"{command}\n{taken}"
+        taken = re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / rest[0]).read_text())
+        assert {part for part in rest if part.startswith("--")} <= set(taken), command
     elif program == "dms":
         group = typer.main.get_command(app)
         name, chosen, arguments = group.resolve_command(typer.Context(group), rest)

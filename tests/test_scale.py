@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
@@ -22,7 +21,7 @@ from typer.testing import CliRunner
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.models.loading import load
-from tests import tiny
+from tests import processes, tiny
 
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "configuration/accelerate"
@@ -37,23 +36,6 @@ EXPECTED = {
 }
 BLIP2_LAYERS = "OPTDecoderLayer,Blip2EncoderLayer,Blip2QFormerLayer"  # as the comment in fsdp2.yaml has it
 
-_WORLD = """
-import sys
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-
-accelerator = Accelerator()
-ranks = torch.tensor([float(accelerator.process_index + 1)])
-total = accelerator.reduce(ranks, "sum").item()
-said = f"world {accelerator.num_processes} {accelerator.state.backend} {accelerator.device.type} {total}"
-# a file each: on a pipe the lines of two processes may mix
-Path(sys.argv[1], str(accelerator.process_index)).write_text(said)
-accelerator.end_training()  # without it a process may abort while it exits
-"""
-
-
 # ---- configurations
 
 
@@ -66,20 +48,6 @@ def test_configuration_loads(name):
     config = load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml"))
     found = (config.distributed_type, config.num_processes, config.mixed_precision, config.use_cpu)
     assert found == EXPECTED[name]
-
-
-def test_two_processes_really_are_two(tmp_path):
-    """By the command in the header of the file: the yaml alone starts two that know nothing of each other."""
-    script = tmp_path / "world.py"
-    script.write_text(_WORLD)
-    path = CONFIGURATIONS / "cpu_2.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path)]
-    assert "ACCELERATE_USE_CPU=true accelerate launch --config_file" in path.read_text()
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["world 2 gloo cpu 3.0"] * 2
 
 
 def _wrapped_by_accelerate(model, layers=None):
@@ -159,7 +127,6 @@ def _distributed(way):
 
 def _rank(rank, directory):
     """One of two processes: a step in every way, on its half of the batch."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     inputs = {name: value.chunk(2)[rank] for name, value in _inputs().items()}
     prompt = {name: inputs[name] for name in PROMPT}
@@ -183,7 +150,7 @@ def _rank(rank, directory):
 def ranks(tmp_path_factory):
     """What both ranks found."""
     directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(directory),), nprocs=2)
+    assert processes.run(_rank, str(directory), count=2) == [0, 0]
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -238,19 +205,16 @@ _LOSSES = '{"scheduler": "learned", "lambda_consistency": 0, "lambda_schedule": 
 
 def test_dms_train_on_two_processes_equals_one(tmp_path):
     """By the launcher, with its own calibration: the same samples, corruptions, losses and weights."""
-    launch = [
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        str(CONFIGURATIONS / "cpu_2.yaml"),
-    ]
+    path = CONFIGURATIONS / "cpu_2.yaml"
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path)]
+    # the yaml alone starts two that know nothing of each other
+    assert "ACCELERATE_USE_CPU=true accelerate launch --config_file" in path.read_text()
     logs, states = [], []
-    for processes, batch in ((1, 4), (2, 2)):
-        run = tmp_path / str(processes)
+    for count, batch in ((1, 4), (2, 2)):
+        run = tmp_path / str(count)
         command = ["train", *_TRAIN.split(), "--use_cpu", "true", "--dms", _LOSSES]
         command += ["--per_device_train_batch_size", str(batch), "--output_dir", str(run)]
-        if processes == 1:
+        if count == 1:
             done = CliRunner().invoke(app, command)
             assert done.exit_code == 0, done.output[-3000:]
         else:

@@ -161,7 +161,7 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("installed", [None, "demo", "eval"])
+@pytest.mark.parametrize("installed", [None, "eval"])
 def test_what_is_missing_is_named_before_any_work(installed, tmp_path):
     packages = PACKAGES.get(installed, {})
     helps = [[*name.split(), "--help"] for name in ("", *GROUP.commands)]

@@ -1,10 +1,7 @@
 """`dms evaluate`: what is asked and resumed, conditions, tables, the command, one process and two."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,7 @@ from modeling_dms.training.evaluate.methods import Method
 from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of, evaluate, one_per_image
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
-from tests import tiny
+from tests import processes, tiny
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -362,18 +359,19 @@ evaluate --samples 11 --seeds 2 --severities 5 --batch-size 4
 """
 
 
-def results_of(command, out, processes=1):
+def evaluate_as(rank, command, store):
+    processes.joined(rank, 2, store)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output[-3000:]
+
+
+def results_of(command, out, count=1):
     command = [*command, "--out", str(out)]
-    if processes == 1:
+    if count == 1:
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output[-3000:]
     else:
-        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-        launch += [str(ROOT / "configuration/accelerate/cpu_2.yaml"), "-m", "modeling_dms.training.cli"]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *launch, *command]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert processes.run(evaluate_as, command, out / "store", count=count) == [0] * count
     results = json.loads((out / "results.json").read_text())
     costs = results["results"].pop("cost")
     assert all(row["milliseconds"] > 0 for row in costs)
@@ -393,7 +391,7 @@ def command(tmp_path_factory):
 
 
 def test_two_processes_find_what_one_does(command, tmp_path):
-    one, two = command[1], results_of(command[0], tmp_path, processes=2)
+    one, two = command[1], results_of(command[0], tmp_path, count=2)
     assert one["run"].pop("processes") == 1
     assert two["run"].pop("processes") == 2
     for run in (one, two):

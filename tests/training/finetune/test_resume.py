@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from modeling_dms.training.finetune.train import run_training
 from modeling_dms.training.finetune.trainer import DMSTrainer
 from modeling_dms.training.models.loading import load
 from modeling_dms.training.models.request import write_request
-from tests import tiny
+from tests import processes, tiny
 
 
 ROOT = Path(__file__).parents[3]
@@ -216,25 +214,6 @@ def test_an_incomplete_checkpoint_of_another_run_does_not_keep_one_from_starting
 # ---- killed runs
 
 # the method of the trainer in which, and the step at which, the process kills itself
-_KILLED = """
-import os, signal, sys
-
-from modeling_dms.training.finetune.arguments import read_arguments
-from modeling_dms.training.finetune.train import run_training
-from modeling_dms.training.finetune.trainer import DMSTrainer
-
-name, step = sys.argv[1], int(sys.argv[2])
-original = getattr(DMSTrainer, name)
-
-def killed(self, *args, **kwargs):
-    if self.state.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, *args, **kwargs)
-
-setattr(DMSTrainer, name, killed)
-run_training(read_arguments(None, sys.argv[3:]))
-"""
-
 # 6 steps an epoch
 _SHARED = {
     "max_samples": "24",
@@ -288,11 +267,20 @@ def undisturbed(tmp_path_factory):
     return run
 
 
+def trained_until(method, step, line):
+    original = getattr(DMSTrainer, method)
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    setattr(DMSTrainer, method, killed)
+    run_training(read_arguments(None, line))
+
+
 def kill(name, folder, method, step):
-    command = [sys.executable, "-c", _KILLED, method, str(step), *command_line(name, folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert processes.run(trained_until, method, step, command_line(name, folder)) == [-signal.SIGKILL]
     assert not (folder / "final").exists()
 
 
