@@ -1,4 +1,8 @@
-"""Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters."""
+"""Makes the methods of an evaluation ready: trains schedulers on cached signals, and searches hyperparameters.
+
+Baselines have their published hyperparameters as defaults; `search` tries others on validation data, so that none is
+straw.
+"""
 
 import copy
 import json
@@ -18,16 +22,8 @@ from modeling_dms.outputs import ModalitySignals
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.data import Sample
 from modeling_dms.training.evaluate.grid import Condition, run_condition, with_images_encoded
-from modeling_dms.training.evaluate.methods import (
-    GRIDS,
-    TEMPERATURES,
-    AdaptVis,
-    ContrastiveDecoding,
-    Fixed,
-    Method,
-    Scheduled,
-    search,
-)
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.published import AdaptVis, ContrastiveDecoding
 from modeling_dms.training.evaluate.tasks import Task
 from modeling_dms.training.names import check_names
 from modeling_dms.weigh.losses import schedule_loss
@@ -35,6 +31,18 @@ from modeling_dms.weigh.scheduler import ModalityScheduler
 
 
 ALONE = tuple(name for name in SIGNALS if name != "damage")
+# the published defaults first; what `search` tries on validation data (AdaptVis: as its authors, and no sharpening)
+GRIDS: dict[str, list[dict[str, float]]] = {
+    "VCD": [{"alpha": a, "beta": b} for a in (1.0, 0.5, 0.2) for b in (0.1, 0.5)],
+    "AdaptVis": [
+        {"low": low, "high": high, "threshold": threshold}
+        for threshold in (0.3, 0.6, 0.9)
+        for low in (0.5, 0.8)
+        for high in (1.2, 1.5, 2.0, 1.0)
+    ],
+    "mean prior": [{"vision": value} for value in (0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)],
+}
+TEMPERATURES = (1.0, 0.1, 0.3, 3.0)
 # what hyperparameters are chosen under: of families that calibration sees, or that leave nothing
 SEEN = (
     Condition("clean", "clean"),
@@ -212,3 +220,9 @@ def _choices(method: Method, name: str) -> list[Method]:
 
 def _tempered(model: PreTrainedModel, name: str) -> list[Method]:
     return [Scheduled(name, _like(model, scheduler=name, temperature=value)) for value in TEMPERATURES]
+
+
+def search(candidates: Sequence[Method], score: Callable[[Sequence[Method]], Sequence[float]]) -> Method:
+    """The best of several; of equally good ones the first."""
+    scores = list(score(candidates))
+    return candidates[scores.index(max(scores))]

@@ -1,5 +1,6 @@
 """What is trained or searched before it is compared."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,9 +9,18 @@ import torch
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.evaluate import baselines
-from modeling_dms.training.evaluate.baselines import METHODS, fit_scheduler, make_methods, record, scorer
+from modeling_dms.training.evaluate.baselines import (
+    GRIDS,
+    METHODS,
+    fit_scheduler,
+    make_methods,
+    record,
+    scorer,
+    search,
+)
 from modeling_dms.training.evaluate.grid import Condition
-from modeling_dms.training.evaluate.methods import GRIDS, ContrastiveDecoding, Fixed, Scheduled
+from modeling_dms.training.evaluate.methods import Fixed, Scheduled
+from modeling_dms.training.evaluate.published import AdaptVis, ContrastiveDecoding
 from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
@@ -93,3 +103,19 @@ def test_what_was_searched_is_not_searched_again(vqa, tmp_path, monkeypatch):
     assert made("static", "mean prior", "energy")[:2] == first
     assert tried == ["mean prior", "energy"]
     assert first[1].vision == GRIDS["mean prior"][2]["vision"]
+
+
+# ---- search
+
+
+def test_search_takes_the_first_of_the_best():
+    candidates = [Fixed(vision=vision) for vision in (0.5, 0.2, 0.4)]
+    for score, best in ((lambda vision: 1.0, 0), (lambda vision: vision < 0.5, 1), (lambda vision: -vision, 1)):
+        assert search(candidates, lambda methods, score=score: [score(m.vision) for m in methods]) is candidates[best]
+
+
+@pytest.mark.parametrize("method", [ContrastiveDecoding(), AdaptVis(), Fixed()], ids=lambda method: method.name)
+def test_grids_begin_with_the_defaults(method):
+    grid = GRIDS[method.name]
+    assert dataclasses.replace(method, **grid[0]) == method
+    assert len({dataclasses.replace(method, **choice) for choice in grid}) == len(grid)

@@ -8,7 +8,8 @@ from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import baselines, grid
 from modeling_dms.training.evaluate.grid import ORACLE, Condition, run_condition, run_grid
-from modeling_dms.training.evaluate.methods import AdaptVis, Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.published import AdaptVis
 from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load

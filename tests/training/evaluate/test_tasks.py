@@ -11,8 +11,9 @@ from transformers import Blip2Processor, CLIPImageProcessorPil, PreTrainedTokeni
 
 from modeling_dms.training.corruptions import corrupt
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.evaluate.methods import AdaptVis, ContrastiveDecoding, Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
 from modeling_dms.training.evaluate.metrics.captions import cider_d, simple_tokenizer
+from modeling_dms.training.evaluate.published import AdaptVis, ContrastiveDecoding
 from modeling_dms.training.evaluate.tasks import (
     Captioning,
     ImageTextMatching,
