@@ -10,7 +10,7 @@ import torch
 from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.models.calibrate import calibrate
-from modeling_dms.training.models.loading import load, room_for_prompts, shipped
+from modeling_dms.training.models.loading import load, on_accelerator, room_for_prompts, shipped
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 
     model, processor = load(name)
     if not model.can_generate():
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no answers")
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = on_accelerator(model.eval())
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
     if model.dms.calibration.is_calibrated or model.config.dms_config.scheduler != "rule":
         return model, collator

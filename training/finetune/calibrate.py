@@ -10,7 +10,7 @@ from modeling_dms.training.data.samples import UNASKABLE, UNREADABLE, kept, spli
 from modeling_dms.training.data.sources import load_sources
 from modeling_dms.training.finetune.curves import draw_detection
 from modeling_dms.training.models.calibrate import calibrate
-from modeling_dms.training.models.loading import folders_of, load, room_for_prompts
+from modeling_dms.training.models.loading import folders_of, load, on_accelerator, room_for_prompts
 from modeling_dms.training.publish.card import replacing
 
 
@@ -57,7 +57,7 @@ def run_calibration(
         check_base(name, out)
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
     samples = kept(samples, collator.split_askable, UNASKABLE)
-    report = calibrate(model, collator, samples, count, leave_out=leave_out, max_asked=max_asked)
+    report = calibrate(on_accelerator(model), collator, samples, count, leave_out=leave_out, max_asked=max_asked)
     with replacing(out) as folder:
         model.save_pretrained(folder)
         if (folder / "adapter_config.json").exists():

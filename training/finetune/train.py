@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from modeling_dms.save.staging import check_writable
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
@@ -98,6 +99,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     samples = kept(samples, collator.split_askable, UNASKABLE)
     moves = bool(data.calibration_samples) and choices.stage != "scheduler"  # what the statistics describe
     if data.calibration_samples and not model.dms.calibration.is_calibrated:
+        if not (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):  # which place a model themselves
+            model.to(training.device)
         # how far answers can be relied on is asked at the end
         calibrate(model, collator, samples, data.calibration_samples, show_progress, level=2 if moves else 3)
     trained = prepare(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
@@ -103,6 +104,13 @@ def check_dms(fields: dict[str, Any]) -> None:
         DMSConfig(**fields)
     except StrictDataclassError as error:
         raise ValueError(f"dms: {error}") from error
+
+
+def on_accelerator(model: Any) -> Any:
+    """The model on an accelerator where there is one; one that was spread over devices stays where it is."""
+    if getattr(model, "hf_device_map", None) is not None or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())
 
 
 def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> int | None:
