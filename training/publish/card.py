@@ -27,7 +27,7 @@ from modeling_dms.training.data.sources import named_sources
 from modeling_dms.training.evaluate.documents import between_markers, points, share, table
 from modeling_dms.training.evaluate.grid import ORACLE
 from modeling_dms.training.evaluate.report import DMS, STATIC, read_results
-from modeling_dms.training.models.assemble import INSTALL, RECIPES
+from modeling_dms.training.models.assemble import RECIPES, install
 from modeling_dms.training.models.loading import CHECKPOINTS
 from modeling_dms.training.models.request import checkpoint_digest
 from modeling_dms.training.publish.record import read_record
@@ -236,7 +236,7 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
                 for p in recipe.parts
             ],
         ),
-        install=INSTALL,
+        install=recipe and install(recipe.parts),
         adapter=checkpoint.adapter is not None,
         auto_class="AutoModel" if checkpoint.retrieves else "AutoModelForImageTextToText",
         remote_code=checkpoint.model_type.startswith("dms_"),
@@ -258,12 +258,12 @@ class Checkpoint:
     Attributes:
         config: its composite configuration.
         adapter: the configuration of peft; `None` of a whole checkpoint.
-        is_calibrated: whether its weights hold the statistics of a calibration.
+        calibrated_on: how many clean samples the calibration in its weights has seen.
     """
 
     config: Any
     adapter: dict[str, Any] | None
-    is_calibrated: bool
+    calibrated_on: int
 
     @classmethod
     def read(cls, folder: Path) -> "Checkpoint":
@@ -281,7 +281,7 @@ class Checkpoint:
             raise ValueError(f"{folder}: {error}") from error
         adapter = folder / "adapter_config.json"
         described = json.loads(adapter.read_text(encoding="utf-8")) if adapter.exists() else None
-        return cls(config, described, _is_calibrated(folder))
+        return cls(config, described, _calibrated_on(folder))
 
     @property
     def model_type(self) -> str:
@@ -307,8 +307,11 @@ class Checkpoint:
             ("fusion", f"`{dms.fusion}`"),
             (
                 "calibrated",
-                "yes" if self.is_calibrated else "no: `dms calibrate` fits it to clean data, without labels",
+                f"on {self.calibrated_on} clean samples"
+                if self.calibrated_on
+                else "no: `dms calibrate` fits it to clean data, without labels",
             ),
+            ("false alarms asked for", f"{dms.false_alarm_rate:.1%} of clean samples"),
         ]
         if self.adapter:
             kept = [module for module in self.adapter["modules_to_save"] or () if module != "dms"]
@@ -319,13 +322,13 @@ class Checkpoint:
         return rows
 
 
-def _is_calibrated(folder: Path) -> bool:
+def _calibrated_on(folder: Path) -> int:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 if re.search(r"\bdms\.(.*\.)?calibration\.detectors\.0\.count$", name):
-                    return bool(weights.get_tensor(name) > 0)
-    return False
+                    return int(weights.get_tensor(name))
+    return 0
 
 
 def _base(checkpoint: Checkpoint, trained: Sequence[dict[str, Any]]) -> str:
