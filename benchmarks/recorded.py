@@ -25,14 +25,16 @@ FOLDS, SEEDS, RESAMPLED = 5, 10, 2000
 
 HEAD = """# When a context may be wrong
 
-Written by `python benchmarks/recorded.py` from recorded answers to {questions} questions of VQAv2, each with a context
-that is true and helps, one that contradicts the image, and one that is beside the point. No model was run. A question
-counts as right if the answer is one of the accepted ones, in lower case and without punctuation and articles.
+Written by `python benchmarks/recorded.py` from answers of LLaVA-1.5-7B and 1.6-7B that the authors of "Words or Vision:
+Do Vision-Language Models Have Blind Faith in Text?" ([arXiv 2503.02199](https://arxiv.org/abs/2503.02199)) recorded: to
+{questions} questions of VQAv2, each with a context that is true and helps, one that contradicts the image, and one that
+is beside the point. No model was run. A question counts as right if the answer is one of the accepted ones, in lower
+case and without punctuation and articles.
 
 *Second look* compares the answers to the image alone, to the context alone and to both, and how likely their tokens
-were (`modeling_dms/weigh/second_look.py`). It believes the answer that is most likely the one that the model gives
-where the context is the question's own. That it has learned from other questions ({folds} folds, {seeds} times), with
-contexts that were theirs or made to mislead, and not from any right answer. *Likelier* takes the likelier one of the
+were (`modeling_dms/weigh/second_look.py`). It picks the answer that is most likely what the model says beside
+the question's matching context. That it has learned from other questions ({folds} folds, {seeds} times), with contexts
+that were theirs or made to mislead, and not from any right answer. *Likelier* takes the likelier one of the
 answers to image and context alone, by the mean of its tokens; *oracle* whichever of the three is right. Intervals:
 95%, bootstrapped over the questions."""
 

@@ -136,7 +136,7 @@ class DMSConfig(_Checked, PreTrainedConfig):
         kappa (`float`, defaults to 16.0): how strongly the rule reacts to evidence of damage beyond the threshold.
         weight_floor (`float`, defaults to 0.01): smallest weight of a present modality in the rule and the learned
             scheduler, 0 to 0.49; where `conflict_prior` decides, 0.01 at most; 0 for a damaged one without which
-            calibration's answers were better.
+            calibration's answers were as good.
         conflict_prior (`str`, *optional*): which modality to believe where they disagree and neither is suspicious
             (`"vision"` or `"text"`). `"learned"` takes a second look at prompts that disagree or look damaged: the
             backbone reads them twice more, with each modality alone, and the answer that can be relied on most is

@@ -87,7 +87,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"max_content_width": 120},
-    help="Dynamic Modality Scheduling: weighs image and text of a LLaVA, BLIP-2 or InternVL, sample by sample, by how "
+    help="Dynamic Modality Scheduling: weighs image and text of a vision-language model, sample by sample, by how "
     "far each can be trusted.",
     epilog="""\b
 First steps:
@@ -192,7 +192,7 @@ def demo(
 ) -> None:
     """Compares static, DMS and oracle weights on corrupted images and texts.
 
-    Takes held-out samples of easy-VQA and the two checkpoints that ship with this package.
+    Takes held-out samples of easy-VQA and two small checkpoints that ship with this package.
     """
     if not web:
         if model is not None or port is not None:
@@ -227,7 +227,7 @@ def calibrate(
     ] = "",
     asked: Annotated[
         int,
-        typer.Option(min=0, help="Samples of which it is asked what it would answer if they were damaged; 0: none."),
+        typer.Option(min=0, help="Samples that it answers as they are and damaged; 0: none, and no reliability."),
     ] = 100,
 ) -> None:
     """Fits what clean data look like, and how far answers can be relied on.

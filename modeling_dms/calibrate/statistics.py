@@ -152,7 +152,7 @@ class Reliability(Statistics):
                 "look_coefficients": (3, look + 1),
                 # 1 for a modality that keeps its weight however damaged: the other one cannot stand in for it
                 "spared": (modalities,),
-                # 1 for one that may lose all weight: the other one alone answers better than with a little of it
+                # 1 for one that may lose all weight: the other one alone answers as well as with a little of it
                 "dropped": (modalities,),
                 # of samples that calibration damaged and took no account of: reliability, and whether the answer
                 # agrees, without a second look and with it, and which sample it is a copy of
