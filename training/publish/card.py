@@ -258,7 +258,7 @@ class Checkpoint:
     Attributes:
         config: its composite configuration.
         adapter: the configuration of peft; `None` of a whole checkpoint.
-        calibrated_on: how many clean samples the calibration in its weights has seen.
+        calibrated_on: how many clean samples its p-values are counted among; 0 without a calibration.
     """
 
     config: Any
@@ -307,7 +307,7 @@ class Checkpoint:
             ("fusion", f"`{dms.fusion}`"),
             (
                 "calibrated",
-                f"on {self.calibrated_on} clean samples"
+                f"against {self.calibrated_on} clean samples"
                 if self.calibrated_on
                 else "no: `dms calibrate` fits it to clean data, without labels",
             ),

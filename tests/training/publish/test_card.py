@@ -118,7 +118,8 @@ def test_an_assembled_base_is_told_with_its_parts(adapter):
     for part in RECIPES[BLIP2].parts:
         assert f"`{part.package}` {part.version} | {part.license} |" in card.text
         assert f"{part.package}=={part.version}" in card.text
-    assert "| calibrated | yes |" in card.text
+    assert "| calibrated | against 60 clean samples |" in card.text
+    assert "| false alarms asked for | 1.0% of clean samples |" in card.text
     assert "| LoRA | rank 8, alpha 16 |" in card.text
     assert "| trained whole | `qformer` |" in card.text
     assert "Nothing was measured yet." in card.text
