@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling_dms.steer.masks import UNMASKED
-
 
 def relative_weights(weights: Tensor) -> Tensor:
     """M * w_m, where M counts the modalities whose weight is not 0: (B, M) -> (B, M), 1 everywhere if they are
@@ -23,19 +21,15 @@ def relative_weights(weights: Tensor) -> Tensor:
     return weights * (weights > 0).sum(-1, keepdim=True)
 
 
-def first_attended(mask: Tensor | dict[str, Tensor] | None, modality_ids: Tensor) -> Tensor:
+def first_attended(mask: Tensor | None, modality_ids: Tensor) -> Tensor:
     """The position of each row's first token that is not padding, its attention sink: (B,).
 
     Args:
-        mask: 2D, 4D, a dictionary of 4D masks, or `None` where there is no padding.
+        mask: (B, L), or `None` where there is no padding.
         modality_ids: (B, L).
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor):
+    if mask is None:
         return modality_ids.new_zeros(modality_ids.shape[0])
-    if mask.ndim == 4:  # what the last token sees
-        mask = mask[:, 0, -1] > UNMASKED if mask.is_floating_point() else mask[:, 0, -1]
     return mask.bool().int().argmax(1).to(modality_ids.device)
 
 

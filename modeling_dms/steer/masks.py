@@ -2,7 +2,8 @@
 
 Every model of transformers asks `AttentionMaskInterface` for its masks, by the name of its attention implementation,
 and tells it the absolute position of the first key: sliding windows and caches come out right. The functions
-registered here are the library's own, until `steered` says that the masks of a configuration get a bias.
+registered here are those that were there before, until `steered` says that the masks of a configuration get a bias:
+the library's own, or those of another copy of this code, which checkpoints bring along.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, eager_mask, flex_attention_mask, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from modeling_dms.steer.running import Running
 
@@ -136,8 +137,8 @@ def _bias_for(config: PreTrainedConfig | None, mask_function: Any) -> Tensor | N
     return steering.bias
 
 
-def _additive(own: Any) -> Any:
-    """The library's function `own`, for additive masks."""
+def _additive(own: Any, fused: bool) -> Any:
+    """The function `own`, for additive masks; `fused` for those of `_sdpa`."""
 
     def mask(*, config: PreTrainedConfig | None = None, kv_offset: int = 0, dtype: Any = torch.float32, **kwargs: Any):
         bias = _bias_for(config, kwargs.get("mask_function"))
@@ -146,7 +147,7 @@ def _additive(own: Any) -> Any:
             return own(**kwargs)
         whole = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
         folded = fold_key_bias(cast(Tensor, whole), bias, dtype, kv_offset)
-        if own is sdpa_mask and folded.requires_grad:
+        if fused and folded.requires_grad:
             of_keys = key_bias_at(bias, folded.shape[-1], kv_offset, folded.shape[0])
             folded.of_keys = (own(**kwargs), of_keys)  # for `_sdpa`
         return folded
@@ -155,9 +156,9 @@ def _additive(own: Any) -> Any:
 
 
 def _block_mask(*, config: PreTrainedConfig | None = None, kv_offset: int = 0, **kwargs: Any) -> Any:
-    """`flex_attention_mask`, which is boolean: the bias goes along for `_flex`."""
+    """A mask of flex attention, which is boolean: the bias goes along for `_flex`."""
     bias = _bias_for(config, kwargs.get("mask_function"))
-    mask = flex_attention_mask(config=config, kv_offset=kv_offset, **kwargs)
+    mask = _own_block_mask(config=config, kv_offset=kv_offset, **kwargs)
     if bias is not None:
         bias = key_bias_at(bias, kwargs["kv_length"], kv_offset, kwargs["batch_size"])
         # exp(-1e4) is 0 in every dtype, and unlike -inf it leaves a fully masked row finite
@@ -173,7 +174,7 @@ def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attentio
     """
     of_keys = None if torch.compiler.is_compiling() else getattr(attention_mask, "of_keys", None)
     if of_keys is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _own_sdpa(module, query, key, value, attention_mask, **kwargs)
     attention_mask, bias = of_keys
     size, given = value.shape[-1], kwargs.pop("scaling", None)
     scaling = float(query.shape[-1] ** -0.5 if given is None else given)
@@ -192,11 +193,15 @@ def _flex(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attentio
         bias = of_keys[:, None, None].expand(-1, query.shape[1], query.shape[2], -1)
         own = kwargs.get("position_bias")
         kwargs["position_bias"] = bias if own is None else own + bias
-    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _own_flex(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionMaskInterface.register("sdpa", _additive(sdpa_mask))
-AttentionMaskInterface.register("eager", _additive(eager_mask))
+# what was registered before
+_own_block_mask = AttentionMaskInterface()["flex_attention"]
+_own_sdpa, _own_flex = (AttentionInterface()[name] for name in ("sdpa", "flex_attention"))
+AttentionMaskInterface.register("sdpa", _additive(AttentionMaskInterface()["sdpa"], fused=True))
+AttentionMaskInterface.register("eager", _additive(AttentionMaskInterface()["eager"], fused=False))
 AttentionMaskInterface.register("flex_attention", _block_mask)
 AttentionInterface.register("sdpa", _sdpa)
 AttentionInterface.register("flex_attention", _flex)

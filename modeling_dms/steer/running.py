@@ -53,9 +53,10 @@ class Running(Generic[T]):
             finally:
                 self._in_trace = before
             return
-        token, before, self._last = self._in_thread.set(value), self._last, value
+        token, self._last = self._in_thread.set(value), value
         try:
             yield value
         finally:
             self._in_thread.reset(token)
-            self._last = before
+            # not what it was before, which may be another thread's that has ended
+            self._last = self._in_thread.get()

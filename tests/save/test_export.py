@@ -14,7 +14,8 @@ from tests import tiny
 
 BACKBONES = ("llava-llama", "internvl-qwen3", "blip2-t5", "blip2-opt", "retrieval")
 
-# What runs where `modeling_dms` cannot be imported: loads every directory, answers the same inputs, saves again.
+# What runs where `modeling_dms` cannot be imported: loads every directory, each with a copy of the code, then answers
+# the same inputs and saves again.
 _ELSEWHERE = (
     tiny.BLOCKED
     + """
@@ -29,7 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 jobs = torch.load(sys.argv[1], weights_only=True)
-results = {}
+models, results = {}, {}
 for backbone, job in jobs.items():
     auto = AutoModel if backbone == "retrieval" else AutoModelForImageTextToText
     config = AutoConfig.from_pretrained(job["directory"], trust_remote_code=True)
@@ -44,6 +45,10 @@ for backbone, job in jobs.items():
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.clone()
+    models[backbone] = model
+for backbone, job in jobs.items():
+    model = models[backbone]
+    with torch.no_grad():
         out = model(**job["inputs"])
         weighed = model(**job["inputs"], modality_weights=job["weights"])
     result = {
