@@ -183,6 +183,13 @@ def test_an_image_and_a_text_are_weighed_alike_beside_rows_of_more_sources():
     torch.testing.assert_close(weights[:4, :2], alone)
 
 
+def test_calibration_heeds_sources_beside_a_batch_of_pairs():
+    model = tiny.build("llava-llama", false_alarm_rate=0.1)
+    report = model.calibrate([*sets(96), *sets(2, 1, 1, seed=3)], level=2, show_progress=False)
+    assert report.samples["vision"] == 98
+    assert report.sources["text-text"] > 0.8
+
+
 @torch.no_grad()
 def test_several_images_are_several_sources_where_calibration_knows_such():
     model, pairs = calibrated("llava-llama", 3, 1), tiny.calibrated("llava-llama")

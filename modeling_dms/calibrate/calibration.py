@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector, JointAgreement
 from modeling_dms.calibrate.source_agreement import COMPOSITIONS, SourceAgreement
-from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability
+from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability, Statistics, as_if_new
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.typicality import log_distances
 from modeling_dms.observe.prompt import ModalityFeatures
@@ -54,6 +54,12 @@ class Calibration(nn.Module):
         self.clean_sets = nn.ModuleList(Conformal(1, {}) for _ in COMPOSITIONS)  # type: ignore[assignment]
         self.pixels = PixelRange()
         self.reliability = Reliability(len(sizes))
+
+    def reset(self) -> None:
+        """Back to the state before calibration, whatever was loaded."""
+        for part in as_if_new(self).modules():
+            if isinstance(part, Statistics):
+                part.reset()
 
     @property
     def is_calibrated(self) -> bool:

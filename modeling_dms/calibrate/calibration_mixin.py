@@ -109,6 +109,7 @@ class CalibrationMixin(CounterfactualMixin):
             raise ValueError("the calibration data are empty")
         clean, damaged, present, in_prompt, answers, sources, gains = zip(*found, strict=True)
         answers = [said for said in answers if said is not None]
+        sources = [some for some in sources if some is not None]  # of batches where a sample has several
         return (
             [ModalityRecord.cat(records) for records in zip(*clean, strict=True)],
             [
@@ -118,7 +119,7 @@ class CalibrationMixin(CounterfactualMixin):
             torch.cat(present),
             None if None in in_prompt else ModalityRecord.cat(in_prompt),
             Answers.cat(answers) if answers else None,
-            None if None in sources else SourceRecord.cat(sources),
+            SourceRecord.cat(sources) if sources else None,
             None if None in gains else GainRecord.cat(gains),
         )
 
@@ -255,7 +256,7 @@ class CalibrationMixin(CounterfactualMixin):
         if given_ids is not None:
             ids = given_ids
         elif ids is None:
-            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), batch.get("labels"))
+            ids = self.infer_modality_ids(inputs["input_ids"], inputs.get("attention_mask"), own.get("labels"))
         placeholders = self._placeholders(inputs["input_ids"])
         images, owner, given = None, None, inputs
         if inputs.get("pixel_values") is not None:

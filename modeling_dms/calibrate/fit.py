@@ -21,6 +21,7 @@ from modeling_dms.calibrate.fit_sources import fit_sources
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, GainRecord, ModalityRecord
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.calibrate.source_agreement import SourceRecord
+from modeling_dms.calibrate.statistics import as_if_new
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.evidence.typicality import (
     auroc,
@@ -68,6 +69,7 @@ def fit_calibration(
             then.
     """
     config, target, calibration = calibration.config, calibration, copy.deepcopy(calibration).cpu()
+    as_if_new(calibration)
     for index, name in enumerate(MODALITIES):
         rows = present[:, index]
         if int(rows.sum()) < MIN_SAMPLES:

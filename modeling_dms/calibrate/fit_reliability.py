@@ -67,8 +67,8 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     # of the answers to one side alone, how sure it is stands among the numbers
     alone = answers.numbers[:, SURE_ALONE].sigmoid()
     agrees, sureness = answers.agrees[rows, heard], torch.cat([alone, answers.sureness], 1)[rows, heard]
-    # a second look falls on what is flagged, or does not belong together
-    looks, kept = (flagged > 0) | swapped, torch.zeros(len(p), 4)
+    # a second look is fitted to what is flagged, or does not belong together, and falls on what raises an alarm
+    looks, falls, kept = (flagged > 0) | swapped, (p <= rate).any(1), torch.zeros(len(p), 4)
     if int(looks.sum()) < MIN_SAMPLES:
         return {}
     reliability.rate.fill_(rate)
@@ -79,8 +79,8 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
         _fit_odds(reliability, "look_", numbers[seen], answers.agrees[seen, :3])
         first = reliability(sureness, p)
         best, believed = reliability.looked(answers.numbers, p).max(1)
-        second = torch.where(looks, answers.agrees[rows, believed], agrees)
-        kept[held] = torch.stack([first, agrees, torch.where(looks, best, first), second], 1)[held]
+        second = torch.where(falls, answers.agrees[rows, believed], agrees)
+        kept[held] = torch.stack([first, agrees, torch.where(falls, best, first), second], 1)[held]
     # all copies of a sample together
     sample = answers.sources[:, 0].float()
     chosen = sample.argsort(stable=True)[: len(reliability.kept)]

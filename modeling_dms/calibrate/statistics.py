@@ -52,6 +52,13 @@ class Statistics(nn.Module):
         return self
 
 
+def as_if_new(module: nn.Module) -> nn.Module:
+    """A module whose buffers `reset` may change: it leaves alone what transformers has loaded, by a mark on it."""
+    for buffer in module.buffers():
+        vars(buffer).pop("_is_hf_initialized", None)
+    return module
+
+
 def map_shapes(sizes: Sequence[int], components: int) -> dict[str, tuple[int, ...]]:
     """Buffers of location and scale of each modality's content (F,), and of its map to `components` coordinates."""
     shapes: dict[str, tuple[int, ...]] = {}

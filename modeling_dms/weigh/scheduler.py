@@ -178,15 +178,15 @@ def rule_scores(
     `conflict_prior` decides, if it is set. This is our own choice.
 
     Args:
-        spared: as of [`ModalityScheduler`]; their damage is not looked at.
+        spared: as of [`ModalityScheduler`]; their damage lowers nothing.
 
     Returns:
         (B, M), and where `conflict_prior` decides, (B,) bool.
     """
     damage = evidence(cast(Tensor, signals.p_clean), config.alarm_rate).clamp_min(0)
+    clean = (damage == 0) | ~modality_mask
     if spared is not None:
         damage = damage.masked_fill(spared > 0, 0)
-    clean = (damage == 0) | ~modality_mask
     scores = damage_scores(damage, modality_mask, config.kappa)
     if config.conflict_prior not in MODALITIES:  # none, or one that takes a second look
         return scores, torch.zeros_like(modality_mask[:, 0])

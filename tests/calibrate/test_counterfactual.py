@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_dms import DMSConfig
+from modeling_dms import DMSConfig, DMSLlavaForConditionalGeneration
+from modeling_dms.calibrate import fit
 from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.counterfactual import LOWERED, NONE, Answers, Copy, swapped_images, swapped_texts
 from modeling_dms.calibrate.damage import IMAGE_FAMILIES, TEXT_FAMILIES
-from modeling_dms.calibrate.fit_reliability import fit_lowering
+from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.prompt import TEXT
 from modeling_dms.training.corruptions import corrupt
@@ -186,6 +187,29 @@ def test_it_travels_with_the_checkpoint(tmp_path):
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks weights.*reliability\.coefficients"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_loaded_checkpoint_that_is_calibrated_again_forgets_what_it_knew(tmp_path):
+    calibrated("llava-llama").save_pretrained(tmp_path)
+    loaded = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = tiny.clean_samples(count=8, size=8, seed=3)[0]
+    assert told(loaded, batch).reliability is not None
+    loaded.calibrate(tiny.clean_samples(), level=1, show_progress=False)
+    new = tiny.build("llava-llama", false_alarm_rate=0.05)
+    new.calibrate(tiny.clean_samples(), level=1, show_progress=False)
+    for name, value in new.dms.calibration.state_dict().items():
+        assert torch.equal(loaded.dms.calibration.state_dict()[name], value), name
+    assert told(loaded, batch).reliability is None
+
+
+def test_without_an_alarm_a_second_look_is_none_in_the_promise_either(monkeypatch):
+    monkeypatch.setattr(
+        fit, "fit_reliability", lambda known, said, p, fold: fit_reliability(known, said, p * 0 + 1, fold)
+    )
+    kept = calibrated("llava-llama", conflict_prior="learned").dms.calibration.reliability
+    rows = kept.kept[: int(kept.count)]
+    assert len(rows) > 50
+    assert torch.equal(rows[:, 2:4], rows[:, :2])
 
 
 def test_batches_of_one_and_too_few_answers(as_many_are_asked):

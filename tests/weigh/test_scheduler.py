@@ -278,6 +278,19 @@ def test_damage_of_a_spared_modality_is_not_looked_at(name, seed, batch, spared)
     assert (found[:, spared] >= 0.5).all()
 
 
+@pytest.mark.parametrize("spared", [VISION, TEXT])
+def test_a_prior_does_not_believe_what_is_flagged_though_it_keeps_its_weight(spared):
+    config, mask = DMSConfig(conflict_prior=("vision", "text")[spared]), torch.ones(1, 2, dtype=torch.bool)
+    damage = torch.full((1, 2), NOTHING)
+    keeps = torch.tensor([float(spared == modality) for modality in range(2)])
+    for flagged, believed in ((False, True), (True, False)):
+        damage[:, spared] = 9.0 if flagged else NOTHING
+        signals = random_signals(0, 1, 2, config.alarm_rate, damage=damage, conflict=torch.full((1, 2), 9.0))
+        weights = scheduler_of(config, 2)(signals, mask, torch.zeros(1, 2, 3), torch.zeros(1, 2), keeps)
+        assert (weights[0, spared] > 0.9) == believed, weights
+        assert believed or torch.equal(weights, torch.full((1, 2), 0.5))
+
+
 @bounded
 @given(seed=seeds, batch=batches, dropped=st.sampled_from([VISION, TEXT]))
 def test_damage_may_take_all_weight_of_a_dropped_modality_alone(seed, batch, dropped):
