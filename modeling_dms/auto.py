@@ -30,6 +30,7 @@ from modeling_dms.modeling_dms_paligemma import DMSPaliGemmaForConditionalGenera
 from modeling_dms.modeling_dms_qwen2_5_vl import DMSQwen2_5_VLForConditionalGeneration
 from modeling_dms.modeling_dms_qwen3_vl import DMSQwen3VLForConditionalGeneration
 from modeling_dms.modeling_dms_smolvlm import DMSSmolVLMForConditionalGeneration
+from modeling_dms.save.checkpoints import OF_HUB
 from modeling_dms.steered_mixin import SteeredMixin
 
 
@@ -99,7 +100,10 @@ class DMSModelForImageTextToText:
         """
         config = kwargs.get("config")
         if config is None:
-            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-            of_hub = {name: kwargs[name] for name in names if name in kwargs}
+            of_hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **of_hub)
-        return class_of(config).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        cls = class_of(config)
+        if kwargs.get("config") is not None and not isinstance(config, cls.config_class):  # the vanilla class's
+            known = {**config.to_dict(), "model_type": cls.config_class.model_type}
+            kwargs["config"] = cls.config_class.from_dict(known)
+        return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

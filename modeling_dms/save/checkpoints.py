@@ -42,6 +42,10 @@ def _report_held() -> Iterator[list[logging.LogRecord]]:
             _logger.handle(record)
 
 
+# arguments that tell which version of a checkpoint is meant, and how it is reached
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class CheckpointMixin:
     """Checkpoints of a class with a `dms` submodule: vanilla ones load with only `dms.*` new, and what is saved loads
     where this package is not installed."""
@@ -77,6 +81,12 @@ class CheckpointMixin:
                 a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new. With
                 `output_loading_info=True`, which tells what is new, more may.
         """
+        other_layers = False
+        if kwargs.get("dms_config") is not None:
+            of_hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
+            saved = cls.config_class.get_config_dict(pretrained_model_name_or_path, **of_hub)[0].get("dms_config")
+            layers = ("vision_layers", "text_layers")
+            other_layers = any(getattr(kwargs["dms_config"], n) != (saved or {}).get(n) for n in layers)
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
@@ -102,6 +112,15 @@ class CheckpointMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has weights of other shapes than {cls.__name__}, as (name, its "
                 f"shape, the model's): {mismatched[:8]}{hint}"
+            )
+        calibration = model.dms.calibration
+        of_other_sizes = any(key[0].startswith(of_calibration) for key in info["mismatched_keys"])
+        if calibration.is_calibrated and (of_other_sizes or other_layers):
+            calibration.reset()
+            _logger.warning(
+                "the calibration of %s is of other layers or sizes than its dms_config asks for: run "
+                "`model.calibrate` again; until then the rule's weights are uniform",
+                pretrained_model_name_or_path,
             )
         # a vanilla checkpoint has nothing of `dms`, and another scheduler than the saved one starts anew
         anew = {name for name in own if name.startswith("dms.scheduler.")}
@@ -136,3 +155,8 @@ class CheckpointMixin:
             super().save_pretrained(folder, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 export_code(type(self), type(self.config), folder)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, of the code as well: `save_pretrained(push_to_hub=True)` uploads before it returns."""
+        export_code(type(self), type(self.config), Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Loading: vanilla checkpoints lose nothing, DMS checkpoints come back bit for bit, broken ones are refused."""
 
+import contextlib
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ from modeling_dms import (
     DMSInternVLConfig,
     DMSLlavaConfig,
     DMSLlavaForConditionalGeneration,
+    DMSModelForImageTextToText,
 )
 from modeling_dms.training.models.loading import load
 from tests import tiny
@@ -392,6 +394,43 @@ def test_partly_missing_dms_is_refused(tmp_path):
     damage(tmp_path, lambda state: state.pop("dms.views.0.shared.weight"))
     with pytest.raises((ValueError, RuntimeError, OSError), match=r"views\.0\.shared"):
         DMSLlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"subspace_size": 4}, {"text_layers": [1, 2]}])
+def test_a_calibration_of_other_sizes_or_layers_is_none(tmp_path, caplog, other):
+    tiny.calibrated("llava-llama").save_pretrained(tmp_path)
+    asked = {**tiny._DMS, **other}
+    with told_by_transformers(caplog):
+        model = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, dms_config=DMSConfig(**asked)).eval()
+    assert "is of other layers or sizes" in caplog.text
+    new = tiny.build("llava-llama", **other).dms.calibration.state_dict()
+    for name, value in model.dms.calibration.state_dict().items():
+        assert torch.equal(value, new[name]), name
+    # what it does not hang on may be chosen
+    caplog.clear()
+    with told_by_transformers(caplog):
+        asked = {**tiny._DMS, "false_alarm_rate": 0.2}
+        model = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, dms_config=DMSConfig(**asked))
+    assert "other layers" not in caplog.text
+    assert model.dms.calibration.is_calibrated
+
+
+@contextlib.contextmanager
+def told_by_transformers(caplog):
+    """Its loggers pass nothing on to others."""
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def test_the_configuration_of_a_vanilla_checkpoint_may_be_given(tmp_path):
+    tiny.vanilla("llava-llama").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = DMSModelForImageTextToText.from_pretrained(tmp_path, config=config).eval()
+    assert type(model) is DMSLlavaForConditionalGeneration
+    assert torch.equal(answer(model, "llava-llama")[0], answer(tiny.vanilla("llava-llama"), "llava-llama")[0])
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "dms.views.0.shared.weight"])

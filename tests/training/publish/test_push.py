@@ -115,6 +115,8 @@ def test_what_was_pushed_loads_without_this_package(hub, folder, tmp_path):
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     model.push_to_hub("me/itself")
     processor.push_to_hub("me/itself")
+    model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="me/saved")
+    processor.push_to_hub("me/saved")
 
     inputs = dict(PromptCollator(processor)(load_samples("easy-vqa", "test", limit=2)))
     expected = model.eval()(**inputs).logits
@@ -130,7 +132,7 @@ def test_what_was_pushed_loads_without_this_package(hub, folder, tmp_path):
     env = {**os.environ, **home, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for name in ("PYTHONPATH", "HF_TOKEN", "HF_MODULES_CACHE", "HF_HUB_CACHE"):
         env.pop(name, None)
-    repos = [REPO, "me/bare", "me/itself"]
+    repos = [REPO, "me/bare", "me/itself", "me/saved"]
     command = [sys.executable, "-I", str(script), str(given), str(found), *repos]
     ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
