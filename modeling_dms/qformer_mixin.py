@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
-from modeling_dms.observe.first_tokens import FirstTokens
+from modeling_dms._compat import cache_of
+from modeling_dms.observe.first_tokens import FirstTokens, asked_for
 from modeling_dms.observe.images import Images, check_image_size
 from modeling_dms.observe.prefill import Prefill
 from modeling_dms.observe.prompt import OWN, Schedule
@@ -103,7 +105,15 @@ class QFormerMixin(SteeredMixin):
         prompt = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         if self._is_causal and input_ids is not None:
             prompt["input_ids"] = input_ids
-        first = FirstTokens(kwargs)
+        own_config = self.language_model.generation_config
+        first = FirstTokens(kwargs, own_config)
+        if asked_for("guidance_scale", kwargs, own_config) not in (None, 1):
+            schedule = schedule.settle() if isinstance(schedule, Prefill) else schedule
+            if schedule is not None and self._steering(schedule) is not None:
+                raise ValueError(
+                    f"the modality weights {schedule.weights.tolist()} cannot steer {type(self).__name__} under "
+                    "guidance: its language model reads two prompts then. Generate without `guidance_scale`"
+                )
         with schedule.observed() if isinstance(schedule, Prefill) else steered(self._steering(schedule)):
             generated = self.language_model.generate(**prompt, **kwargs)
         if isinstance(schedule, Prefill) and schedule.schedule is None:
@@ -111,4 +121,6 @@ class QFormerMixin(SteeredMixin):
             first.sureness = None
             with steered(schedule.steering):
                 generated = self.language_model.generate(**prompt, **kwargs)
+        if isinstance(generated, ModelOutput) and cache_of(generated) is not None:
+            cache_of(generated).schedule = schedule.schedule if isinstance(schedule, Prefill) else schedule
         return self._generated(generated, schedule, first)

@@ -7,15 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from modeling_dms._compat import CACHE, EXPANDS_IMAGES, cache_of
-from modeling_dms.mixin import DMSMixin
+from modeling_dms.encoding_mixin import EncodingMixin
 from modeling_dms.observe.first_tokens import FirstTokens
-from modeling_dms.observe.images import Images, image_statistics
-from modeling_dms.observe.layers import kept_states
+from modeling_dms.observe.images import Images
 from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill
 from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule, with_own_parameters
 from modeling_dms.outputs import ModalitySignals, with_weights
@@ -28,9 +27,10 @@ from modeling_dms.weigh.scheduler import uniform_weights
 logger = logging.get_logger(__name__)
 
 _generation: Running[Generation | None] = Running("generation", None)
+_POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[2:]  # of `generate`, behind its inputs
 
 
-class SteeredMixin(DMSMixin):
+class SteeredMixin(EncodingMixin):
     """DMS for a class of transformers that continues prompts.
 
     A sample's way: its images are encoded, while hooks keep what the layers of the vision tower say of them; the
@@ -38,9 +38,8 @@ class SteeredMixin(DMSMixin):
     to the attention scores of its keys. The weights go along with the cache.
     """
 
-    # parameters of the vanilla class's `forward`, and those of them that `get_image_features` takes
+    # parameters of the vanilla class's `forward`
     _forward_parameters: ClassVar[tuple[str, ...]] = ()
-    _image_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,46 +69,6 @@ class SteeredMixin(DMSMixin):
         return {}
 
     # --- observe
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As the vanilla class's; its output also holds `statistics`, what typicality reads of the vision tower, and
-        `pixels`, what tells damage."""
-        states, outputs = kept_states(
-            lambda: super(SteeredMixin, self).get_image_features(*args, **kwargs), self._vision_layers
-        )
-        if isinstance(outputs, ModelOutput):
-            given = {**dict(zip(self._image_parameters, args, strict=False)), **kwargs}
-            outputs.statistics = image_statistics(states, outputs.pooler_output, self._parts(**given))
-            outputs.pixels = None if self._is_static else self._pixel_statistics(given, outputs.pooler_output)
-        return outputs
-
-    def _observed_images(self, inputs: dict[str, Any]) -> Images | None:
-        """The images of a call; `None` without any. Its pixels are replaced by `mm_encoder_outputs`."""
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        pixels = inputs.get("pixel_values")
-        if encoded is not None:
-            if pixels is not None:
-                raise ValueError("pass either `pixel_values` or `mm_encoder_outputs`, not both")
-            return Images.of(encoded)
-        if pixels is None:
-            return None
-        self._check_images(pixels)
-        given = {name: inputs[name] for name in self._image_parameters if inputs.get(name) is not None}
-        encoded = self.get_image_features(**given, return_dict=True)
-        inputs["mm_encoder_outputs"] = {"image": encoded}
-        inputs["pixel_values"] = None
-        if inputs.get("pixel_values_videos") is not None:  # the vanilla classes take none beside encoded images
-            names = inspect.signature(self.get_video_features).parameters
-            given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-            inputs["mm_encoder_outputs"]["video"] = self.get_video_features(**given, return_dict=True)
-            inputs["pixel_values_videos"] = None
-        return Images.of(encoded)
-
-    def with_images_encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of `forward` with `mm_encoder_outputs` in place of pixels, to be used for several calls."""
-        encoded = {"input_ids": None, **inputs}
-        self._observed_images(encoded)
-        return {name: value for name, value in encoded.items() if value is not None}
 
     @torch.no_grad()
     def get_modality_weights(
@@ -200,6 +159,8 @@ class SteeredMixin(DMSMixin):
             )
         elif carried is None:
             self._warn_unobserved("a cache whose prompt another model has read")
+        elif generation is None and inputs.get("pixel_values") is not None and not self._is_static:
+            logger.warning_once("images behind a cached prompt are not observed: the weights are those of that prompt")
         return True, carried
 
     def _observe(
@@ -296,7 +257,7 @@ class SteeredMixin(DMSMixin):
         if not known:
             check_applied(steering)
         cache = outputs.get("language_model_outputs", outputs).get(CACHE)
-        if cache is not None and schedule is not None:
+        if cache is not None:
             cache.schedule = schedule
         num_items = inputs.get("num_items_in_batch")
         if labels is not None and shifted is not None and self._is_causal:
@@ -318,6 +279,7 @@ class SteeredMixin(DMSMixin):
         The weights are computed once, from the prompt, and hold for every generated token. With
         `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
         """
+        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         self._check_padding(kwargs.get("attention_mask"))
         own = {name: kwargs.pop(name, None) for name in OWN[:-1]}
         prompt = kwargs.get("input_ids") if inputs is None else inputs
@@ -338,9 +300,11 @@ class SteeredMixin(DMSMixin):
                     f"the modality weights cannot steer a ready-made attention_mask of {mask.ndim} dimensions: pass "
                     "one of (batch, length)"
                 )
-        first = FirstTokens(kwargs)
+        first = FirstTokens(kwargs, self.generation_config)
         with _generation.set(Generation(self, prompt, schedule)):
-            generated = super().generate(inputs, *args, **kwargs)
+            generated = super().generate(inputs, **kwargs)
+        if known:  # the cache holds the prompt
+            first.sureness = None
         return self._generated(generated, schedule, first)
 
     def _generated(self, generated: Any, schedule: Schedule | Prefill | None, first: FirstTokens) -> Any:

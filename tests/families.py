@@ -252,6 +252,20 @@ def inputs(family: str, padding: str = "left", seed: int = 1) -> dict[str, Tenso
     return batch
 
 
+def with_a_text(family: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same two prompts, and one without image between them."""
+    longer, in_rows = {}, family in ("smolvlm", "idefics3")
+    for name, value in batch.items():
+        if name in ("image_sizes", "image_grid_thw") or (name == "pixel_values" and not in_rows):
+            longer[name] = value
+            continue
+        new = torch.zeros_like(value[:1])
+        if name in ("input_ids", "attention_mask"):
+            new = torch.arange(value.shape[1])[None] + 5 if name == "input_ids" else torch.ones_like(new)
+        longer[name] = torch.cat([value[:1], new, value[1:]])
+    return longer
+
+
 def repainted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same prompts with other images; what is no image stays zero."""
     pixels = batch["pixel_values"]

@@ -94,6 +94,34 @@ def test_statistics_of_a_batch_are_those_of_its_rows(family):
     torch.testing.assert_close(statistics(batch), rows, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "family", [name for name in CLASSES if name != "instructblip"]
+)  # whose vanilla class refuses it
+@torch.no_grad()
+def test_a_row_without_image_leaves_the_images_of_others_alone(family):
+    batch, model = families.inputs(family), families.shared(family)
+    longer = families.with_a_text(family, batch)
+    one, other = (model._observed_images(dict(b)) for b in (batch, longer))
+    for name in ("tokens", "lengths", "statistics", "pixels"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-5, atol=1e-5)
+    rows, moved = (i.rows(b["input_ids"] == families.IMAGE) for i, b in ((one, batch), (other, longer)))
+    assert torch.equal(moved, rows * 2)
+    logits = model(**longer).logits[::2]
+    torch.testing.assert_close(logits, model(**batch).logits, rtol=0, atol=1e-4)
+    # one image alone beside a text
+    first = families.row(family, families.inputs(family, "right"), 0)
+    with_text = {
+        name: torch.cat([v, torch.ones_like(v)])
+        for name, v in first.items()
+        if name in ("input_ids", "attention_mask")
+    }
+    rest = {name: torch.cat([v, torch.zeros_like(v)]) if name.endswith("type_ids") else v for name, v in first.items()}
+    if family in ("smolvlm", "idefics3"):
+        rest["pixel_values"] = torch.cat([first["pixel_values"], torch.zeros_like(first["pixel_values"])])
+    logits = model(**{**rest, **with_text}).logits[:1]
+    torch.testing.assert_close(logits, model(**first).logits, rtol=0, atol=1e-4)
+
+
 @everywhere
 @attention
 @torch.no_grad()

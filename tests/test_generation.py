@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import ContinuousBatchingConfig, StaticCache
+from transformers import ContinuousBatchingConfig, LogitsProcessorList, StaticCache, SuppressTokensLogitsProcessor
 
-from modeling_dms._compat import CACHE
+from modeling_dms._compat import CACHE, cache_of
 from tests import tiny
 
 
@@ -313,6 +313,98 @@ def test_a_cache_that_is_used_again_forgets_the_weights_of_its_old_prompt():
     again, expected = model(**second, **{CACHE: cache}), model(**second)
     assert (expected.modality_weights - model(**first).modality_weights).abs().max() > 1e-3
     torch.testing.assert_close(again.modality_weights, expected.modality_weights, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_used_again_forgets_them_where_nothing_can_be_observed():
+    model = tiny.shared("llava-llama", scheduler="learned", stirred=True)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    model(**tiny.prompts("llava-llama", "pairs"), **{CACHE: cache})
+    cache.reset()
+    embeddings, step = torch.randn(3, 6, 32), torch.full((3, 1), 10)
+    found = []
+    for prompt_cache in (cache, StaticCache(config=model.config.get_text_config(), max_cache_len=64)):
+        model(inputs_embeds=embeddings, **{CACHE: prompt_cache})
+        out = model(input_ids=step, **{CACHE: prompt_cache})
+        assert out.modality_weights is None
+        found.append(out.logits)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_images_behind_a_cached_prompt_are_told_to_be_unobserved(monkeypatch):
+    warned = []
+    monkeypatch.setattr("modeling_dms.steered_mixin.logger.warning_once", warned.append)
+    model = tiny.build("llava-llama", false_alarm_rate=0.05)
+    model.calibrate(tiny.clean_samples(), show_progress=False)
+    whole = tiny.row(tiny.prompts("llava-llama", "pairs"), 0)
+    start = int((whole["input_ids"][0] == tiny.IMAGE).nonzero()[0])
+    prefix = {name: whole[name][:, :start] for name in ("input_ids", "attention_mask")}
+    cache = model(**prefix, use_cache=True)[CACHE]
+    out = model.generate(**whole, **{CACHE: cache}, max_new_tokens=2, return_dict_in_generate=True)
+    assert any("images behind a cached prompt" in warning for warning in warned)
+    assert out.reliability is None
+    vanilla = copy.deepcopy(tiny.vanilla_of(model))
+    cache = vanilla(**prefix, use_cache=True)[CACHE]
+    assert torch.equal(out.sequences, vanilla.generate(**whole, **{CACHE: cache}, max_new_tokens=2))
+
+
+@pytest.mark.parametrize("backbone", ["blip2-opt", "llava-llama"])
+@torch.no_grad()
+def test_what_generate_returned_goes_on_with_its_weights(backbone):
+    model, inputs = tiny.shared(backbone), tiny.prompts(backbone, "pairs")
+    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    asked = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **asked, modality_weights=tiny.uneven(3))
+    mask = F.pad(inputs["attention_mask"], (0, 1), value=1)
+    on = model(input_ids=torch.full((3, 1), 10), attention_mask=mask, **{CACHE: cache_of(out)})
+    assert torch.equal(on.modality_weights, tiny.uneven(3))
+    ids = model.infer_modality_ids(inputs["input_ids"], inputs["attention_mask"])
+    longer = {**inputs, "input_ids": F.pad(inputs["input_ids"], (0, 1), value=10), "attention_mask": mask}
+    expected = model(**longer, modality_ids=F.pad(ids, (0, 1)), modality_weights=tiny.uneven(3))
+    torch.testing.assert_close(on.logits[:, -1], expected.logits[:, -1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_of_blip2_is_refused_where_weights_are_not_uniform():
+    model, inputs = tiny.shared("blip2-opt"), tiny.prompts("blip2-opt", "pairs")
+    guided = {"guidance_scale": 2.0, "max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ValueError, match="guidance"):
+        model.generate(**inputs, **guided, modality_weights=tiny.uneven(3))
+    config = copy.deepcopy(model.language_model.generation_config)
+    config.guidance_scale = 2.0
+    with pytest.raises(ValueError, match="guidance"):
+        model.generate(**inputs, generation_config=config, modality_weights=tiny.uneven(3), max_new_tokens=3)
+    expected = tiny.vanilla("blip2-opt").generate(**inputs, **guided)
+    assert torch.equal(model.generate(**inputs, **guided), expected)
+
+
+@torch.no_grad()
+def test_candidates_that_a_configuration_asks_for_are_not_taken_for_the_answer():
+    model = tiny.build("llava-llama", false_alarm_rate=0.05)
+    model.calibrate(tiny.clean_samples(), show_progress=False)
+    row = tiny.row(tiny.prompts("llava-llama", "pairs"), 0)
+    # an n-gram that comes again, for which there are candidates
+    text = torch.tensor([[11, 12, 13, 14, 11, 12]])
+    row["input_ids"] = torch.cat([row["input_ids"], text], 1)
+    row["attention_mask"] = torch.ones_like(row["input_ids"])
+    asked = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    config = copy.deepcopy(model.generation_config)
+    config.prompt_lookup_num_tokens = 2
+    assert model.generate(**row, **asked, generation_config=config).reliability is None
+    assert model.generate(**row, **asked, prompt_lookup_num_tokens=2).reliability is None
+    assert model.generate(**row, **asked).reliability is not None
+
+
+@torch.no_grad()
+def test_generate_takes_its_arguments_by_place():
+    model, inputs = tiny.shared("llava-llama"), tiny.prompts("llava-llama", "pairs")
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens = 3
+    never = LogitsProcessorList([SuppressTokensLogitsProcessor([*range(4, 40)])])
+    ids, rest = inputs["input_ids"], {name: value for name, value in inputs.items() if name != "input_ids"}
+    expected = tiny.vanilla("llava-llama").generate(ids, config, never, **rest)
+    assert torch.equal(model.generate(ids, config, never, **rest), expected)
 
 
 @torch.no_grad()

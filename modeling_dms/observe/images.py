@@ -33,7 +33,8 @@ class Images:
     @classmethod
     def of(cls, outputs: Any) -> "Images":
         """What `get_image_features` of a DMS class, or of a vanilla one, returned."""
-        pooled, kept = outputs.pooler_output, [getattr(outputs, name, None) for name in ("statistics", "pixels")]
+        kept = [getattr(outputs, name, None) for name in ("statistics", "pixels")]
+        pooled = there(outputs.pooler_output)
         if isinstance(pooled, Tensor):  # (I, N, D)
             lengths = torch.full((pooled.shape[0],), pooled.shape[1], device=pooled.device)
             return cls(outputs, pooled.flatten(0, 1), lengths, *kept)
@@ -84,6 +85,14 @@ class Images:
         return torch.searchsorted(in_rows.cumsum(0), ends).clamp_max(placeholders.shape[0] - 1)
 
 
+def there(pooled: Any) -> Any:
+    """Image tokens, (I, N, D) or (N, D) each, without the empty entries of backbones that have one a row, whether that
+    holds images or not."""
+    if isinstance(pooled, Tensor) or torch.compiler.is_compiling():
+        return pooled
+    return [tokens for tokens in pooled if len(tokens)]
+
+
 def check_image_size(pixel_values: Tensor, size: int) -> None:
     """Raises ValueError for images (I, 3, H, W) of another size than a vision model has positions for: a smaller one
     would get the first of them."""
@@ -116,9 +125,8 @@ def of_images(units: Tensor, pooled: Any, parts: Sequence[int] | None = None) ->
     # a number of tiles that is not known while the call is traced is told by `parts`
     if isinstance(pooled, Tensor) or guard_or_false(units.shape[0] == len(pooled)):
         return units
-    # a row without images has no tile
     parts = parts_of(units.shape[0], pooled, parts)
-    counts = torch.tensor(parts, device=units.device).clamp_min(1)
+    counts = torch.tensor(parts, device=units.device)
     return torch.stack([part.sum(0) for part in units.split(parts)]) / counts[:, None]
 
 

@@ -57,8 +57,9 @@ class ObservationMixin:
         number of its tokens tells it."""
         if pixel_values.ndim != 5:
             return None
-        # of each row, whose images are one after the other; those that fill it up are all 0
-        return (pixel_values != 0).flatten(2).any(2).sum(1).tolist()
+        # of each row with images, which are one after the other; those that fill it up are all 0
+        parts = (pixel_values != 0).flatten(2).any(2).sum(1).tolist()
+        return parts if torch.compiler.is_compiling() else [count for count in parts if count]
 
     def _picture_sizes(self, inputs: dict[str, Any]) -> Sequence[Sequence[int]] | None:
         """Height and width of each picture, where smaller ones are padded."""
