@@ -228,17 +228,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
             weights = output.weights
         elif signals:
             self._check_calibration()
-            if reading is None:
-                text = self._text_features(prompt.input_ids, prompt.embeddings, prompt.modality_ids)
-            else:
-                text = self._text_in_prompt(prompt, reading)
-                looked_at = self.dms.calibration.suspicious(text) | self.dms.calibration.reads_all
-                rows = looked_at.nonzero()[:, 0]
-                if len(rows):
-                    ids = cast(Tensor, prompt.input_ids)[rows]
-                    text.closer = (rows, self._text_features(ids, None, prompt.modality_ids[rows]))
-            features = [self._vision_features(prompt), text]
-            output = self.dms(features, prompt.modality_mask, self._readout, prompt.given)
+            output = self._weigh_modalities(prompt, reading)
             weights = output.weights
         if weights is None:
             weights = uniform_weights(prompt.modality_mask)
@@ -247,6 +237,20 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         if reading is not None and output is not None and prompt.source_types is None:
             schedule.look = self._second_look(prompt, schedule, output)
         return schedule
+
+    def _weigh_modalities(self, prompt: Prompt, reading: Reading | None) -> DMSOutput:
+        """Weights and signals of each modality: (B, M)."""
+        if reading is None:
+            text = self._text_features(prompt.input_ids, prompt.embeddings, prompt.modality_ids)
+        else:
+            text = self._text_in_prompt(prompt, reading)
+            looked_at = self.dms.calibration.suspicious(text) | self.dms.calibration.reads_all
+            rows = looked_at.nonzero()[:, 0]
+            if len(rows):
+                ids = cast(Tensor, prompt.input_ids)[rows]
+                text.closer = (rows, self._text_features(ids, None, prompt.modality_ids[rows]))
+        features = [self._vision_features(prompt), text]
+        return self.dms(features, prompt.modality_mask, self._readout, prompt.given)
 
     def _key_bias(self, weights: Tensor, modality_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """The attention bias (B, P), or `None` where fusion is not by attention or nothing is to be changed.

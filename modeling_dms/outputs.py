@@ -57,6 +57,17 @@ class Weighed:
 
 
 @dataclass
+class WeighedSources(Weighed):
+    r"""Of each source.
+
+    p_values: (B, M + 1), see [`ModalitySignals`], of prompts with one image and one text at most, NaN for others;
+        `None` where there are only others.
+    """
+
+    p_values: torch.Tensor | None
+
+
+@dataclass
 class DMSOutput(Weighed):
     r"""Output of the `dms` submodule.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
-from modeling_dms.outputs import Weighed
+from modeling_dms.outputs import Weighed, WeighedSources
 from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
 
 
@@ -106,15 +106,13 @@ class ReliabilityMixin:
             sureness: the probability of the likeliest first token, (B,), or several times for each prompt.
         """
         trust = self.dms.calibration.reliability
+        if schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
+            return None
         # of several sources none is known
-        several = (
-            schedule is not None and schedule.output is not None and schedule.output.signals.agreement is not None
-        )
-        if several or schedule is None or schedule.output is None or sureness is None or torch.compiler.is_compiling():
+        output = schedule.output
+        p_values = output.p_values if isinstance(output, WeighedSources) else output.signals.p_values
+        if p_values is None or not trust.count > 0:
             return None
-        if not trust.count > 0:
-            return None
-        p_values = schedule.output.signals.p_values
         found = trust(sureness[:: len(sureness) // len(p_values)].to(p_values.device), p_values)
         known = schedule.reliability
         return found if known is None else torch.where(known.isnan(), found, known)

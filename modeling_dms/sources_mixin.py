@@ -12,7 +12,7 @@ from modeling_dms.observe.images import Images
 from modeling_dms.observe.observation_mixin import of_rows, of_words
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt
-from modeling_dms.outputs import ModalitySignals, Weighed
+from modeling_dms.outputs import ModalitySignals, WeighedSources
 from modeling_dms.weigh.odd_ones import alarm_rates, odd_ones, source_weights
 from modeling_dms.weigh.scheduler import uniform_weights
 
@@ -84,7 +84,7 @@ class SourcesMixin:
             raise ValueError(f"several sources are weighed by scheduler='rule' or 'uniform', got {scheduler!r}")
         return replace(prompt, source_types=types)
 
-    def _weigh_sources(self, prompt: Prompt, reading: Reading | None) -> Weighed:
+    def _weigh_sources(self, prompt: Prompt, reading: Reading | None) -> WeighedSources:
         """Weights and signals of each source: (B, S)."""
         calibration, types = self.dms.calibration, cast(Tensor, prompt.source_types)
         features = [self._images_of_sources(prompt), self._texts_of_sources(prompt, reading)]
@@ -106,10 +106,22 @@ class SourcesMixin:
         sources = calibration.sources
         agreement = sources.ratios(*sources.cosines(calibration.agreement, types, contents))
         weights, p_match = self._rule_for_sources(types, p_clean, agreement)
+        pairs = ((types == VISION).sum(1) < 2) & ((types == TEXT).sum(1) < 2)
+        p_values = None
+        if pairs.any():
+            # one image and one text are weighed as modalities, whatever stands beside them in the batch
+            alone = replace(self._one_of_each(prompt, 0), given=None)
+            said = self._weigh_modalities(alone, reading)  # type: ignore[attr-defined]
+            pairs_of = (weights, said.weights), (p_clean, said.signals.p_clean), (p_match, said.signals.p_match)
+            for index in range(len(MODALITIES)):
+                where = pairs[:, None] & (types == index + 1)
+                for of_sources, of_pairs in pairs_of:
+                    of_sources[where] = of_pairs[where.any(1), index].to(of_sources)
+            p_values = said.signals.p_values.masked_fill(~pairs[:, None], torch.nan)
         signals = ModalitySignals(
             typicality=typicality, surprisal=surprisal, p_clean=p_clean, p_match=p_match, agreement=agreement
         )
-        return Weighed(weights if prompt.given is None else prompt.given, signals)
+        return WeighedSources(weights if prompt.given is None else prompt.given, signals, p_values)
 
     def _rule_for_sources(self, types: Tensor, p_clean: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
         """The rule's weights (B, S), and the p-values (B, S) of how far each source belongs with the others.

@@ -183,6 +183,23 @@ def test_an_image_and_a_text_are_weighed_alike_beside_rows_of_more_sources():
     torch.testing.assert_close(weights[:4, :2], alone)
 
 
+@torch.no_grad()
+def test_a_pair_that_disagrees_is_judged_alike_beside_rows_of_more_sources():
+    model = tiny.build("llava-llama", false_alarm_rate=0.3, conflict_prior="vision")
+    model.calibrate(sets(192), show_progress=False)
+    (batch,) = sets(32, wrong=1, seed=8)
+    ids = batch["source_ids"].clone()
+    ids[:16] = ids[:16].where(ids[:16] < 3, 0)  # half have one passage
+    batch = {**batch, "source_ids": ids}
+    out, alone = model(**batch), model(**{name: value[:16] for name, value in batch.items()})
+    assert (alone.modality_weights[:, 0] > 0.9).any()
+    torch.testing.assert_close(out.modality_weights[:16, :2], alone.modality_weights)
+    for name in ("p_clean", "p_match"):
+        torch.testing.assert_close(out.modality_signals[name][:16, :2], alone.modality_signals[name])
+    torch.testing.assert_close(out.reliability[:16], alone.reliability, rtol=1e-4, atol=1e-5)
+    assert out.reliability[16:].isnan().all()
+
+
 def test_calibration_heeds_sources_beside_a_batch_of_pairs():
     model = tiny.build("llava-llama", false_alarm_rate=0.1)
     report = model.calibrate([*sets(96), *sets(2, 1, 1, seed=3)], level=2, show_progress=False)
