@@ -73,7 +73,7 @@ def test_the_model_does_not_know_the_training(path):
 
 # each room may import those before it, and itself; those of the training all of the model's
 MODEL_ROOMS = ("_compat", "outputs", "save", "steer", "evidence", "observe", "weigh", "calibrate", "dms")
-MODEL_ROOMS += ("reliability_mixin", "sources_mixin", "mixin", "steered_mixin", "qformer_mixin")
+MODEL_ROOMS += ("reliability_mixin", "sources_mixin", "mixin", "encoding_mixin", "steered_mixin", "qformer_mixin")
 MODEL_ROOMS += ("shells", "auto", "__init__")
 ROOMS = (
     "names",

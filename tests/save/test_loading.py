@@ -366,11 +366,12 @@ def test_missing_weights_are_told_to_whoever_asks(tmp_path):
     assert_same_tensors(loaded.model.state_dict(), model.model.state_dict())
 
 
-def test_only_what_a_vanilla_checkpoint_has_not_is_no_news(tmp_path, monkeypatch):
+def test_only_what_a_vanilla_checkpoint_has_not_is_no_news(tmp_path, monkeypatch, caplog):
     """transformers reports missing weights; that all of `dms` is new need worry nobody."""
     reports = []
     logger = logging.getLogger("transformers.modeling_utils")
     monkeypatch.setattr(logger, "handlers", [])
+    caplog.set_level(logging.WARNING, logger.name)
     handler = logging.Handler()
     handler.emit = lambda record: reports.append(record.getMessage())
     logger.addHandler(handler)
@@ -418,11 +419,13 @@ def test_a_calibration_of_other_sizes_or_layers_is_none(tmp_path, caplog, other)
 @contextlib.contextmanager
 def told_by_transformers(caplog):
     """Its loggers pass nothing on to others."""
-    logging.getLogger("transformers").addHandler(caplog.handler)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     try:
-        yield
+        with caplog.at_level(logging.WARNING, logger.name):
+            yield
     finally:
-        logging.getLogger("transformers").removeHandler(caplog.handler)
+        logger.removeHandler(caplog.handler)
 
 
 def test_the_configuration_of_a_vanilla_checkpoint_may_be_given(tmp_path):
