@@ -195,10 +195,9 @@ class DynamicModalityScheduling(nn.Module):
         nothing = torch.zeros_like(scalars[:, 0, 0])
         surprisal = [nothing if feature.surprisal is None else feature.surprisal for feature in features]
         agreement = consistency(representations, modality_mask)
-        if len(features) == 2:
-            shared = [calibration.agreement.shared(index, feature.content) for index, feature in enumerate(features)]
-            canonical = consistency(torch.stack(shared, 1), modality_mask)
-            agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
+        shared = [calibration.agreement.shared(index, feature.content) for index, feature in enumerate(features)]
+        canonical = consistency(torch.stack(shared, 1), modality_mask)
+        agreement = torch.where(calibration.agreement.canonical > 0, canonical, agreement)
         p_match, gain = calibration.agreement.p_match(agreement, modality_mask), features[-1].gain
         if gain is not None:
             known = modality_mask.all(1, keepdim=True)

@@ -190,10 +190,9 @@ class SourcesMixin:
         mask = None if prompt.attention_mask is None else prompt.attention_mask[rows]
         of_each = replace(prompt, input_ids=input_ids, modality_ids=ids, attention_mask=mask)
         text: ModalityFeatures = self._text_in_prompt(of_each, reading, rows)  # type: ignore[attr-defined]
-        if self.dms.calibration.reads_prompts:
-            some = self.dms.calibration.suspicious(text).nonzero()[:, 0]
-            if len(some):
-                text.closer = (some, self._text_features(input_ids[some], None, ids[some]))  # type: ignore[attr-defined]
+        some = self.dms.calibration.suspicious(text).nonzero()[:, 0]
+        if len(some):
+            text.closer = (some, self._text_features(input_ids[some], None, ids[some]))  # type: ignore[attr-defined]
         return text
 
     def _source_record(self, prompt: Prompt) -> SourceRecord:

@@ -109,7 +109,7 @@ def fit_calibration(
     calibration.agreement.reset()
     calibration.joint.reset()
     p_match: Tensor | None = None
-    if len(MODALITIES) == 2 and int(both.sum()) >= MIN_SAMPLES:
+    if int(both.sum()) >= MIN_SAMPLES:
         p_match = _fit_agreement(calibration, clean, both, folds, report, answers, gains)
     for statistics in (calibration.sources, *calibration.clean_sets):
         statistics.reset()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 EPS = 1e-6
+NEWTON_STEPS = 50  # at most
 
 
 def token_statistics(states: Tensor, mask: Tensor) -> Tensor:
@@ -162,7 +163,6 @@ def fit_logistic(
     targets: Tensor,
     sample_weights: Tensor,
     ridge: float = 1e-2,
-    steps: int = 50,
     start: Tensor | None = None,
 ) -> Tensor:
     """Ridge logistic regression by Newton's method.
@@ -189,7 +189,7 @@ def fit_logistic(
         return (sample_weights * losses).sum() + (penalty * value.pow(2)).sum() / 2
 
     reached = objective(coefficients)
-    for _ in range(steps):
+    for _ in range(NEWTON_STEPS):
         p = (design @ coefficients).sigmoid()
         gradient = design.T @ (sample_weights * (p - targets)) + penalty * coefficients
         hessian = (design.T * (sample_weights * (p * (1 - p)).clamp_min(1e-9))) @ design + torch.diag(penalty)
