@@ -25,11 +25,11 @@ FOLDS, SEEDS, RESAMPLED = 5, 10, 2000
 
 HEAD = """# When a context may be wrong
 
-Written by `python benchmarks/recorded.py` from answers of LLaVA-1.5-7B and 1.6-7B that the authors of "Words or Vision:
-Do Vision-Language Models Have Blind Faith in Text?" ([arXiv 2503.02199](https://arxiv.org/abs/2503.02199)) recorded: to
-{questions} questions of VQAv2, each with a context that is true and helps, one that contradicts the image, and one that
-is beside the point. No model was run. A question counts as right if the answer is one of the accepted ones, in lower
-case and without punctuation and articles.
+Written by `python benchmarks/recorded.py` from answers of LLaVA-1.5-7B and 1.6-7B that the authors of "Words or
+Vision: Do Vision-Language Models Have Blind Faith in Text?" ([arXiv 2503.02199](https://arxiv.org/abs/2503.02199))
+recorded: to {questions} questions of VQAv2, each with a context that is true and helps, one that contradicts the
+image, and one that is beside the point. No model was run. A question counts as right if the answer is one of the
+accepted ones, in lower case and without punctuation and articles.
 
 *Second look* compares the answers to the image alone, to the context alone and to both, and how likely their tokens
 were (`modeling_dms/weigh/second_look.py`). It picks the answer that is most likely what the model says beside

@@ -63,9 +63,9 @@ AGAINST = """## Beside published methods
 
 VCD (Leng et al., CVPR 2024) contrasts an answer with that to a noisy image, AdaptVis (Chen et al., ICML 2025) scales
 the attention to the image by how sure an answer is. Both were made for hallucinations, not for damage. Their
-hyperparameters were chosen among 6 and 24 on {samples} validation photographs, clean, noisy, occluded, with random words
-or without text. The last column is by how many points DMS is more accurate than the better of the two; intervals over
-all unseen damage stand below.
+hyperparameters were chosen among 6 and 24 on {samples} validation photographs: clean, noisy, occluded, with random
+words or without text. The last column is by how many points DMS is more accurate than the better of the two; intervals
+over all unseen damage stand below.
 
 """
 AT_DEFAULT = """## At the default rate of false alarms
