@@ -309,8 +309,8 @@ def render(results: dict[str, Any]) -> str:
     body = [[row["method"], _number(row["milliseconds"], 2), _number(row["ratio"], 2)] for row in numbers["cost"]]
     parts.append(
         "## Cost\n\nEncoding, deciding and answering, in batches; measured beside each other, but for what `--resume` "
-        "took over from a run before. A method that tells how far its answers can be relied on reads a prompt with its "
-        "weights for that, and again to answer; in use that is one reading.\n\n"
+        "took over from a run before. A method that tells how far its answers can be relied on reads a prompt with "
+        "its weights for that, and again to answer; in use that is one reading.\n\n"
         + table(("method", "ms a sample", "of static"), body)
     )
     means = condition_means(numbers["conditions"])
