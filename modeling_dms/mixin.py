@@ -61,8 +61,7 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         super().__init__(config)
         dms: DMSConfig = config.dms_config
         tower, stack = cast(PreTrainedModel, self._vision_tower()), cast(PreTrainedModel, self._text_stack())
-        self._vision_layers = dms.layers_of("vision", len(layers_of(tower)))
-        self._text_layers = dms.layers_of("text", len(layers_of(stack)), self._is_causal)
+        self._vision_layers, self._text_layers = self.watched_layers(dms)
         self._token_size = token_size = self.get_input_embeddings().weight.shape[1]
         self.dms = DynamicModalityScheduling(
             dms,
@@ -93,6 +92,11 @@ class DMSMixin(ObservationMixin, SourcesMixin, CalibrationMixin, ReliabilityMixi
         watch_layers(tower, self._vision_layers)
         watch_layers(stack, self._text_layers)
         self.post_init()
+
+    def watched_layers(self, dms: DMSConfig) -> tuple[list[int], list[int]]:
+        """The layers of the vision tower, and of the text stack, that a configuration has watched."""
+        tower, stack = len(layers_of(self._vision_tower())), len(layers_of(self._text_stack()))
+        return dms.layers_of("vision", tower), dms.layers_of("text", stack, self._is_causal)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

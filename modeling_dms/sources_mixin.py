@@ -110,6 +110,7 @@ class SourcesMixin:
         p_values = None
         if pairs.any():
             # one image and one text are weighed as modalities, whatever stands beside them in the batch
+            weights, p_clean, p_match = weights.clone(), p_clean.clone(), p_match.clone()  # the graph holds what was
             alone = replace(self._one_of_each(prompt, 0), given=None)
             said = self._weigh_modalities(alone, reading)  # type: ignore[attr-defined]
             pairs_of = (weights, said.weights), (p_clean, said.signals.p_clean), (p_match, said.signals.p_match)

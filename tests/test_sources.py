@@ -197,6 +197,8 @@ def test_a_pair_that_disagrees_is_judged_alike_beside_rows_of_more_sources():
     for name in ("p_clean", "p_match"):
         torch.testing.assert_close(out.modality_signals[name][:16, :2], alone.modality_signals[name])
     torch.testing.assert_close(out.reliability[:16], alone.reliability, rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        model(**batch, labels=batch["input_ids"].where(batch["source_ids"] == 2, -100)).loss.backward()
     assert out.reliability[16:].isnan().all()
 
 

@@ -126,7 +126,7 @@ def of_images(units: Tensor, pooled: Any, parts: Sequence[int] | None = None) ->
     if isinstance(pooled, Tensor) or guard_or_false(units.shape[0] == len(pooled)):
         return units
     parts = parts_of(units.shape[0], pooled, parts)
-    counts = torch.tensor(parts, device=units.device)
+    counts = torch.tensor(parts, device=units.device).clamp_min(1)  # a compiled program keeps empty entries
     return torch.stack([part.sum(0) for part in units.split(parts)]) / counts[:, None]
 
 

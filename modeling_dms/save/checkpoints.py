@@ -14,6 +14,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.save.export import auto_map, export_code
 from modeling_dms.save.staging import staged
 
@@ -81,12 +82,10 @@ class CheckpointMixin:
                 a part of a trained `dms`: only all of `dms.*`, or its scheduler, may be new. With
                 `output_loading_info=True`, which tells what is new, more may.
         """
-        other_layers = False
-        if kwargs.get("dms_config") is not None:
+        saved = None
+        if kwargs.get("dms_config") is not None or kwargs.get("config") is not None:
             of_hub = {name: kwargs[name] for name in OF_HUB if name in kwargs}
             saved = cls.config_class.get_config_dict(pretrained_model_name_or_path, **of_hub)[0].get("dms_config")
-            layers = ("vision_layers", "text_layers")
-            other_layers = any(getattr(kwargs["dms_config"], n) != (saved or {}).get(n) for n in layers)
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name those that do
@@ -114,8 +113,11 @@ class CheckpointMixin:
                 f"shape, the model's): {mismatched[:8]}{hint}"
             )
         calibration = model.dms.calibration
-        of_other_sizes = any(key[0].startswith(of_calibration) for key in info["mismatched_keys"])
-        if calibration.is_calibrated and (of_other_sizes or other_layers):
+        other = any(key[0].startswith(of_calibration) for key in info["mismatched_keys"])
+        if saved is not None:
+            fields = {name: saved.get(name) for name in ("vision_layers", "text_layers")}
+            other = other or model.watched_layers(DMSConfig(**fields)) != model.watched_layers(model.config.dms_config)
+        if calibration.is_calibrated and other:
             calibration.reset()
             _logger.warning(
                 "the calibration of %s is of other layers or sizes than its dms_config asks for: run "

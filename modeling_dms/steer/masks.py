@@ -6,6 +6,7 @@ registered here are those that were there before, until `steered` says that the 
 the library's own, or those of another copy of this code, which checkpoints bring along.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -155,53 +156,69 @@ def _additive(own: Any, fused: bool) -> Any:
     return mask
 
 
-def _block_mask(*, config: PreTrainedConfig | None = None, kv_offset: int = 0, **kwargs: Any) -> Any:
-    """A mask of flex attention, which is boolean: the bias goes along for `_flex`."""
-    bias = _bias_for(config, kwargs.get("mask_function"))
-    mask = _own_block_mask(config=config, kv_offset=kv_offset, **kwargs)
-    if bias is not None:
-        bias = key_bias_at(bias, kwargs["kv_length"], kv_offset, kwargs["batch_size"])
-        # exp(-1e4) is 0 in every dtype, and unlike -inf it leaves a fully masked row finite
-        mask.of_keys = bias.to(kwargs.get("dtype", torch.float32)).clamp_min(-1e4)
+def _block_mask(own: Any) -> Any:
+    """The function `own`, for masks of flex attention, which are boolean: the bias goes along for `_flex`."""
+
+    def mask(*, config: PreTrainedConfig | None = None, kv_offset: int = 0, **kwargs: Any) -> Any:
+        bias = _bias_for(config, kwargs.get("mask_function"))
+        made = own(config=config, kv_offset=kv_offset, **kwargs)
+        if bias is not None:
+            bias = key_bias_at(bias, kwargs["kv_length"], kv_offset, kwargs["batch_size"])
+            # exp(-1e4) is 0 in every dtype, and unlike -inf it leaves a fully masked row finite
+            made.of_keys = bias.to(kwargs.get("dtype", torch.float32)).clamp_min(-1e4)
+        return made
+
     return mask
 
 
-def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """transformers' sdpa, with a bias that needs a gradient at the price of one that does not.
+def _sdpa(own: Any) -> Any:
+    """The function `own`, transformers' sdpa, with a bias that needs a gradient at the price of one that does not.
 
     In a mask, such a bias makes every fused kernel step aside: masks have no gradient there. As one more head
     dimension, 1 in the queries and bias / scaling in the keys, it is a part of the scores like any other.
     """
-    of_keys = None if torch.compiler.is_compiling() else getattr(attention_mask, "of_keys", None)
-    if of_keys is None:
-        return _own_sdpa(module, query, key, value, attention_mask, **kwargs)
-    attention_mask, bias = of_keys
-    size, given = value.shape[-1], kwargs.pop("scaling", None)
-    scaling = float(query.shape[-1] ** -0.5 if given is None else given)
-    # exp(-1e3) is 0 in every dtype, and -1e3 / scaling still fits float16
-    column = (bias.clamp_min(-1e3) / scaling).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-    key = torch.cat([key, column], -1)
-    query, value = F.pad(query, (0, 1), value=1.0), F.pad(value, (0, 1))  # kernels want one head size
-    output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output[..., :size], weights
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        of_keys = None if torch.compiler.is_compiling() else getattr(attention_mask, "of_keys", None)
+        if of_keys is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        attention_mask, bias = of_keys
+        size, given = value.shape[-1], kwargs.pop("scaling", None)
+        scaling = float(query.shape[-1] ** -0.5 if given is None else given)
+        # exp(-1e3) is 0 in every dtype, and -1e3 / scaling still fits float16
+        column = (bias.clamp_min(-1e3) / scaling).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+        key = torch.cat([key, column], -1)
+        query, value = F.pad(query, (0, 1), value=1.0), F.pad(value, (0, 1))  # kernels want one head size
+        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :size], weights
+
+    return attention
 
 
-def _flex(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """transformers' flex attention, with the bias that its mask brings."""
-    of_keys = getattr(attention_mask, "of_keys", None)
-    if of_keys is not None:
+def _flex(own: Any) -> Any:
+    """The function `own`, transformers' flex attention, with the bias that its mask brings."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        of_keys = getattr(attention_mask, "of_keys", None)
+        if of_keys is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
         bias = of_keys[:, None, None].expand(-1, query.shape[1], query.shape[2], -1)
-        own = kwargs.get("position_bias")
-        kwargs["position_bias"] = bias if own is None else own + bias
+        given = kwargs.get("position_bias")
+        kwargs["position_bias"] = bias if given is None else given + bias
         return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _own_flex(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
 
 
-# what was registered before
-_own_block_mask = AttentionMaskInterface()["flex_attention"]
-_own_sdpa, _own_flex = (AttentionInterface()[name] for name in ("sdpa", "flex_attention"))
-AttentionMaskInterface.register("sdpa", _additive(AttentionMaskInterface()["sdpa"], fused=True))
-AttentionMaskInterface.register("eager", _additive(AttentionMaskInterface()["eager"], fused=False))
-AttentionMaskInterface.register("flex_attention", _block_mask)
-AttentionInterface.register("sdpa", _sdpa)
-AttentionInterface.register("flex_attention", _flex)
+for _name, _make in (
+    ("sdpa", functools.partial(_additive, fused=True)),
+    ("eager", functools.partial(_additive, fused=False)),
+    ("flex_attention", _block_mask),
+):
+    AttentionMaskInterface.register(_name, _make(AttentionMaskInterface()[_name]))
+for _name, _make in (("sdpa", _sdpa), ("flex_attention", _flex)):
+    AttentionInterface.register(_name, _make(AttentionInterface()[_name]))

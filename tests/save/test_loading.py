@@ -412,8 +412,15 @@ def test_a_calibration_of_other_sizes_or_layers_is_none(tmp_path, caplog, other)
     with told_by_transformers(caplog):
         asked = {**tiny._DMS, "false_alarm_rate": 0.2}
         model = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, dms_config=DMSConfig(**asked))
+        same = DMSLlavaForConditionalGeneration.from_pretrained(tmp_path, dms_config={"text_layers": [1, 0]})
     assert "other layers" not in caplog.text
     assert model.dms.calibration.is_calibrated
+    assert same.dms.calibration.is_calibrated
+    # however the configuration is given
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.dms_config = DMSConfig(**{**tiny._DMS, **other})
+    for given in ({"config": config}, {"dms_config": {**tiny._DMS, **other}}):
+        assert not AutoModelForImageTextToText.from_pretrained(tmp_path, **given).dms.calibration.is_calibrated
 
 
 @contextlib.contextmanager
