@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
 from modeling_dms.outputs import Weighed, WeighedSources
-from modeling_dms.weigh.second_look import BOTH, first_tokens_compared
+from modeling_dms.weigh.second_look import BOTH, first_tokens_compared, one_answer
 
 
 _kept: ContextVar[list[Tensor | None] | None] = ContextVar("kept", default=None)
@@ -84,13 +84,11 @@ class ReliabilityMixin:
         index = rows.nonzero()[:, 0]
         said = [self._readout(states[index, places[index]]).float().softmax(-1) for states in read]
         both, *alone = said
-        trust = self.dms.calibration.reliability.looked(
-            first_tokens_compared(*alone, both), output.signals.p_values[index]
-        )
-        one = both.argmax(-1)
-        agree = torch.stack([p.argmax(-1) == one for p in alone]).all(0)
+        numbers = first_tokens_compared(*alone, both)
+        trust = self.dms.calibration.reliability.looked(numbers, output.signals.p_values[index])
         best, believed = trust.max(1)
-        believed, best = torch.where(agree, BOTH, believed), torch.where(agree, trust[:, BOTH], best)
+        same = one_answer(numbers)
+        best, believed = trust[:, BOTH].where(same, best), believed.masked_fill(same, BOTH)
         weights, reliability = schedule.weights.clone(), torch.full_like(schedule.weights[:, 0], torch.nan)
         choices = [*torch.eye(len(MODALITIES)), torch.full((len(MODALITIES),), 1 / len(MODALITIES))]
         weights[index] = torch.stack(choices).to(weights)[believed]

@@ -82,6 +82,12 @@ def first_tokens_compared(image: Tensor, text: Tensor, both: Tensor) -> Tensor:
     return log_odds(torch.stack(found, -1))
 
 
+def one_answer(numbers: Tensor) -> Tensor:
+    """Where all three answers begin with the same token: (B,) bool, by `first_tokens_compared` (B, `FIRST_TOKENS`)."""
+    to_both = numbers[:, 3 * BOTH : 3 * BOTH + 3]  # how likely that distribution finds each one's likeliest token
+    return (to_both == to_both[:, BOTH:]).all(1)
+
+
 def log_odds(probability: Tensor) -> Tensor:
     """log(p / (1 - p)), within +-`_ODDS`."""
     return probability.float().logit(1e-6).clamp(-_ODDS, _ODDS)

@@ -1,12 +1,14 @@
 """Reliability: its numbers are finite whatever the inputs, a second look compares answers, abstention keeps a risk."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_dms.weigh.reliability import abstention_threshold, reliability_numbers
-from modeling_dms.weigh.second_look import FIRST_TOKENS, first_tokens_compared, log_odds
+from modeling_dms.weigh.second_look import FIRST_TOKENS, first_tokens_compared, log_odds, one_answer
 
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
@@ -35,6 +37,14 @@ def test_what_is_compared_stands_where_it_is_named():
     numbers = first_tokens_compared(image, text, both)[0].sigmoid()
     expected = [0.7, 0.2, 0.1, 0.1, 0.6, 0.3, 0.3, 0.3, 0.4, 0.1 + 0.2 + 0.1, 0.3 + 0.2 + 0.1, 0.1 + 0.3 + 0.3]
     torch.testing.assert_close(numbers, torch.tensor(expected))
+
+
+def test_three_answers_are_one_where_they_begin_alike():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.6, 0.3, 0.1]])
+    for three in itertools.product(range(3), repeat=3):
+        image, text, both = (p[number : number + 1] for number in three)
+        alike = len({int(p[number].argmax()) for number in three}) == 1
+        assert bool(one_answer(first_tokens_compared(image, text, both))) == alike, three
 
 
 def test_how_sure_it_sounds_counts_apart_where_a_source_is_flagged():
