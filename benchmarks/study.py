@@ -21,6 +21,7 @@ from static import saved
 from modeling_dms import DMSConfig
 from modeling_dms.training.apps.demo import SUMMARISED, summary
 from modeling_dms.training.data import PromptCollator, load_flickr8k
+from modeling_dms.training.evaluate.baselines import GRIDS
 from modeling_dms.training.evaluate.documents import table, write_between_markers
 from modeling_dms.training.evaluate.report import combine, read_results
 from modeling_dms.training.models.calibrate import calibrate
@@ -43,7 +44,7 @@ GROUPS = {
     "mismatch image": "another's image",
     "mismatch text": "another's text",
 }
-# of the validation split, on which hyperparameters of published methods are chosen: 30 choices, each two readings
+# photographs of the validation split on which hyperparameters of published methods are chosen
 SEARCHED = 20
 RESULTS = Path("docs/results")
 PAGE = """# What weighing changes on photographs
@@ -63,9 +64,9 @@ AGAINST = """## Beside published methods
 
 VCD (Leng et al., CVPR 2024) contrasts an answer with that to a noisy image, AdaptVis (Chen et al., ICML 2025) scales
 the attention to the image by how sure an answer is. Both were made for hallucinations, not for damage. Their
-hyperparameters were chosen among 6 and 24 on {samples} validation photographs: clean, noisy, occluded, with random
-words or without text. The last column is by how many points DMS is more accurate than the better of the two; intervals
-over all unseen damage stand below.
+hyperparameters were chosen among {vcd} and {adaptvis} on {samples} validation photographs: clean, noisy, occluded,
+with random words or without text. The last column is by how many points DMS is more accurate than the better of the
+two; intervals over all unseen damage stand below.
 
 """
 AT_DEFAULT = """## At the default rate of false alarms
@@ -180,7 +181,8 @@ def write(folders: list[Path], out: Path, readme: Path) -> None:
         tables = tables.replace(f"## {of['run']['model']}:", f"## {name}:")
     rates = {"rate": RATE, "default": DMSConfig().false_alarm_rate}
     page = [PAGE.format(samples=found[0][1]["run"]["samples"], **rates) + short]
-    page += [AGAINST.format(samples=SEARCHED) + beside_published(folders)]
+    tried = {name.lower(): len(GRIDS[name]) for name in PUBLISHED}
+    page += [AGAINST.format(samples=SEARCHED, **tried) + beside_published(folders)]
     page += [AT_DEFAULT.format(**rates) + by_rate(folders), tables.strip()]
     for folder in folders:
         report = (folder / "calibration.txt").read_text(encoding="utf-8").strip()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.observe.prompt import Prompt, Schedule, SecondLook
 from modeling_dms.outputs import Weighed, WeighedSources
-from modeling_dms.weigh.second_look import BOTH, first_tokens_compared, one_answer
+from modeling_dms.weigh.second_look import believed, first_tokens_compared
 
 
 _kept: ContextVar[list[Tensor | None] | None] = ContextVar("kept", default=None)
@@ -86,12 +86,10 @@ class ReliabilityMixin:
         both, *alone = said
         numbers = first_tokens_compared(*alone, both)
         trust = self.dms.calibration.reliability.looked(numbers, output.signals.p_values[index])
-        best, believed = trust.max(1)
-        same = one_answer(numbers)
-        best, believed = trust[:, BOTH].where(same, best), believed.masked_fill(same, BOTH)
+        best, which = believed(trust, numbers)
         weights, reliability = schedule.weights.clone(), torch.full_like(schedule.weights[:, 0], torch.nan)
         choices = [*torch.eye(len(MODALITIES)), torch.full((len(MODALITIES),), 1 / len(MODALITIES))]
-        weights[index] = torch.stack(choices).to(weights)[believed]
+        weights[index] = torch.stack(choices).to(weights)[which]
         reliability[index] = best
         bias = self._key_bias(weights, prompt.modality_ids, prompt.attention_mask)
         output = replace(output, weights=weights)

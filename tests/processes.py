@@ -17,14 +17,16 @@ def run(function, *arguments, count=1):
     """Calls a function of a module in `count` processes at once, in each behind its rank where there are several.
 
     Returns:
-        Their exit codes: 0, minus the signal that ended one, or 1 after an exception, whose traceback is printed.
+        Their exit codes: 0, minus the signal that ended one, as that of one that hung, or 1 after an exception, whose
+        traceback is printed.
     """
     ranks = [()] if count == 1 else [(rank,) for rank in range(count)]
     processes = [_context.Process(target=_called, args=(function, *rank, *arguments)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(300)
+        process.kill()  # one that hangs
     return [process.exitcode for process in processes]
 
 

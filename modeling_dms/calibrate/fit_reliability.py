@@ -11,7 +11,7 @@ from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.statistics import Reliability
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.weigh.reliability import reliability_numbers
-from modeling_dms.weigh.second_look import BOTH, SURE_ALONE, fit_arbiter, one_answer
+from modeling_dms.weigh.second_look import BOTH, SURE_ALONE, believed, fit_arbiter
 
 
 # the level of the test that the other modality cannot stand in
@@ -78,12 +78,8 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
         numbers = reliability_numbers(answers.numbers, p, rate)
         _fit_odds(reliability, "look_", numbers[seen], answers.agrees[seen, :3])
         first = reliability(sureness, p)
-        trust = reliability.looked(answers.numbers, p)
-        best, believed = trust.max(1)
-        # nothing is to be decided where all answers are the same
-        same = one_answer(answers.numbers)
-        best, believed = trust[:, BOTH].where(same, best), believed.masked_fill(same, BOTH)
-        second = torch.where(falls, answers.agrees[rows, believed], agrees)
+        best, which_answer = believed(reliability.looked(answers.numbers, p), answers.numbers)
+        second = torch.where(falls, answers.agrees[rows, which_answer], agrees)
         kept[held] = torch.stack([first, agrees, torch.where(falls, best, first), second], 1)[held]
     # all copies of a sample together
     sample = answers.sources[:, 0].float()

@@ -88,6 +88,22 @@ def one_answer(numbers: Tensor) -> Tensor:
     return (to_both == to_both[:, BOTH:]).all(1)
 
 
+def believed(trust: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of three answers is believed, and how far it can be relied on: the one with the most trust, or that to
+    both where all are the same and nothing is to be decided.
+
+    Args:
+        trust: (B, 3), how far each answer can be relied on.
+        numbers: (B, `FIRST_TOKENS`), of `first_tokens_compared`.
+
+    Returns:
+        Trust (B,) and which answer (B,).
+    """
+    best, which = trust.max(1)
+    same = one_answer(numbers)
+    return trust[:, BOTH].where(same, best), which.masked_fill(same, BOTH)
+
+
 def log_odds(probability: Tensor) -> Tensor:
     """log(p / (1 - p)), within +-`_ODDS`."""
     return probability.float().logit(1e-6).clamp(-_ODDS, _ODDS)
