@@ -123,6 +123,8 @@ class PromptCollator:
         max_length: longest row. A longer one loses the end of its context; image, question and answer are never cut.
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
+        whole_text: where there is no context, all words of the prompt are the text that the image is weighed against,
+            as for a model that is given no `modality_ids`.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
             tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`, where that is
             all that there is of an image.
@@ -136,6 +138,7 @@ class PromptCollator:
     max_length: int | None = None
     schedule_temperature: float | None = None
     with_ids: bool = False
+    whole_text: bool = False
 
     def __post_init__(self) -> None:
         if self.with_labels and self.processor.tokenizer.eos_token_id is None:
@@ -155,12 +158,13 @@ class PromptCollator:
         others, images, keys = [], [], []
         several = any(sample.images or len(sample.passages) > 1 for sample in samples)
         for sample in samples:
-            prompt = self._encode(sample, sample.load_images())
-            if not any(prompt.modality_ids):
+            loaded = sample.load_images()
+            prompt = self._encode(sample, loaded)
+            if not loaded and not sample.passages:
                 raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
             answer = self._answer(sample)
             if self.max_length is not None:
-                prompt = self._shortened(sample.id, prompt, self.max_length - len(answer))
+                prompt = self._shortened(sample.id, prompt, self.max_length - len(answer), bool(sample.passages))
             others.append(prompt.others)
             images.append(prompt.images)
             if self.with_ids:
@@ -206,30 +210,32 @@ class PromptCollator:
         lengths: dict[Any, int] = {}  # of texts and of images by their size: many are the same
         blank = Image.new("RGB", (32, 32))
 
-        def least(sample: Sample, has_context: bool) -> int:
-            """Length of the row without its context, of which `context:` is left."""
+        def least(sample: Sample) -> int:
+            """Length of the row without its passages, of each of which `context:` is left."""
+            passages = len(sample.passages)
 
-            def encoded(image: Any) -> _Prompt:
-                one = sample.replace(context="a" * has_context, contexts=())
-                return self._encode(one, [] if image is None else [image])
+            def encoded(*images: Any) -> _Prompt:
+                one = sample.replace(context="a" if passages else None, contexts=("a",) * (passages - 1))
+                return self._encode(one, images)
 
-            text = (has_context, sample.question, *sample.answers[:1])
+            text = (passages, sample.question, *sample.answers[:1])
             if text not in lengths:
-                lengths[text] = encoded(None).modality_ids.count(0) + len(self._answer(sample))
+                read = encoded().modality_ids
+                lengths[text] = len(read) - read.count(TEXT) * bool(passages) + len(self._answer(sample))
             if sample.image is None:
                 return lengths[text]
-            image = sample.load_image() if by_size else blank
-            if image.size not in lengths:
-                lengths[image.size] = len(encoded(image).ids) - len(encoded(None).ids)
-            return lengths[text] + lengths[image.size]
+            images = sample.load_images() if by_size or sample.images else [blank]
+            size = tuple(image.size for image in images)
+            if size not in lengths:
+                lengths[size] = len(encoded(*images).ids) - len(encoded().ids)
+            return lengths[text] + lengths[size]
 
         good, failed = [], {}
         for sample in samples:
             try:
-                has_context = bool(sample.passages)
-                if sample.image is None and not has_context:
+                if sample.image is None and not sample.passages:
                     raise ValueError(f"sample {sample.id!r} has neither an image nor a context to answer from")
-                length = least(sample, has_context)
+                length = least(sample)
                 if self.max_length is not None and length > self.max_length:
                     raise ValueError(
                         f"sample {sample.id!r} has {length} tokens even without its context, more than "
@@ -250,9 +256,9 @@ class PromptCollator:
         text = as_text(self.processor, sample.answers[0])
         return [*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
-    def _shortened(self, name: str, prompt: _Prompt, length: int) -> _Prompt:
+    def _shortened(self, name: str, prompt: _Prompt, length: int, has_context: bool) -> _Prompt:
         """The prompt without the end of its context, so that it has at most `length` tokens."""
-        context = [place for place, modality in enumerate(prompt.modality_ids) if modality == TEXT]
+        context = [place for place, modality in enumerate(prompt.modality_ids) if modality == TEXT and has_context]
         excess = max(0, len(prompt.ids) - length)
         if excess > len(context):
             raise ValueError(
@@ -270,6 +276,8 @@ class PromptCollator:
             text += f"{BEFORE}{passage} "
             spans.append((begin, begin + len(passage)))
         text += f"question: {as_text(self.processor, sample.question.strip())} answer:"
+        if self.whole_text and not spans:
+            spans = [(0, len(text))]
         if len(images) > 1 and isinstance(self.processor, _PLACES_IMAGES):
             raise ValueError(
                 f"sample {sample.id!r} has {len(images)} images, {type(self.processor).__name__} takes one a prompt"

@@ -265,7 +265,7 @@ def _image(table: Path, where: str, value: Any) -> Path | bytes | None:
         # what `datasets` writes: the bytes, or a path to them
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str):
-        return table.parent / value
+        return table.parent / value if value else None
     if value is None or isinstance(value, bytes):
         return value
     raise ValueError(f"{where}, column 'image': expected a path, bytes or null, got {type(value).__name__}")

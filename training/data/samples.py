@@ -42,6 +42,7 @@ GREY_RANGES = (1, 255, 65535)
 NAMED = 5
 # and why
 UNREADABLE, UNANSWERED, UNASKABLE = "their images cannot be read", "they have no answer", "they cannot be asked"
+TESTED = "what is fitted must not know the images that it is evaluated on"
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 
@@ -308,19 +309,19 @@ def split_answered(samples: Sequence[Sample]) -> tuple[list[Sample], dict[str, s
 
 
 def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tuple[list[Sample], dict[str, str]]:
-    """The samples whose image can be read, and of the others the error by id. A file is read once."""
+    """The samples whose images can be read, and of the others the error by id. A file is read once."""
 
     def problem(sample: Sample) -> str | None:
         try:
-            sample.load_image()
+            sample.load_images()
         except ValueError as error:
             return str(error)
         return None
 
-    def file(sample: Sample) -> Any:
-        return sample.image if isinstance(sample.image, Path) else id(sample)
+    def files(sample: Sample) -> tuple[Any, ...]:
+        return tuple(i if isinstance(i, Path) else id(i) for i in (sample.image, *sample.images))
 
-    checked = {file(sample): sample for sample in samples}
+    checked = {files(sample): sample for sample in samples}
     with ThreadPoolExecutor() as pool:
         found = tqdm(
             pool.map(problem, checked.values()),
@@ -331,5 +332,17 @@ def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tup
         )
         broken = {key for key, error in zip(checked, found, strict=True) if error is not None}
     # an error names its own sample
-    failed = {sample.id: cast(str, problem(sample)) for sample in samples if file(sample) in broken}
-    return [sample for sample in samples if file(sample) not in broken], failed
+    failed = {sample.id: cast(str, problem(sample)) for sample in samples if files(sample) in broken}
+    return [sample for sample in samples if files(sample) not in broken], failed
+
+
+def split_apart(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
+    """The samples none of whose images is one of the others', and of the rest the error by id."""
+    theirs = {key for key in image_keys(others) if key is not None}
+    found = zip(samples, image_keys(samples), strict=True)
+    failed = {
+        sample.id: f"sample {sample.id!r} has an image of the evaluated split"
+        for sample, key in found
+        if key in theirs
+    }
+    return [sample for sample in samples if sample.id not in failed], failed

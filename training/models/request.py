@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 
 from modeling_dms import __version__
 from modeling_dms.training.data.samples import Sample
@@ -52,17 +53,19 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of samples, in their order: of their texts, and of their images, of which a file counts by its name and
     size."""
     found, sizes = hashlib.sha256(), dict[Path, int]()
-    for sample in samples:
-        image = sample.image
+
+    def content(image: Path | Image.Image | bytes) -> bytes:
         if isinstance(image, Path):
             if image not in sizes:
                 sizes[image] = image.stat().st_size if image.exists() else 0
-            image = f"{image.name} {sizes[image]}".encode()
-        elif image is not None and not isinstance(image, bytes):
-            image = image.tobytes()
-        texts = [sample.id, sample.context, sample.question, sample.answers, sample.task]
+            return f"{image.name} {sizes[image]}".encode()
+        return image if isinstance(image, bytes) else image.tobytes()
+
+    for sample in samples:
+        images = [content(image) for image in (sample.image, *sample.images) if image is not None]
+        texts = [sample.id, sample.context, sample.question, sample.answers, sample.task, *sample.contexts]
         found.update(json.dumps(texts).encode())
-        found.update(b"" if image is None else hashlib.sha256(image).digest())
+        found.update(b"".join(hashlib.sha256(image).digest() for image in images))
     return found.hexdigest()
 
 

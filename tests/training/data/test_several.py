@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from modeling_dms.auto import CLASSES
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, Sample, load_folder
+from modeling_dms.training.data.samples import split_readable
 from tests import families, processors
 
 
@@ -117,3 +118,32 @@ def test_an_evaluation_weighs_one_of_each(tmp_path):
     done = CliRunner().invoke(app, ["evaluate", *given])
     assert done.exit_code == 1
     assert "sample '0' has several images or passages" in done.output + done.stderr
+
+
+def test_what_is_wrong_with_a_further_image_or_passage_is_found_beforehand(tmp_path):
+    """One sample must not cost the others their result in the middle of a run."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    good, bad = sample(2, 2), sample(2, 2, "bad").replace(images=(broken,))
+    assert split_readable([good, bad])[0] == [good]
+    assert "broken.png cannot be read" in split_readable([good, bad])[1]["bad"]
+
+    collator = PromptCollator(processors.processor("blip-2"))
+    one = sample(1, 1, "other")
+    assert collator.split_askable([one, good])[0] == [one]
+    assert "takes one a prompt" in collator.split_askable([one, good])[1]["one"]
+
+    whole = PromptCollator(processors.processor("llava"))
+    for images, passages in ((2, 1), (1, 3), (3, 3)):
+        several = sample(images, passages)
+        # all that can be cut is what the passages say
+        ids = whole([several])["source_ids"][0]
+        least = int(((ids == 0) | (ids <= images)).sum())
+        for length, fits in ((least, True), (least - 1, False)):
+            collator = PromptCollator(whole.processor, max_length=length)
+            assert bool(collator.split_askable([several])[0]) == fits
+            if fits:
+                assert collator([several])["input_ids"].shape[1] == least
+            else:
+                with pytest.raises(ValueError, match=f"max_length={length}"):
+                    collator([several])

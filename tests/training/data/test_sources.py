@@ -205,7 +205,7 @@ def test_folder_reads_every_kind_of_row(tmp_path, suffix):
             "question": "was?",
             "answers": ["ß", "b"],
         },
-        {"id": "b", "image": None, "context": "only text", "prompt": "what?", "answer": "x"},
+        {"id": "b", "image": "", "context": "only text", "prompt": "what?", "answer": "x"},
         {"id": "c", "image": "broken.png", "task": "caption", "answers": ["a caption"]},
         {"image": "missing.png", "question": "what?"},
     ]
