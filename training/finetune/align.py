@@ -29,10 +29,11 @@ class AlignmentTrainer(DMSTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         rows = [row[row != -100] for row in inputs["labels"]]
         words = torch.stack([F.pad(row[:WORDS], (0, WORDS - len(row[:WORDS])), value=int(row[-1])) for row in rows])
-        pixel_values = inputs["pixel_values"]
-        if len(pixel_values) != len(words):
+        pixel_values = inputs.get("pixel_values")
+        images = 0 if pixel_values is None else len(pixel_values)
+        if images != len(words):
             raise ValueError(
-                f"stage='align' needs one image a sample, got {len(pixel_values)} for {len(words)} samples: leave "
+                f"stage='align' needs one image a sample, got {images} for {len(words)} samples: leave "
                 "`missing` out of image_families"
             )
         tokens = torch.stack(list(unwrapped.get_image_features(pixel_values, return_dict=True).pooler_output))

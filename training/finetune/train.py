@@ -1,9 +1,10 @@
 """`dms train`: loads, calibrates, trains, calibrates again, saves, and draws the curves."""
 
 import json
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +15,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from modeling_dms.save.staging import check_writable
 from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.data.collator import PromptCollator
-from modeling_dms.training.data.samples import UNANSWERED, UNASKABLE, UNREADABLE, kept, split_answered, split_readable
+from modeling_dms.training.data.samples import (
+    UNANSWERED,
+    UNASKABLE,
+    UNREADABLE,
+    Sample,
+    kept,
+    split_answered,
+    split_readable,
+)
 from modeling_dms.training.data.sources import load_sources
 from modeling_dms.training.finetune.align import AlignmentTrainer
-from modeling_dms.training.finetune.arguments import Arguments
+from modeling_dms.training.finetune.arguments import Arguments, DataArguments
 from modeling_dms.training.finetune.calibrate import check_base
 from modeling_dms.training.finetune.curves import draw_curves
 from modeling_dms.training.finetune.resume import last_complete_checkpoint
@@ -28,6 +37,9 @@ from modeling_dms.training.models.loading import load, room_for_prompts
 from modeling_dms.training.publish.card import write_card
 from modeling_dms.training.publish.push import push
 from modeling_dms.training.publish.record import is_recorded, training_request, write_record
+
+
+logger = logging.getLogger(__name__)
 
 
 class CalibrationCallback(TrainerCallback):
@@ -47,6 +59,19 @@ class CalibrationCallback(TrainerCallback):
         warm = math.ceil(args.scheduler_warmup_ratio * state.max_steps)
         if state.global_step == warm or (self.steps and state.global_step % self.steps == 0):
             self.calibrate()
+
+
+def _held_out(data: DataArguments, collator: PromptCollator) -> list[Sample]:
+    """What can be asked of the validation split.
+
+    Raises:
+        ValueError, OSError: if nothing can, or there is no such split.
+    """
+    samples = load_sources(data.data, "validation", data.task, data.max_samples, False)
+    readable = partial(split_readable, show_progress=False)
+    for split, why in ((readable, UNREADABLE), (split_answered, UNANSWERED), (collator.split_askable, UNASKABLE)):
+        samples = kept(samples, split, why)
+    return samples
 
 
 def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
@@ -116,14 +141,18 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     )
     trainer.request = request
 
-    def calibrate_again(level: int = 2) -> None:
-        calibrate(trainer.model, collator, samples, data.calibration_samples, show_progress=False, level=level)
+    def calibrate_again(level: int = 2, on: Sequence[Sample] = samples) -> None:
+        calibrate(trainer.model, collator, on, data.calibration_samples, show_progress=False, level=level)
 
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     if moves:
-        calibrate_again(level=3)
+        try:  # what a model has been trained on looks too familiar, and its answers too sure
+            calibrate_again(3, _held_out(data, collator))
+        except (ValueError, OSError) as error:
+            logger.warning(f"calibrated on samples that were trained on, since others do not suffice: {error}")
+            calibrate_again(3)
     trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
     if training.should_save:
         log = run / "log.json"

@@ -80,6 +80,11 @@ class DMSTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, among which `DataParallel` would divide images and prompts "
+                "apart: run `accelerate launch`, one process a GPU, or let it see one (CUDA_VISIBLE_DEVICES=0)"
+            )
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         bridge = getattr(self.model, "bridge", ())
@@ -153,6 +158,8 @@ class DMSTrainer(Trainer):
             scale = num_items / (labels != -100).sum().clamp_min(1)
             values = {name: loss * scale for name, loss in values.items()}
         weights = outputs["modality_weights"].detach().float()
+        if weights.shape[1] != len(MODALITIES):  # of several sources, which differ from sample to sample
+            weights = weights.new_empty(0, len(MODALITIES))
         weights = weights[(weights > 0).all(1)]
         values["_weighed"] = torch.tensor(float(len(weights)), device=weights.device)
         for name, column in zip(MODALITIES, weights.unbind(1), strict=True):

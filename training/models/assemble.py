@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -445,5 +446,12 @@ def assembled(name: str) -> Path:
     cache = Path(HF_HOME) / "modeling-dms"
     if not (cache / name).exists():
         logger.warning(f"assembling {name} in {cache}, once")
-        assemble(name, cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as own:
+            built = assemble(name, Path(own))
+            try:
+                built.rename(cache / name)
+            except OSError:
+                if not (cache / name).exists():  # built by another process meanwhile
+                    raise
     return cache / name

@@ -73,8 +73,9 @@ def test_training_brings_image_tokens_to_their_words(tmp_path, backbone):
     assert (said == words).float().mean() > 0.5
 
 
-def test_a_sample_without_an_image_is_refused(tmp_path):
+@pytest.mark.parametrize("missing", [1, 8])
+def test_a_sample_without_an_image_is_refused(tmp_path, missing):
     samples = load_samples("easy-vqa", "train", "caption", limit=8)
-    samples = [samples[0].replace(image=None), *samples[1:]]
-    with pytest.raises(ValueError, match="needs one image a sample, got 7 for 8 samples"):
+    samples = [*(sample.replace(image=None) for sample in samples[:missing]), *samples[missing:]]
+    with pytest.raises(ValueError, match=f"needs one image a sample, got {8 - missing} for 8 samples"):
         trainer_of(tmp_path, "demo-blip2", samples, 1).train()

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,11 @@ def _inside(name, modules):
     return name
 
 
-@pytest.mark.parametrize("choice", STAGES)
-@pytest.mark.parametrize("backbone", BACKBONES)
+# InternVL has the parts of LLaVA, by other names
+@pytest.mark.parametrize(
+    ("backbone", "choice"),
+    [*product(("demo-llava", "demo-blip2"), STAGES), ("internvl", "bridge"), ("internvl", "joint-lora-bridge")],
+)
 def test_what_a_stage_trains_moves_and_nothing_else(tmp_path, backbone, choice):
     model, processor = loaded(backbone)
     model = prepare(model, **STAGES[choice])
@@ -500,8 +504,9 @@ def test_broken_images_are_named_left_out_and_counted(tmp_path, monkeypatch, cap
     ],
 )
 def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monkeypatch, stage, warmup, steps, when):
-    monkeypatch.setattr(train, "load_sources", lambda *args: samples(75, 10))
-    trainers, called, calibrate, init = [], [], train.calibrate, DMSTrainer.__init__
+    splits = {"train": samples(75, 10), "validation": samples(80, 100)}
+    monkeypatch.setattr(train, "load_sources", lambda data, split, *rest: splits[split])
+    trainers, called, on, calibrate, init = [], [], [], train.calibrate, DMSTrainer.__init__
 
     def watched(self, *args, **kwargs):
         trainers.append(self)
@@ -509,6 +514,7 @@ def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monke
 
     def counted(*args, **kwargs):
         called.append(trainers[0].state.global_step if trainers else 0)
+        on.append(next(name for name, own in splits.items() if own == args[2]))
         if len(called) == 1:  # the others would do the same
             calibrate(*args, **kwargs)
 
@@ -519,6 +525,8 @@ def test_a_run_calibrates_before_and_wherever_the_backbone_moved(tmp_path, monke
         overrides(tmp_path, stage=stage, lora_rank=2, per_device_train_batch_size=4, **changes)
     )
     assert called == when
+    # the last time on what was not trained on, where that was done at all
+    assert on == ["train"] * (len(when) - (len(when) > 1)) + ["validation"] * (len(when) > 1)
     assert trainer.model.dms.calibration.is_calibrated
     assert list((tmp_path / "final").glob("*model*.safetensors"))
 
@@ -649,3 +657,32 @@ def test_a_static_model_is_trained_without_losses_of_the_scheduler(tmp_path):
     row = trainer.state.log_history[0]
     assert row["weight_vision"] == 0.5
     assert not [name for name in row if name.startswith("loss_")]
+
+
+def test_one_process_with_several_gpus_is_told_to_be_launched(tmp_path, monkeypatch):
+    arguments = DMSTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    monkeypatch.setattr(type(arguments), "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"one process sees 2 GPUs.*accelerate launch"):
+        DMSTrainer(model=tiny.build("llava-llama"), args=arguments)
+
+
+def test_several_sources_are_trained_on_and_leave_the_weights_of_modalities_alone(tmp_path):
+    processor = load("demo-llava")[1]
+    data = [sample.replace(contexts=("a second passage.",)) for sample in samples(4)]
+    trainer = DMSTrainer(
+        model=load("demo-llava", {"scheduler": "rule"})[0],
+        args=DMSTrainingArguments(
+            output_dir=str(tmp_path),
+            report_to="none",
+            use_cpu=True,
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            per_device_train_batch_size=2,
+            schedule_target="none",
+        ),
+        data_collator=PromptCollator(processor, with_labels=True, with_ids=True),
+        train_dataset=data,
+    )
+    trainer.train()
+    assert all(row["loss"] > 0 for row in trainer.state.log_history if "loss" in row)

@@ -5,6 +5,7 @@ import torch
 
 from modeling_dms.training.apps import answer
 from modeling_dms.training.finetune import calibrate
+from modeling_dms.training.models import assemble
 from modeling_dms.training.models.loading import on_accelerator
 from tests import tiny
 
@@ -45,3 +46,20 @@ def test_what_is_spread_over_devices_stays_there():
 def test_without_an_accelerator_a_model_stays_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert on_accelerator(torch.nn.Linear(2, 2)).weight.device.type == "cpu"
+
+
+def test_two_processes_may_assemble_at_once(tmp_path, monkeypatch):
+    """The slower one takes what the faster one has built, and leaves it alone."""
+    cache = tmp_path / "modeling-dms"
+
+    def built(name, out):
+        for folder, by in ((out, "slower"), (cache, "faster")):
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(by)
+        return out / name
+
+    monkeypatch.setattr(assemble, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(assemble, "assemble", built)
+    assert assemble.assembled("one") == cache / "one"
+    assert (cache / "one" / "config.json").read_text() == "faster"
+    assert [path.name for path in cache.iterdir()] == ["one"]
