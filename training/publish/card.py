@@ -1,5 +1,6 @@
 """Model cards: written from what lies on disk, every figure from the files of `dms train` and `dms evaluate`."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -26,9 +27,9 @@ from modeling_dms.training.data.hub import HUB_DATASETS
 from modeling_dms.training.data.sources import named_sources
 from modeling_dms.training.evaluate.documents import between_markers, points, share, table
 from modeling_dms.training.evaluate.grid import ORACLE
-from modeling_dms.training.evaluate.report import DMS, STATIC, read_results
+from modeling_dms.training.evaluate.report import STATIC, read_results
 from modeling_dms.training.models.assemble import RECIPES, install
-from modeling_dms.training.models.loading import CHECKPOINTS
+from modeling_dms.training.models.loading import shipped
 from modeling_dms.training.models.request import checkpoint_digest
 from modeling_dms.training.publish.record import read_record
 
@@ -122,10 +123,24 @@ def replacing(out: Path) -> Iterator[Path]:
     with staged(out) as folder:
         if (out / CARD).exists():
             shutil.copy(out / CARD, folder)  # peft adds to it
+            _forget_generated(folder / CARD, out)
         yield folder
         card = folder / CARD
         if card.exists() and f"<!-- {MARKERS}:" in card.read_text(encoding="utf-8"):
             write_card(folder, name=out.resolve().name)
+
+
+def _forget_generated(path: Path, of: Path) -> None:
+    """Takes from a card the metadata that were generated of the model in a folder."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no such model, or no card that can be read
+        card = ModelCard.load(path)
+        if is_generated(card):
+            for key, value in generate(of, [], [], "").data.to_dict().items():
+                if key in LISTS:
+                    card.data[key] = [entry for entry in card.data.get(key) or [] if entry not in value] or None
+                elif card.data.get(key) == value:
+                    card.data[key] = None
+            card.save(path)
 
 
 def merged(old: ModelCard, new: ModelCard) -> ModelCard:
@@ -207,10 +222,10 @@ def generate(folder: Path, results: Sequence[Path], runs: Sequence[Path], name: 
         for source in dict.fromkeys("flickr8k" if is_flickr8k(name) else name for name in named):
             used.setdefault(source, []).append(purpose)
     found = [result for evaluation in evaluations for result in eval_results(evaluation)]
-    models = [part.model for part in recipe.parts if part.model] if recipe else [base] if _is_hub_id(base) else []
+    models = [part.model for part in recipe.parts if part.model] if recipe else [base] if is_hub_id(base) else []
     family = class_of(checkpoint.config).family
     data = ModelCardData(
-        license="apache-2.0" if _is_made_here(base) else None,
+        license="apache-2.0" if is_made_here(base) else None,
         base_model=models or None,
         datasets=[FLICKR8K if source == "flickr8k" else source for source in used if _is_on_hub(source)] or None,
         tags=[*TAGS, checkpoint.model_type.removeprefix("dms_")],
@@ -335,15 +350,15 @@ def _base(checkpoint: Checkpoint, trained: Sequence[dict[str, Any]]) -> str:
     """What the first stage began with; of checkpoints that are built or shipped here the name, wherever they lie."""
     base = trained[0]["model"] if trained else (checkpoint.adapter or {}).get("base_model_name_or_path") or ""
     name = Path(base).name
-    return name if _is_made_here(name) else base
+    return name if is_made_here(name) else base
 
 
-def _is_made_here(name: str) -> bool:
+def is_made_here(name: str) -> bool:
     """Whether it is a checkpoint that this package builds or ships."""
-    return name in RECIPES or (name != "" and (CHECKPOINTS / name).is_dir())
+    return name in RECIPES or name in shipped()
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether it has the form `owner/name`, and is no folder here."""
     try:
         validate_repo_id(name)
@@ -416,8 +431,10 @@ def _run(run: Path, record: dict[str, Any]) -> dict[str, str | None]:
 
 
 def dms_method(evaluation: dict[str, Any]) -> str | None:
-    """The DMS method of an evaluation: the first of `DMS` that was run."""
-    return next((name for name in DMS if name in evaluation["run"]["methods"]), None)
+    """The method of an evaluation that is the checkpoint's own. A scheduler that the evaluation trained is not."""
+    run = evaluation["run"]
+    names = ("own", "rule") if run.get("scheduler", "rule") == "rule" else ("own",)
+    return next((name for name in names if name in run["methods"]), None)
 
 
 def _rows(evaluation: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -464,13 +481,14 @@ def _result(evaluation: dict[str, Any]) -> dict[str, str]:
                 f"{points(row['minus_static'])} points{gap}"
             )
     failed = f"; {len(run['failed'])} samples failed" if run["failed"] else ""
+    calibrated = "; calibrated for this evaluation alone" if run.get("calibrated_for_it") else ""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     return {
         "title": f"{_title(run['data'])}, {run['split']} split: {run['metric']}",
-        "summary": "\n".join(summary) or "No DMS method was run.",
+        "summary": "\n".join(summary) or "The checkpoint's own scheduler was not run.",
         "table": table(("inputs (conditions)", "method", run["metric"], "- static, points", "gap closed"), body),
         "run": f"{run['samples']} samples, {len(run['seeds'])} seeds of corruptions and questions, severities "
-        f"{', '.join(map(str, run['severities']))}{failed}; {versions}. Written by:",
+        f"{', '.join(map(str, run['severities']))}{failed}{calibrated}; {versions}. Written by:",
         "command": run["command"],
     }
 

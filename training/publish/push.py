@@ -9,7 +9,17 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from modeling_dms.auto import class_of
 from modeling_dms.save.export import auto_map, export_code
-from modeling_dms.training.publish.card import CARD, LISTS, Checkpoint, generate, is_generated, merged, own_text
+from modeling_dms.training.publish.card import (
+    CARD,
+    LISTS,
+    Checkpoint,
+    generate,
+    is_generated,
+    is_hub_id,
+    is_made_here,
+    merged,
+    own_text,
+)
 
 
 # what Trainer leaves beside a model, which is for resuming, and unsafe to load
@@ -33,10 +43,17 @@ def push(folder: Path, repo: str, private: bool | None = False, token: str | Non
         The address of the commit.
 
     Raises:
-        ValueError: if the folder holds no checkpoint, or the Hub refuses a card's metadata.
+        ValueError: if the folder holds no checkpoint, or an adapter whose base is a folder of this machine, or the Hub
+            refuses a card's metadata.
         ConnectionError: without a token, or if the Hub cannot be reached or refuses; nothing is committed then.
     """
     checkpoint = Checkpoint.read(folder)
+    base = (checkpoint.adapter or {}).get("base_model_name_or_path")
+    if base is not None and not is_made_here(base) and not is_hub_id(base):
+        raise ValueError(
+            f"the adapter in {folder} is built on the folder {base}, which nobody else has: make a whole checkpoint "
+            "of it with `dms merge`, and push that"
+        )
     if (token or get_token()) is None:
         raise ConnectionError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
     files = {

@@ -16,7 +16,7 @@ from modeling_dms.training.finetune.arguments import read_arguments
 from modeling_dms.training.finetune.train import run_training
 from modeling_dms.training.models.assemble import RECIPES
 from modeling_dms.training.models.request import checkpoint_digest
-from modeling_dms.training.publish.card import write_card
+from modeling_dms.training.publish.card import replacing, write_card
 from modeling_dms.training.publish.record import read_record, write_record
 from tests import tiny
 from tests.hub_server import metadata_errors
@@ -326,3 +326,45 @@ def test_a_run_records_itself(tmp_path):
     run_training(arguments, resume=True)
     assert read_record(tmp_path)["steps"] == [1, 2]
     assert "Steps 1 to 2 on 12 samples" in write_card(tmp_path / "final", runs=[tmp_path]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "methods", "shown"),
+    [
+        ("learned", ("static", "rule", "learned", "own", "oracle"), "own"),
+        ("learned", ("static", "rule", "learned", "oracle"), None),
+        ("rule", ("static", "rule", "learned", "oracle"), "rule"),
+    ],
+)
+def test_a_card_tells_of_the_checkpoints_own_scheduler(checkpoint, tmp_path, scheduler, methods, shown):
+    """Not of another one, nor of one that the evaluation trained."""
+    results = json.loads(RESULTS.read_text())
+    del results["run"]["model_sha256"]
+    rows = results["results"]["groups"]
+    for method, score in (("own", 0.9), ("learned", 0.8)):
+        rows += [{**row, "method": method, "score": score} for row in rows if row["method"] == "rule"]
+    results["run"] |= {"model": str(checkpoint), "scheduler": scheduler, "methods": methods}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(checkpoint, [tmp_path / "results.json"]))
+    found = {result.metric_value for result in card.data.eval_results or []}
+    assert found == {round(row["score"], 4) for row in rows if row["method"] == shown}
+    assert ("The checkpoint's own scheduler was not run" in card.text) == (shown is None)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_results_of_a_calibration_that_the_checkpoint_does_not_hold_say_so(checkpoint, tmp_path, calibrated):
+    results = results_of(checkpoint, tmp_path / "evaluated", calibrated_for_it=calibrated)
+    text = ModelCard.load(write_card(checkpoint, [results])).text
+    assert ("calibrated for this evaluation alone" in text) == calibrated
+
+
+def test_another_model_in_the_folder_takes_over_no_metadata_of_the_old_one(adapter, checkpoint):
+    write_card(adapter, metadata={"license": "mit", "tags": ["mine"], "language": "en"})
+    with replacing(adapter) as folder:
+        shutil.copy(checkpoint / "config.json", folder)
+        (adapter / "adapter_config.json").unlink()
+    card = ModelCard.load(adapter / "README.md")
+    assert card.data.base_model is None
+    assert (card.data.license, card.data.language) == ("mit", "en")
+    assert {"mine", "llava"} <= set(card.data.tags)
+    assert "blip-2" not in card.data.tags

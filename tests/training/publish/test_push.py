@@ -275,3 +275,17 @@ def test_a_checkpoint_on_the_hub_is_the_folder_that_was_pushed(hub, folder):
 
 def test_file_download_knows_the_endpoint_of_these_tests(hub):
     assert file_download.hf_hub_url(REPO, "x").startswith(hub.url)
+
+
+def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(hub, tmp_path):
+    """Elsewhere its base would be nothing, or somebody else's repository of that name."""
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    tiny.build("llava-llama", scheduler="rule").config.save_pretrained(folder)
+    base.mkdir()
+    described = {"base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2, "modules_to_save": ["dms"]}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    done = push(folder, "--repo", REPO)
+    assert done.exit_code == 1
+    assert "which nobody else has" in " ".join(done.output.split())
+    assert "dms merge" in done.output
+    assert not hub.repositories
