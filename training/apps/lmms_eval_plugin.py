@@ -93,6 +93,11 @@ class DMS(lmms):
                 prompt = inputs["input_ids"].shape[1]
                 # past its last position OPT would raise an IndexError
                 room = self.model.config.get_text_config(decoder=True).max_position_embeddings - prompt
+                if room < 1:  # a longer prompt than the model can answer costs the others nothing
+                    tasks = ", ".join(f"{args[4]}/{args[3]}" for args in batch)
+                    logger.warning(f"answered by nothing: prompts of {prompt} tokens leave no room, among {tasks}")
+                    answers += [""] * len(batch)
+                    continue
                 options["max_new_tokens"] = min(options["max_new_tokens"], room)
             generated = self.model.generate(**inputs, **options)
             for answer in tokenizer.batch_decode(generated[:, prompt:], skip_special_tokens=True):
@@ -179,13 +184,23 @@ class DMS(lmms):
         return torch.tensor(whole[len(before) :])
 
     def _pad(self, rows: list[dict[str, Any]], side: str) -> dict[str, Tensor]:
-        """What the model takes: `input_ids`, `attention_mask` and `modality_ids` (B, L), and `pixel_values`."""
+        """What the model takes: `input_ids`, `attention_mask` and `modality_ids` (B, L), and `pixel_values`.
+
+        Raises:
+            ValueError: for a family whose images need more than their pixels to be read.
+        """
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "modality_ids": 0}
         rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
         batch = {
             name: pad_sequence([row[name] for row in rows], True, padding_value=value, padding_side=side)
             for name, value in fill.items()
         }
+        others = {name for row in rows for name in row} - {*fill, "text", "pixel_values"}
+        if others:
+            raise ValueError(
+                f"{type(self.processor).__name__} also gives {', '.join(sorted(others))}: the plugin takes families "
+                "whose images are pixels alone, such as LLaVA, InternVL and BLIP-2"
+            )
         pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels).to(self.model.dtype)

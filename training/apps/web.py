@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -30,6 +30,7 @@ PHOTOGRAPHS = "photographs-llava"
 ON_SHAPES = ("demo-llava", "demo-blip2")
 MAX_NEW_TOKENS = 20
 MAX_CHARACTERS = 10_000  # of a text
+MAX_SOURCES = 16  # images and passages
 # no supported checkpoint sees more, and corruptions of a photograph's full size take seconds
 MAX_SIDE = 768
 
@@ -112,14 +113,10 @@ def show(
     # one id for all: the same severity is the same draw again
     passages = [passage for passage in re.split(r"\n\s*\n", context or "") if passage.strip()]
     paths = [Path(path) for path in (image, *images) if path is not None]
-    sample = Sample("page", paths[0] if paths else None, passages[0] if passages else None, question or "")
-    try:
-        loaded = sample.replace(images=tuple(paths[1:])).load_images()
-    except ValueError as error:
-        raise ValueError("the image cannot be read: is it an image, and complete?") from error
-    for picture in loaded:
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    sample = sample.replace(image=loaded[0] if loaded else None)
+    if len(paths) + len(passages) > MAX_SOURCES:
+        raise ValueError(f"there are {len(paths) + len(passages)} images and passages, more than {MAX_SOURCES}")
+    loaded = [_loaded(path) for path in paths]
+    sample = Sample("page", loaded[0] if loaded else None, passages[0] if passages else None, question or "")
     for kind, severity in ((image_kind, image_severity), (text_kind, text_severity)):
         if severity:
             sample = corrupt(sample, kind, int(severity))
@@ -132,6 +129,18 @@ def show(
     if dms.reliability is not None:
         said += f" Its answer can be relied on with {dms.reliability:.2f}."
     return Shown(first.load_image(), "\n\n".join(sample.passages), static.text, dms.text, said, bars)
+
+
+def _loaded(path: Path) -> Image.Image:
+    """A visitor's image, made small before the next one is read."""
+    if path.suffix.lower() == ".svg":  # which may draw files of this machine
+        raise ValueError("the page takes no SVG: give a PNG or JPEG of it")
+    try:
+        picture = cast(Image.Image, Sample("page", path, None, "").load_image())
+    except ValueError as error:
+        raise ValueError("the image cannot be read: is it an image, and complete?") from error
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    return picture
 
 
 def explain(dms: Answer, rate: float) -> str:

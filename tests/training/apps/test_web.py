@@ -28,7 +28,7 @@ from tests import tiny
 from tests.conftest import ask_as_many
 
 
-CALIBRATION = 100
+CALIBRATION = 60
 CLEAN = ("image:color_cast", 0, "text:typos", 0)
 CAST = ("image:color_cast", 5, "text:typos", 0)
 # a picture of the page after the browser's test, as in docs/demo-page.png
@@ -222,12 +222,16 @@ def test_what_cannot_be_answered_is_a_sentence(loaded, samples, tmp_path):
     broken, cut = tmp_path / "broken.png", tmp_path / "cut.png"
     broken.write_bytes(b"no image at all")
     cut.write_bytes(samples[1].image.read_bytes()[:200])
+    drawn, many = tmp_path / "drawn.svg", "\n\n".join(["a box."] * 16)
+    drawn.write_text('<svg xmlns="http://www.w3.org/2000/svg"><image href="/a/file.png"/></svg>')
     for inputs, said in (
         ((good, "a box.", " ", *CLEAN), "the question is empty"),
         ((good, None, None, *CLEAN), "the question is empty"),
         ((None, " ", "what color?", *CLEAN), "there is neither an image nor a context"),
         (({"path": str(broken)}, "a box.", "what color?", *CLEAN), "the image cannot be read"),
         (({"path": str(cut)}, "a box.", "what color?", *CLEAN), "the image cannot be read"),
+        (({"path": str(drawn)}, "a box.", "what color?", *CLEAN), "the page takes no SVG"),
+        ((good, many, "what color?", *CLEAN), "there are 17 images and passages, more than 16"),
         ((good, "a box.", "color? " * 1000, *CLEAN), "image and question are not cut"),
         ((good, "a box.", "color? " * 10_000, *CLEAN), "the question is longer than 10000 characters"),
         ((good, "a box.", "what color?", "image:nothing", 3, "text:typos", 0), "unknown corruption"),
