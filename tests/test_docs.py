@@ -20,6 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from modeling_dms import DMSConfig
+from modeling_dms.training.apps.answer import load_for_answers
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import load_easy_vqa, load_folder
 from modeling_dms.training.evaluate.run import one_per_image
@@ -48,12 +49,13 @@ REPLACED = {
     ".venv/bin/dms": "dms",
     ".venv/bin/python": "python",
     "max_steps=500": "max_steps=2",
+    '"train"), 300)  # clean samples': '"train"), 60)  # clean samples',
 }
 
 # behind commands, so that they take seconds
 SMALL = {
     "calibrate": "--samples 60 --asked 32",
-    "train": "--max_steps 2 --per_device_train_batch_size 2 --max_samples 1000 --calibration_samples 60 "
+    "train": "--max_steps 2 --per_device_train_batch_size 2 --max_samples 1000 --calibration_samples 0 "
     "--use_cpu true --report_to none",
     "evaluate": "--samples 3 --seeds 1 --severities 5 --kinds image:fog,text:typos --training-samples 20 "
     "--validation-samples 2",
@@ -188,7 +190,15 @@ def run(snippet, following, names):
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory):
+def few_samples():
+    """The demo's checkpoints are calibrated where they are loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_for_answers, "__defaults__", (60,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory, few_samples):
     """Reads a page as its reader does: all its snippets, one after the other, in a folder that holds `photo.png` and
     `my_folder`. Pages that go on from one another share the folder."""
     folders = {}

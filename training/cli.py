@@ -202,6 +202,8 @@ def demo(
         backbones = ["llava", "blip2"] if backbone == "both" else [backbone]
         run_demo(out, backbones, samples, calibration_samples, write_docs)
         return
+    if (out, backbone, samples, write_docs) != (Path("demo"), "both", 100, None):
+        raise typer.BadParameter("--out, --backbone, --samples and --write-docs are not for --web")
     from modeling_dms.training.apps.web import serve
 
     serve(model, port, calibration_samples)
@@ -291,11 +293,14 @@ def evaluate(
 ) -> None:
     """Measures a checkpoint, clean and corrupted, against baselines.
 
-    All methods see the same samples and corruptions.
+    All methods see the same samples and corruptions. Of a checkpoint in a folder of `dms train` those are unseen that
+    this run held out, of others those that it holds out by default.
     """
+    from modeling_dms.training.corruptions import CorruptionConfig
     from modeling_dms.training.evaluate.baselines import METHODS
-    from modeling_dms.training.evaluate.run import EvaluationConfig
+    from modeling_dms.training.evaluate.run import BOTH_RATE, EvaluationConfig
     from modeling_dms.training.evaluate.run import evaluate as run
+    from modeling_dms.training.publish.record import families_of
 
     chosen = _listed("--methods", methods)
     if chosen == ["all"]:
@@ -320,6 +325,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=dtype,
             resume=resume,
+            families=CorruptionConfig(both_rate=BOTH_RATE, **families_of(model)),
         )
     run(config)
 

@@ -22,7 +22,7 @@ from modeling_dms.outputs import ModalitySignals
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.data import Sample
 from modeling_dms.training.evaluate.grid import Condition, run_condition, with_images_encoded
-from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
+from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled, on_device
 from modeling_dms.training.evaluate.published import AdaptVis, ContrastiveDecoding
 from modeling_dms.training.evaluate.tasks import Task
 from modeling_dms.training.names import check_names
@@ -55,15 +55,15 @@ SEEN = (
 
 @torch.no_grad()
 def record(model: PreTrainedModel, task: Task, samples: Sequence[Sample], batch_size: int = 50) -> list[Any]:
-    """What a learned scheduler is given for each sample: its arguments, over all samples."""
+    """What a learned scheduler is given for each sample: its arguments, over all samples, in CPU memory."""
     rows: list[tuple] = []
-    scheduler = _like(model, scheduler="learned").to(model.device)
+    scheduler = _like(model, scheduler="learned")
     scheduler.register_forward_pre_hook(lambda module, args: rows.append(args))
     for start in tqdm(range(0, len(samples), batch_size), desc="signals", unit=" batches"):
-        batch = with_images_encoded(model, task.collate(samples[start : start + batch_size]))
+        batch = with_images_encoded(model, on_device(task.collate(samples[start : start + batch_size]), model))
         Scheduled(scheduler=scheduler).decide(model, batch)
-    signals = {name: torch.cat([row[0][name] for row in rows]) for name in rows[0][0]}
-    mask, standard, entropy = (torch.cat([row[place] for row in rows]) for place in (1, 2, 3))
+    signals = {name: torch.cat([row[0][name] for row in rows]).cpu() for name in rows[0][0]}
+    mask, standard, entropy = (torch.cat([row[place] for row in rows]).cpu() for place in (1, 2, 3))
     return [ModalitySignals(**signals), mask, standard, entropy]
 
 
@@ -86,6 +86,7 @@ def fit_scheduler(
     """
     signals, mask, standard, entropy = recorded
     known = cast(Any, model).dms.calibration.reliability
+    spared, dropped = known.spared.cpu(), known.dropped.cpu()
     config = _config(model, scheduler="learned", **choices)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -96,13 +97,13 @@ def fit_scheduler(
     for _ in range(steps):
         rows = torch.randint(len(target), (batch_size,), generator=generator)
         some = ModalitySignals(**{name: value[rows] for name, value in signals.items()})
-        weights = scheduler(some, mask[rows], standard[rows], entropy[rows], known.spared, known.dropped)
+        weights = scheduler(some, mask[rows], standard[rows], entropy[rows], spared, dropped)
         loss = schedule_loss(weights, target[rows], mask[rows]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return scheduler.eval().requires_grad_(False)
+    return scheduler.eval().requires_grad_(False).to(model.device)
 
 
 def scorer(
@@ -110,7 +111,7 @@ def scorer(
 ) -> Callable[[Sequence[Method]], list[float]]:
     """Methods -> for each the sum of its mean scores over conditions, whose images are encoded once for all. Those
     under which no sample can be measured are left out."""
-    conditions = [condition for condition in conditions if condition.why_not(samples, 0) is None]
+    conditions = [condition for condition in conditions if condition.why_not(samples, 0, task) is None]
 
     def score(methods: Sequence[Method]) -> list[float]:
         numbered = [replace(method, name=str(number)) for number, method in enumerate(methods)]
@@ -182,7 +183,9 @@ def make_methods(
         if name not in chosen:
             chosen[name] = candidates.index(search(candidates, score))
             if searched is not None and PartialState().is_main_process:
-                searched.write_text(json.dumps(chosen), encoding="utf-8")
+                part = searched.with_suffix(".part")
+                part.write_text(json.dumps(chosen), encoding="utf-8")
+                part.replace(searched)  # whole or not at all
         found[name] = candidates[chosen[name]]
     return [found[name] for name in names]
 
@@ -211,7 +214,7 @@ def _config(model: PreTrainedModel, **choices: Any) -> Any:
 
 def _like(model: PreTrainedModel, **choices: Any) -> ModalityScheduler:
     """A new scheduler, of the model's configuration but for some choices."""
-    return ModalityScheduler(_config(model, **choices), len(MODALITIES))
+    return ModalityScheduler(_config(model, **choices), len(MODALITIES)).to(model.device)
 
 
 def _choices(method: Method, name: str) -> list[Method]:

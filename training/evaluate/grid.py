@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from modeling_dms.training.corruptions import corrupt, self_made_families
 from modeling_dms.training.data import Sample
 from modeling_dms.training.data.samples import image_key
-from modeling_dms.training.evaluate.methods import Batch, Fixed, Method
+from modeling_dms.training.evaluate.methods import Batch, Fixed, Method, on_device
 from modeling_dms.training.evaluate.tasks import Task
 
 
@@ -81,9 +82,11 @@ class Condition:
                     failed[sample.id] = str(error)
         return changed, failed
 
-    def why_not(self, samples: Sequence[Sample], seed: int) -> str | None:
+    def why_not(self, samples: Sequence[Sample], seed: int, task: Task) -> str | None:
         """Why no sample can be measured under this condition; `None` where one can."""
         reason = None
+        if not task.reads_contexts and any(kind.startswith("text") for kind in self.kinds):
+            return f"task {task.name!r} reads no contexts"
         for place, sample in enumerate(samples):
             what = self.lacks(sample)
             if what is not None:
@@ -163,10 +166,11 @@ def with_images_encoded(model: PreTrainedModel, batch: Batch) -> Batch:
     return {**model.with_images_encoded(batch), "pixel_values": batch["pixel_values"]}
 
 
-def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[str, str]]:
-    """A batch of the samples that the task takes, `None` without any, and of the others the error by id."""
+def collated(task: Task, samples: Sequence[Sample], model: PreTrainedModel) -> tuple[Batch | None, dict[str, str]]:
+    """A batch of the samples that the task takes, where the model is, `None` without any, and of the others the error
+    by id."""
     try:
-        return task.collate(samples), {}
+        return on_device(task.collate(samples), model), {}
     except ValueError:
         failed = {}
         for sample in samples:
@@ -175,7 +179,7 @@ def collated(task: Task, samples: Sequence[Sample]) -> tuple[Batch | None, dict[
             except ValueError as error:
                 failed[sample.id] = str(error)
         rest = [sample for sample in samples if sample.id not in failed]
-        return task.collate(rest) if rest else None, failed
+        return on_device(task.collate(rest), model) if rest else None, failed
 
 
 def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:
@@ -212,11 +216,10 @@ def run_condition(
     for number, start in enumerate(starts):
         if number % state.num_processes != state.process_index:
             continue
-        batch, errors = collated(task, corrupted[start : start + batch_size])
+        batch, errors = collated(task, corrupted[start : start + batch_size], model)
         unfit += errors.items()
         if batch is None:
             continue
-        batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         began = time.perf_counter()
         batch = with_images_encoded(model, batch)
         encoding = time.perf_counter() - began
@@ -240,7 +243,7 @@ def run_condition(
     rows = sorted(gather_object(own), key=lambda row: row[0])
     failed |= dict(gather_object(unfit))
     if not rows:
-        reason = next(iter(failed.values()), condition.why_not(samples, seed))
+        reason = next(iter(failed.values()), condition.why_not(samples, seed, task))
         raise ValueError(f"{condition.name}: no sample could be asked, {reason}")
     answered = [sample for sample in corrupted if sample.id not in failed]
     measured = np.array([condition.lacks(sample) is None for sample in samples])
@@ -306,7 +309,9 @@ def run_grid(
     )
     for seed, condition in progress:
         samples = samples_of(seed)
-        path = folder / f"{condition.name.replace(':', '-').replace('/', '-')}-{condition.severity}-{seed}.json"
+        # by the group too: it decides which damage the detectors know
+        named = re.sub(r"[^\w+]+", "-", f"{condition.group} {condition.name} {condition.severity} {seed}")
+        path = folder / f"{named}.json"
         ids = [sample.id for sample in samples]
         state.wait_for_everyone()
         found: dict[str, Cell] = {}

@@ -28,6 +28,11 @@ ROWS = 64
 Batch = dict[str, Any]
 
 
+def on_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    """The batch where the model is."""
+    return {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
 def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Reads prompts once, to continue each in several ways.
 
@@ -221,8 +226,17 @@ class Scheduled(Method):
 
     @torch.no_grad()
     def judge(self, model: PreTrainedModel, prompt: Batch) -> tuple[Tensor, Tensor | None]:
-        """Both of one pass."""
+        """Both of one pass.
+
+        Raises:
+            ValueError: for a second look that calibration has not learned.
+        """
         if not cast(Any, model).dms.calibration.reliability.count > 0:
+            if self.scheduler is not None and self.scheduler.config.conflict_prior == "learned":
+                raise ValueError(
+                    f"{self.name}: the checkpoint has not learned whom to believe in a conflict; calibrate it with "
+                    "its answers, as `dms calibrate` does unless it is told --asked 0"
+                )
             return self.decide(model, prompt), None
         inputs, language = _inputs(prompt), model.config.get_text_config()
         if language.is_encoder_decoder:

@@ -23,7 +23,7 @@ class ContrastiveDecoding(Method):
     """Visual contrastive decoding (VCD, Leng et al., CVPR 2024): (1 + alpha) logits - alpha logits of the image under
     diffusion noise, over the tokens whose probability is at least beta times the likeliest one's.
 
-    As published (DAMO-NLP-SG/VCD), but for two things. Noise is drawn per sample id, so that it does not depend on
+    As published (DAMO-NLP-SG/VCD), but for two things. Noise is drawn by the picture, so that it does not depend on
     batches. Where a given continuation is scored, other tokens are not impossible but `IMPLAUSIBLE`, so that any two
     continuations can be ranked.
 
@@ -40,19 +40,19 @@ class ContrastiveDecoding(Method):
     IMPLAUSIBLE: ClassVar[float] = 1e3
 
     def distorted(self, prompt: Batch) -> Tensor | None:
-        """The images (I, 3, H, W) with noise: a forward diffusion to `noise_step` of 1000, sigmoid schedule."""
-        pixels = prompt.get("pixel_values")
-        if pixels is None:
+        """The pixels with noise, in whatever shape the family has them: a forward diffusion to `noise_step` of 1000,
+        sigmoid schedule. What is 0 throughout fills a batch up, and stays as it is."""
+        given = prompt.get("pixel_values")
+        if given is None:
             return None
+        pixels = given.float().cpu().flatten(0, -4) if given.ndim > 4 else given.float().cpu()
         betas = torch.linspace(-6, 6, 1000).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
         kept = (1 - betas).cumprod(0)[self.noise_step]
-        placeholders = (prompt["modality_ids"] == VISION).sum(1)
-        counts = placeholders * len(pixels) // placeholders.sum()  # images of each sample
-        noise = [
-            torch.randn(count, *pixels.shape[1:], generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            for name, count in zip(prompt["sample_ids"], counts.tolist(), strict=True)
-        ]
-        return (kept.sqrt() * pixels.cpu() + (1 - kept).sqrt() * torch.cat(noise)).to(pixels)
+        seeds = [zlib.crc32(picture.numpy().tobytes()) for picture in pixels]
+        noise = [torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noisy = kept.sqrt() * pixels + (1 - kept).sqrt() * torch.stack(noise)
+        filling = (pixels == 0).flatten(1).all(1).view(-1, *[1] * (pixels.ndim - 1))
+        return torch.where(filling, pixels, noisy).view(given.shape).to(given)
 
     def contrast(self, logits: Tensor, distorted: Tensor) -> Tensor:
         """(..., K) both -> log-probabilities of plausible tokens, and what implausible ones lose."""

@@ -26,20 +26,22 @@ from modeling_dms.training.data.flickr8k import is_flickr8k
 from modeling_dms.training.data.folder import Table
 from modeling_dms.training.data.samples import (
     SPLITS,
+    TESTED,
     UNANSWERED,
     UNASKABLE,
     UNREADABLE,
     image_key,
     kept,
     split_answered,
+    split_apart,
     split_readable,
 )
 from modeling_dms.training.data.sources import opened, print_summary
 from modeling_dms.training.evaluate.baselines import METHODS, UNTRAINED, make_methods
-from modeling_dms.training.evaluate.grid import Cell, Condition, run_grid
+from modeling_dms.training.evaluate.grid import Cell, Condition, collated, run_grid
 from modeling_dms.training.evaluate.methods import Method
 from modeling_dms.training.evaluate.pictures import draw
-from modeling_dms.training.evaluate.report import render, summarize
+from modeling_dms.training.evaluate.report import DMS, render, summarize
 from modeling_dms.training.evaluate.sheet import Panel, draw_sheet
 from modeling_dms.training.evaluate.tasks import (
     Captioning,
@@ -66,6 +68,7 @@ logger = logging.getLogger(__name__)
 # between the samples of a sheet
 STRIDE = 7
 CORRUPTIONS = ("seen", "unseen", "mismatch", "both")
+BOTH_RATE = 0.15  # of the samples that trained baselines see
 # by name: the kind of samples it takes
 TASKS = {"vqa": "vqa", "vqa-generate": "vqa", "caption": "caption", "retrieval": "retrieval", "matching": "retrieval"}
 
@@ -114,7 +117,7 @@ class EvaluationConfig:
     batch_size: int = 50
     dtype: str = "auto"
     resume: bool = False
-    families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=0.15))
+    families: CorruptionConfig = field(default_factory=lambda: CorruptionConfig(both_rate=BOTH_RATE))
 
     def __post_init__(self):
         check_names("task", [self.task], TASKS)
@@ -176,12 +179,15 @@ def _kinds_of(config: EvaluationConfig, group: str, modality: str) -> list[str]:
 
 
 def one_per_image(samples: Sequence[Sample], count: int, seed: int = 0) -> list[Sample]:
-    """One sample of each of `count` images, two of three not yes/no questions where there are others."""
+    """One sample of each of `count` images, evenly spread over the data, two of three not yes/no questions where there
+    are others."""
     by_image: dict[str, list[Sample]] = {}
     for sample in samples:
         by_image.setdefault(image_key(sample.image) or sample.id, []).append(sample)
-    chosen = []
-    for number, own in enumerate(list(by_image.values())[:count]):
+    chosen, images = [], list(by_image.values())
+    count = min(count, len(images))
+    for number in range(count):
+        own = images[number * len(images) // count]
         closed = [sample for sample in own if sample.answers[:1] in (("yes",), ("no",))]
         wanted = closed if number % 3 == 0 else [sample for sample in own if sample not in closed]
         pool = wanted or own
@@ -242,6 +248,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             f"sample {several!r} has several images or passages: `dms evaluate` compares ways to weigh one of each; "
             "benchmarks/sources.py measures several"
         )
+    plain = not any(sample.passages for sample in test)
+    if plain and state.is_local_main_process and config.task != "matching":
+        print("no sample has a context: images are weighed against the whole text of the prompts")
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     model, processor = load(config.model, dtype=config.dtype)
@@ -265,6 +274,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     def task_of(samples: Sequence[Sample]) -> Task:
         task = _task(config, processor, train, samples)
         if not isinstance(task, ImageTextMatching):
+            task.whole_text = plain
             task.max_length = room_for_prompts(model, processor, task.longest_answer())
         return task
 
@@ -283,14 +293,18 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
     test = usable(kept(test, readable, UNREADABLE, failed), failed)
     calibrates = config.calibration_samples > 0 and not model.dms.calibration.is_calibrated
-    fitted = kept(train, readable, UNREADABLE, left_out) if calibrates or needs_training else []
+    apart = functools.partial(split_apart, others=test)
+    fitted = []
+    if calibrates or needs_training:
+        fitted = kept(kept(train, apart, TESTED, left_out), readable, UNREADABLE, left_out)
     if calibrates:
         collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
         clean = kept(fitted, collator.split_askable, UNASKABLE, left_out)
         calibrate(model, collator, clean, config.calibration_samples, state.is_local_main_process)
     if needs_training:
         fitted = usable(fitted, left_out)
-        validation = usable(kept(validation, readable, UNREADABLE, left_out), left_out)
+        validation = kept(kept(validation, apart, TESTED, left_out), readable, UNREADABLE, left_out)
+        validation = usable(validation, left_out)
         validation = one_per_image(validation, config.validation_samples, 0)
 
     @functools.cache
@@ -298,16 +312,16 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         # what is retrieved is the same for every seed
         return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
 
+    task = task_of(samples_of(0))
     conditions_left_out: dict[str, str] = {}
     for condition in [*conditions]:
-        reasons = [condition.why_not(samples_of(seed), seed) for seed in range(config.seeds)]
+        reasons = [condition.why_not(samples_of(seed), seed, task) for seed in range(config.seeds)]
         if any(reasons):
             conditions.remove(condition)
             conditions_left_out[condition.name] = next(filter(None, reasons))
     for name, reason in conditions_left_out.items():
         logger.warning(f"left out: {name}: {reason}")
 
-    task = task_of(samples_of(0))
     some = [fitted[int(i)] for i in seeded("training").permutation(len(fitted))[: config.training_samples]]
     methods = make_methods(
         model,
@@ -330,6 +344,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "data": "flickr8k" if is_flickr8k(config.data) else config.data,
             "model_sha256": asked["model"]["sha256"][0],
             "metric": task.metric,
+            "scheduler": model.config.dms_config.scheduler,
+            "calibrated_for_it": calibrates,
             "seeds": list(range(config.seeds)),
             "samples": len(samples_of(0)),
             "left_out": left_out,
@@ -384,7 +400,7 @@ def sample_panels(
 ) -> list[Panel]:
     """Samples under different conditions, answered by static and the first DMS method; none for a task that ranks no
     answers."""
-    dms = next((method for method in methods if method.name in ("rule", "own", "learned")), None)
+    dms = next((method for name in DMS for method in methods if method.name == name), None)
     strongest: dict[str, Condition] = {}
     for condition in conditions:
         known = strongest.setdefault(condition.name, condition)
@@ -400,7 +416,10 @@ def sample_panels(
         # the column's own sample: none is picked for its answer
         pool = condition.apply(samples, 0)[0]
         sample = pool[place * STRIDE % len(pool)]
-        batch, answers, weights = task.collate([sample]), {}, [0.5, 0.5]
+        batch, _ = collated(task, [sample], model)
+        if batch is None:
+            continue
+        answers, weights = {}, [0.5, 0.5]
         for title, method in (("static", Method()), ("DMS", dms)):
             decision = method.decide(model, batch)
             answer = task.answer(method, model, batch, decision)

@@ -1,6 +1,6 @@
 """A model calibrated on clean samples."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from modeling_dms.calibrate.records import MIN_SAMPLES
@@ -51,11 +51,8 @@ def calibrate(
             f"calibration needs {MIN_SAMPLES} different images and {MIN_SAMPLES} contexts to weigh them against, got "
             f"{with_image} and {with_context}{hint}"
         )
-    clean = PromptCollator(collator.processor, max_length=collator.max_length)
-    batches: Iterable[dict[str, Any]] = (
-        clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH)
-    )
     if plain:
         print("no sample has a context: images are weighed against the whole text of the prompts")
-        batches = ({name: value for name, value in batch.items() if name != "modality_ids"} for batch in batches)
+    clean = PromptCollator(collator.processor, max_length=collator.max_length, whole_text=plain)
+    batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
     return model.calibrate(batches, level, count, show_progress, leave_out, max_asked)

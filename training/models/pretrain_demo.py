@@ -170,7 +170,8 @@ def accuracy(model: PreTrainedModel, collator: PromptCollator, samples: list[Sam
     model.eval()
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        predicted = model(**collator(batch)).logits[:, -1].argmax(-1)
+        inputs = {name: value.to(model.device) for name, value in collator(batch).items()}
+        predicted = model(**inputs).logits[:, -1].argmax(-1).cpu()
         wanted = [tokenizer(f" {s.answers[0]}", add_special_tokens=False)["input_ids"][0] for s in batch]
         right += int((predicted == torch.tensor(wanted)).sum())
     return right / len(samples)

@@ -99,6 +99,14 @@ def is_recorded(run: Path, arguments: Sequence[Any]) -> bool:
     return recorded == json.loads(json.dumps(_choices(arguments)))
 
 
+def families_of(model: str) -> dict[str, Any]:
+    """What a run of `dms train` draws corruptions from and holds out, as fields of `CorruptionConfig`; nothing of a
+    checkpoint that lies in no such folder."""
+    run = Path(model).parent
+    recorded = read_record(run).get("arguments", {}) if (run / RECORD).exists() else {}
+    return {name: value for name, value in recorded.items() if name.endswith(("image_families", "text_families"))}
+
+
 def _choices(arguments: Sequence[Any]) -> dict[str, Any]:
     """Those that a card shows."""
     model, data, corruptions, training = arguments

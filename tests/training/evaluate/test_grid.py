@@ -1,22 +1,30 @@
 """Methods under conditions: the same damaged samples for all, what is kept of them and resumed."""
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.data.samples import split_readable
 from modeling_dms.training.evaluate import baselines, grid
-from modeling_dms.training.evaluate.grid import ORACLE, Condition, run_condition, run_grid
+from modeling_dms.training.evaluate.grid import ORACLE, Condition, collated, run_condition, run_grid
 from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled
 from modeling_dms.training.evaluate.published import AdaptVis
-from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
+from modeling_dms.training.evaluate.tasks import ImageTextMatching, VisualQuestionAnswering
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 from modeling_dms.weigh.scheduler import ModalityScheduler
+from tests import tiny
 
 
 CLEAN, BLACK, TYPOS = Condition("clean", "clean"), Condition("image:black", "seen", 5), Condition("text:typos", "t", 4)
+
+
+READS = SimpleNamespace(name="vqa", reads_contexts=True)  # a task, as far as conditions know it
 
 
 def same(one, two):
@@ -177,13 +185,13 @@ def test_a_sample_that_a_condition_does_not_change_is_not_measured_under_it(vqa,
     assert np.array_equal(cell.metrics["score"][some], alone.metrics["score"])
     np.testing.assert_allclose(cell.metrics["confidence"][some], alone.metrics["confidence"], atol=1e-5)
     assert cell.mean() == alone.mean()
-    assert condition.why_not(mixed, 0) is None
+    assert condition.why_not(mixed, 0, READS) is None
     none = [sample.replace(**change) for sample in samples]
-    assert condition.why_not(none, 0) == reason
+    assert condition.why_not(none, 0, READS) == reason
     with pytest.raises(ValueError, match=f"no sample could be asked, {reason}"):
         run_condition(model, task, [Method()], none, condition, 0, 5)
     # other conditions take these samples as they are
-    assert Condition("clean", "clean").why_not(none, 0) is None
+    assert Condition("clean", "clean").why_not(none, 0, READS) is None
 
 
 def test_texts_alone_and_images_alone_are_mismatched_with_their_like(vqa):
@@ -197,7 +205,7 @@ def test_texts_alone_and_images_alone_are_mismatched_with_their_like(vqa):
             assert getattr(new, field) != getattr(old, field)
     # one picture under two names is no other image
     twins = [samples[0], samples[1].replace(image=samples[0].image.read_bytes(), context="another.")]
-    assert "no other sample" in Condition("image:mismatch", "m", 5).why_not(twins, 0)
+    assert "no other sample" in Condition("image:mismatch", "m", 5).why_not(twins, 0, READS)
 
 
 def test_samples_that_cannot_be_asked_are_named_and_count_as_wrong_in_batches_of_any_size(vqa):
@@ -302,3 +310,40 @@ def test_detectors_do_not_know_what_is_unseen(vqa, group, known):
     run_condition(model, task, [Watching()], samples[:2], condition, 0, 2)
     assert left_out == known
     assert not any(detector.left_out.any() for detector in detectors)
+
+
+def test_a_batch_is_where_the_model_is(vqa):
+    _, task, samples = vqa
+    batch, failed = collated(task, samples[:2], torch.nn.Module.to(tiny.build("llava-llama"), "meta"))
+    assert not failed
+    assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert batch["sample_ids"] == [sample.id for sample in samples[:2]]
+
+
+def test_what_detectors_know_of_a_damage_is_no_result_of_those_that_do_not(vqa, tmp_path, monkeypatch):
+    """One of a seen group is not taken for the same kind by itself, which is unseen."""
+    model, task, samples = vqa
+    real, ran = run_condition, []
+    monkeypatch.setattr(grid, "run_condition", lambda *args: ran.append(args[4].group) or real(*args))
+    seen, alone = Condition("image:blur", "seen", 5), Condition("image:blur", "image:blur", 5)
+    for conditions, expected in (([seen], ["seen"]), ([alone], ["image:blur"]), ([seen, alone], [])):
+        run_grid(model, task, [Method()], lambda seed: samples, conditions, [0], tmp_path, resume=True)
+        assert ran == expected
+        ran.clear()
+
+
+def test_a_second_look_that_was_not_learned_is_not_measured(vqa):
+    model, task, samples = vqa
+    config = copy.deepcopy(model.config.dms_config)
+    config.conflict_prior = "learned"
+    method = Scheduled("second look", ModalityScheduler(config, 2))
+    with pytest.raises(ValueError, match="second look: the checkpoint has not learned whom to believe"):
+        run_condition(model, task, [method], samples, BLACK, 0, 7)
+
+
+def test_matching_reads_no_contexts(vqa):
+    _, task, samples = vqa
+    assert TYPOS.why_not(samples, 0, task) is None
+    matching = SimpleNamespace(name="matching", reads_contexts=ImageTextMatching.reads_contexts)
+    assert TYPOS.why_not(samples, 0, matching) == "task 'matching' reads no contexts"
+    assert BLACK.why_not(samples, 0, matching) is None

@@ -44,7 +44,7 @@ def usable(backbone, method):
 
 
 @pytest.mark.parametrize("rows", [64, 8])
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_log_likelihood_is_that_of_a_plain_loop(backbone, rows, monkeypatch):
     monkeypatch.setattr(methods, "ROWS", rows)
     model, prompt = steered(backbone), prompt_of(backbone)
@@ -61,7 +61,7 @@ def test_log_likelihood_is_that_of_a_plain_loop(backbone, rows, monkeypatch):
         assert_close(method.logits(model, prompt, decision), torch.stack(first))
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_log_likelihood_is_minus_the_loss_of_labels(backbone):
     model = tiny.shared(backbone, scheduler="uniform")
     for row in rows_of(prompt_of(backbone)):
@@ -104,7 +104,7 @@ def test_continuations_without_tokens():
 
 
 @pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_a_batch_equals_its_rows(backbone, method):
     if not usable(backbone, method):
         return
@@ -123,7 +123,7 @@ def test_a_batch_equals_its_rows(backbone, method):
 
 
 @pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_generation_takes_the_likeliest_token_of_each_step(backbone, method):
     if not usable(backbone, method):
         return
@@ -137,7 +137,7 @@ def test_generation_takes_the_likeliest_token_of_each_step(backbone, method):
             assert method.log_likelihood(model, row, decision, every)[0].argmax() == tokens[step]
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_generation_gives_new_tokens_alone_and_pads_what_ended(backbone):
     model, prompt = tiny.shared(backbone), prompt_of(backbone)
     decision = Method().decide(model, prompt)
@@ -193,7 +193,7 @@ def test_models_without_a_language_model(method):
 # ---- weights
 
 
-@pytest.mark.parametrize("backbone", [*tiny.BACKBONES, "retrieval"])
+@pytest.mark.parametrize("backbone", [*tiny.FAMILIES, "retrieval"])
 def test_static_and_fixed_weights(backbone):
     model = tiny.shared(backbone)
     prompt = tiny.prompts(backbone) if backbone == "retrieval" else prompt_of(backbone)
@@ -206,7 +206,7 @@ def test_static_and_fixed_weights(backbone):
     assert AdaptVis().weights(static[:, :1]) is None
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_static_is_the_vanilla_class(backbone):
     prompt = prompt_of(backbone)
     inputs = {name: prompt[name] for name in ("input_ids", "attention_mask", "pixel_values")}
@@ -219,7 +219,7 @@ def test_static_is_the_vanilla_class(backbone):
         assert_close(Method().logits(model, prompt, Method().decide(model, prompt)), expected)
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_fixed_weights_leave_samples_of_one_modality_alone(backbone):
     model, prompt = tiny.shared(backbone), prompt_of(backbone)
     even, uneven = Method(), Fixed(vision=0.1)
@@ -238,7 +238,7 @@ def test_fixed_weights_leave_samples_of_one_modality_alone(backbone):
             assert torch.equal(tokens[0][index], tokens[1][index])
 
 
-@pytest.mark.parametrize("backbone", [*tiny.BACKBONES, "retrieval"])
+@pytest.mark.parametrize("backbone", [*tiny.FAMILIES, "retrieval"])
 def test_scheduled_by_none_are_the_weights_of_the_forward_pass(backbone):
     for dms in ({"scheduler": "learned", "stirred": True}, {"scheduler": "entropy"}, {"scheduler": "uniform"}):
         model = tiny.shared(backbone, **dms)

@@ -141,3 +141,15 @@ def test_the_report_names_every_method_and_condition():
         "`dms evaluate`",
     ):
         assert wanted in text
+
+
+def test_a_kind_by_itself_beside_its_group():
+    """It has conditions of its own, which are no unseen ones: the errors of the group are those of the group."""
+    fog, alone = Condition("image:fog", "unseen image", 5), Condition("image:fog", "image:fog", 5)
+    jpeg = [Condition("image:jpeg", "unseen image", severity) for severity in (3, 5)]
+    scores = {"static": [1, 0, 0, 1, 0], "rule": [1, 1, 0, 1, 0]}
+    cells = [cell(method, c, 0, score) for method, score in scores.items() for c in (CLEAN, fog, *jpeg)]
+    expected = summarize(cells)["robustness"]
+    more = [*cells, *(cell(method, alone, 0, [0] * 5) for method in scores)]
+    assert summarize(more)["robustness"] == expected
+    assert expected[1]["mce"] == pytest.approx(2 / 3)

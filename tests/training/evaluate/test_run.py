@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
-from modeling_dms.training.data import PromptCollator, load_easy_vqa
+from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.samples import SPLITS
 from modeling_dms.training.evaluate import grid
 from modeling_dms.training.evaluate.grid import ORACLE, Condition, run_condition
@@ -341,7 +341,7 @@ def test_conditions_that_no_sample_of_a_group_can_take_cost_no_other(vqa, tmp_pa
 
 def test_where_some_samples_lack_a_modality_their_number_is_shown(vqa, tmp_path):
     rows = rows_of(vqa[2], split="test")
-    for row in rows[:2]:
+    for row in rows[:3:2]:  # of every other image one question is asked
         row["context"] = None
     measured, left_out, report = evaluate_table(tmp_path / "data", rows, "--corruptions=text:typos,image:black")
     assert measured == {"clean": 6, "text:typos": 4, "image:black": 6}
@@ -430,7 +430,7 @@ def test_a_vanilla_checkpoint_is_evaluated_by_generation(tmp_path, model):
 
 def test_weights_of_another_precision(tmp_path):
     config = EvaluationConfig("demo-llava", tmp_path, corruptions=["image:black"], severities=[5], seeds=1, samples=4)
-    config.calibration_samples, config.dtype = 60, "bfloat16"
+    config.calibration_samples, config.dtype = 0, "bfloat16"
     results = evaluate(config)
     assert results["run"]["dtype"] == "bfloat16"
     assert {row["method"] for row in results["results"]["groups"]} == {"static", "rule", "oracle"}
@@ -464,3 +464,44 @@ def test_captioning_and_retrieval(tmp_path, task, metric):
     assert {row["method"] for row in results["results"]["groups"]} == {"static", "rule", "entropy", "oracle"}
     assert {row["samples"] for row in results["results"]["conditions"]} == {5}
     assert metric in (tmp_path / "report.md").read_text()
+
+
+# ---- what is fitted, and what is weighed
+
+
+def test_nothing_is_fitted_to_what_is_evaluated(evaluated, tmp_path, caplog):
+    options, _ = evaluated
+    trained = {**options, "methods": ("static", "mean prior"), "training_samples": 4, "validation_samples": 4}
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match="must not know the images that it is evaluated on"):
+            evaluate(EvaluationConfig(out=tmp_path / split, **trained | {"split": split}))
+    # a test image in the training split is left out there
+    data = shutil.copytree(options["data"], tmp_path / "data")
+    rows = [json.loads(row) for row in (data / "table.jsonl").read_text().splitlines()]
+    shared = next(row for row in rows if row["split"] == "test")
+    rows.append({**shared, "split": "train", "id": "shared"})
+    (data / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(EvaluationConfig(out=tmp_path / "out", **trained | {"data": str(data)}))
+    assert "'shared' has an image of the evaluated split" in found["run"]["left_out"]["shared"]
+
+
+def test_samples_without_contexts_are_weighed_as_they_are_calibrated(tmp_path, capsys):
+    """The image against the whole prompt: else the question would be neutral, and the image had all weight."""
+    rows = [json.loads(row) for row in (tiny.table(tmp_path / "data", 90) / "table.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["split"], row["answers"] = ("test", "train", "train")[number % 3], [("red", "blue")[number % 2]]
+        del row["context"]
+    (tmp_path / "data" / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"data": str(tmp_path / "data"), "corruptions": ["image:black"], "severities": [5], "seeds": 1}
+    out = tmp_path / "out"
+    found = evaluate(EvaluationConfig(model="demo-llava", out=out, samples=8, methods=("static", "rule"), **options))
+    assert capsys.readouterr().out.count("weighed against the whole text of the prompts") == 2
+    rule = [row for row in found["results"]["conditions"] if row["method"] == "rule"]
+    assert {row["condition"]: 0 < row["weights"][1] < 1 for row in rule} == {"clean": True, "image:black": True}
+
+
+def test_samples_are_spread_over_the_data(tmp_path):
+    """A table that is sorted by class is not measured on its first class alone."""
+    samples = [Sample(str(n), Image.new("RGB", (2, 2), (n, 0, 0)), None, "what?", (str(n),)) for n in range(10)]
+    assert [sample.id for sample in one_per_image(samples, 5)] == ["0", "2", "4", "6", "8"]
+    assert [sample.id for sample in one_per_image(samples, 20)] == [str(number) for number in range(10)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ class Task(Protocol):
 
     name: str
     metric: str
+    reads_contexts: ClassVar[bool] = True
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch with `sample_ids`, as methods take it.
@@ -46,15 +47,20 @@ class PromptedTask:
     Attributes:
         processor: of the checkpoint.
         max_new_tokens: longest generated answer.
-        max_length: longest prompt, see `PromptCollator`.
+        max_length, whole_text: of the prompts, see `PromptCollator`.
     """
+
+    reads_contexts: ClassVar[bool] = True
 
     processor: ProcessorMixin
     max_new_tokens: int = field(default=10, kw_only=True)
     max_length: int | None = field(default=None, kw_only=True)
+    whole_text: bool = field(default=False, kw_only=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True)(samples)
+        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True, whole_text=self.whole_text)(
+            samples
+        )
 
     def tokens(self, text: str) -> list[int]:
         """A text as it follows a prompt, without an end token."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class _Retrieval:
     Raises:
         ValueError: naming a sample without an answer, or an id that two samples have.
     """
+
+    reads_contexts: ClassVar[bool] = True
 
     processor: ProcessorMixin
     samples: InitVar[Sequence[Sample]]
@@ -90,16 +92,19 @@ class ImageTextRetrieval(_Retrieval):
     the mean over its tokens, without an end token.
 
     The decision is one a prompt, made before any text is seen: the modalities are image and context. A prompt without
-    context holds one modality alone, and weights change nothing.
+    context holds one modality alone, and weights change nothing, unless the question is the text.
 
     Attributes:
-        max_length: longest prompt, see `PromptCollator`.
+        max_length, whole_text: of the prompts, see `PromptCollator`.
     """
 
     max_length: int | None = field(default=None, kw_only=True)
+    whole_text: bool = field(default=False, kw_only=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True)(samples)
+        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True, whole_text=self.whole_text)(
+            samples
+        )
 
     def tokens(self) -> list[list[int]]:
         """Of each text, as it follows a prompt."""
@@ -131,6 +136,8 @@ class ImageTextMatching(_Retrieval):
         max_length: longest text, in tokens; what is longer loses its end.
         rows: pairs or texts at once.
     """
+
+    reads_contexts: ClassVar[bool] = False  # and texts stay as they are when samples are damaged
 
     matched: int = 128
     max_length: int = 35
