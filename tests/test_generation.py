@@ -118,7 +118,7 @@ def test_weighed_tokens_are_those_of_an_uncached_loop(backbone, attention, start
     assert torch.equal(generate(model, inputs), expected)
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_generation_without_a_cache(backbone):
     inputs = tiny.prompts(backbone, "pairs", "left")
     expected = generate(tiny.vanilla(backbone), inputs, "no-cache")
@@ -129,7 +129,7 @@ def test_generation_without_a_cache(backbone):
     assert torch.equal(tokens, uncached(model, inputs, tiny.uneven(3), argmax))
 
 
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_weighed_beams_score_as_an_uncached_pass(backbone):
     model = tiny.shared(backbone, scheduler="entropy")
     inputs = tiny.prompts(backbone, "mixed", "left")
@@ -156,7 +156,7 @@ def test_weighed_beams_score_as_an_uncached_pass(backbone):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backbone", tiny.BACKBONES)
+@pytest.mark.parametrize("backbone", tiny.FAMILIES)
 def test_weights_are_computed_once_and_returned(backbone, mode):
     model = tiny.shared(backbone, scheduler="learned", stirred=True)
     inputs = tiny.prompts(backbone, "pairs", "left")
