@@ -9,9 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from modeling_dms.calibrate.calibration_mixin import CalibrationMixin
+from modeling_dms.training.models import calibrate
 
 
-FEW = 16
+FEW, BATCH = 16, calibrate.BATCH
 _calibration_data = CalibrationMixin._calibration_data
 
 
@@ -20,13 +21,15 @@ def _of_few(self, dataloader, level, max_samples, show_progress, max_asked):
 
 
 def pytest_configure():
-    """The third level of a calibration is most of its time; so few answers are enough for all but what they say."""
-    CalibrationMixin._calibration_data = _of_few
+    """The third level of a calibration is most of its time; so few answers are enough for all but what they say. They
+    are asked for batch by batch."""
+    CalibrationMixin._calibration_data, calibrate.BATCH = _of_few, FEW
 
 
 def ask_as_many(patch):
     """Calibrations ask about as many samples as they do outside the tests."""
     patch.setattr(CalibrationMixin, "_calibration_data", _calibration_data)
+    patch.setattr(calibrate, "BATCH", BATCH)
 
 
 @pytest.fixture

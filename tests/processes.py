@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from tests import conftest
+
 
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch", "peft", "modeling_dms.training.cli", "tests.tiny", "tests.processes"])
@@ -31,6 +33,7 @@ def run(function, *arguments, count=1):
 
 
 def _called(function, *arguments):
+    conftest.pytest_configure()
     torch.set_num_threads(1)
     function(*arguments)
 

@@ -25,7 +25,9 @@ from modeling_dms.training.cli import app
 from modeling_dms.training.data import load_easy_vqa, load_folder
 from modeling_dms.training.evaluate.run import one_per_image
 from modeling_dms.training.finetune.arguments import _TYPES, read_arguments
+from modeling_dms.training.models import calibrate
 from modeling_dms.training.models.loading import CHECKPOINTS
+from tests.conftest import BATCH
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,15 +192,16 @@ def run(snippet, following, names):
 
 
 @pytest.fixture(scope="module")
-def few_samples():
-    """The demo's checkpoints are calibrated where they are loaded."""
+def calibrations():
+    """As readers see them, but that the demo's checkpoints, where they are loaded, are calibrated on few samples."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "BATCH", BATCH)
         patch.setattr(load_for_answers, "__defaults__", (60,))
         yield
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory, few_samples):
+def read(tmp_path_factory, calibrations):
     """Reads a page as its reader does: all its snippets, one after the other, in a folder that holds `photo.png` and
     `my_folder`. Pages that go on from one another share the folder."""
     folders = {}
@@ -252,6 +255,7 @@ def test_what_is_not_run_is_there():
 # ---- the notebook
 
 
+@pytest.mark.usefixtures("calibrations")
 def test_the_notebook_runs():
     notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
