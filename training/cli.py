@@ -293,8 +293,8 @@ def evaluate(
 ) -> None:
     """Measures a checkpoint, clean and corrupted, against baselines.
 
-    All methods see the same samples and corruptions. Of a checkpoint in a folder of `dms train` those are unseen that
-    this run held out, of others those that it holds out by default.
+    All methods see the same samples and corruptions. Unseen are those that `dms train` holds out by default, or, of a
+    checkpoint in the folder of a run, those that this run held out.
     """
     from modeling_dms.training.corruptions import CorruptionConfig
     from modeling_dms.training.evaluate.baselines import METHODS
@@ -325,7 +325,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=dtype,
             resume=resume,
-            families=CorruptionConfig(both_rate=BOTH_RATE, **families_of(model)),
+            families=CorruptionConfig(**{"both_rate": BOTH_RATE, **families_of(model)}),
         )
     run(config)
 

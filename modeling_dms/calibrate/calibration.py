@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from modeling_dms.calibrate.conformal import Agreement, Conformal, Detector, JointAgreement
 from modeling_dms.calibrate.source_agreement import COMPOSITIONS, SourceAgreement
-from modeling_dms.calibrate.statistics import ModalityCalibration, PixelRange, Reliability, Statistics, as_if_new
+from modeling_dms.calibrate.statistics import (
+    ModalityCalibration,
+    PixelRange,
+    PromptKind,
+    Reliability,
+    Statistics,
+    as_if_new,
+)
 from modeling_dms.configuration.configuration_dms import DMSConfig
 from modeling_dms.evidence.typicality import log_distances
 from modeling_dms.observe.prompt import ModalityFeatures
@@ -53,6 +60,7 @@ class Calibration(nn.Module):
         # the oddness of the oddest of three and more sources of clean samples, by what these are
         self.clean_sets = nn.ModuleList(Conformal(1, {}) for _ in COMPOSITIONS)  # type: ignore[assignment]
         self.pixels = PixelRange()
+        self.prompts = PromptKind()
         self.reliability = Reliability(len(sizes))
 
     def reset(self) -> None:

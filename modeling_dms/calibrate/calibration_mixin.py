@@ -28,6 +28,13 @@ def _check_families(families: Sequence[str]) -> None:
         raise ValueError(f"leave_out must be some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
+def _watched(batches: Iterable[dict[str, Any]], whole: list[bool]) -> Iterable[dict[str, Any]]:
+    """The same batches, of each of which is noted whether all words of its prompts are the text."""
+    for batch in batches:
+        whole.append(batch.get("modality_ids") is None and batch.get("source_ids") is None)
+        yield batch
+
+
 class CalibrationMixin(CounterfactualMixin):
     """Adds `calibrate` to a model that can extract features of its modalities (`DMSMixin`)."""
 
@@ -75,8 +82,12 @@ class CalibrationMixin(CounterfactualMixin):
         try:
             if level == 3 and not self.can_generate():
                 level = 2
-            found = self._calibration_data(dataloader, level, max_samples, show_progress, max_asked)
-            return fit_calibration(self.dms.calibration, *found[:3], level, leave_out, *found[3:])
+            whole: list[bool] = []
+            batches = _watched(dataloader, whole)
+            found = self._calibration_data(batches, level, max_samples, show_progress, max_asked)
+            report = fit_calibration(self.dms.calibration, *found[:3], level, leave_out, *found[3:])
+            self.dms.calibration.prompts.whole.fill_(float(all(whole)))
+            return report
         except BaseException:
             pixels.load_state_dict(before)
             raise

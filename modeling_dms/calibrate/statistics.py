@@ -189,6 +189,13 @@ class Reliability(Statistics):
         return (standard @ self.look_coefficients[:, :-1].T + self.look_coefficients[:, -1]).sigmoid()
 
 
+class PromptKind(Statistics):
+    """What of the clean prompts was the text: 1 where all of it was, as without `modality_ids`, else 0."""
+
+    def __init__(self):
+        super().__init__({"whole": ()})
+
+
 class PixelRange(Statistics):
     """The lowest and the highest value that clean pictures have in each channel: of black and of white."""
 

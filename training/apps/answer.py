@@ -9,7 +9,7 @@ import torch
 
 from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
-from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.calibrate import calibrate, reads_whole_prompts
 from modeling_dms.training.models.loading import load, on_accelerator, room_for_prompts, shipped
 
 
@@ -44,6 +44,7 @@ def load_for_answers(name: str, max_new_tokens: int, calibration_samples: int = 
         raise ValueError(f"{name} is a {type(model).__name__}, which generates no answers")
     model = on_accelerator(model.eval())
     collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, max_new_tokens))
+    collator.whole_text = reads_whole_prompts(model)
     if model.dms.calibration.is_calibrated or model.config.dms_config.scheduler != "rule":
         return model, collator
     if not Path(name).exists() and name in shipped():

@@ -124,7 +124,7 @@ class PromptCollator:
         schedule_temperature: also return `schedule_target` (B, 2), the softmax of minus the damage that a corruption
             is known to have done over this temperature.
         whole_text: where there is no context, all words of the prompt are the text that the image is weighed against,
-            as for a model that is given no `modality_ids`.
+            much as for a model that is given no `modality_ids`.
         with_ids: also return what a `DMSTrainer` reads and a model does not take: `sample_ids`, and `image_keys` that
             tell undamaged images apart (`None` for a damaged one), one for each row of `pixel_values`, where that is
             all that there is of an image.

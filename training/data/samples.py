@@ -42,7 +42,7 @@ GREY_RANGES = (1, 255, 65535)
 NAMED = 5
 # and why
 UNREADABLE, UNANSWERED, UNASKABLE = "their images cannot be read", "they have no answer", "they cannot be asked"
-TESTED = "what is fitted must not know the images that it is evaluated on"
+TESTED = "what is fitted must not know the images that are evaluated; give other training data or another split"
 # longer to shorter side: LLaVA's processor enlarges the *shorter* one to 336, which makes gigabytes of a single line
 MAX_ASPECT = 100
 
@@ -152,7 +152,7 @@ def _file_key(path: Path, size: int, modified: int) -> str:
 
 
 def image_keys(samples: Sequence[Sample]) -> list[str | None]:
-    """The `image_key` of each sample."""
+    """The `image_key` of each sample's first image."""
     with ThreadPoolExecutor() as pool:
         keys = pool.map(lambda sample: image_key(sample.image), samples)
         return list(tqdm(keys, desc="reading images", total=len(samples), unit="", delay=3))
@@ -179,7 +179,9 @@ def kept(
     """
     good, failed = split(samples)
     if not good:
-        raise ValueError(f"none of the {len(samples)} samples can be used: {why}; {next(iter(failed.values()))}")
+        raise ValueError(
+            f"none of the {len(samples)} samples can be used: {why}; {next(iter(failed.values()), 'there is none')}"
+        )
     warn_left_out(failed.values(), len(samples), why)
     if left_out is not None:
         left_out |= failed
@@ -336,13 +338,9 @@ def split_readable(samples: Sequence[Sample], show_progress: bool = True) -> tup
     return [sample for sample in samples if files(sample) not in broken], failed
 
 
-def split_apart(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[list[Sample], dict[str, str]]:
-    """The samples none of whose images is one of the others', and of the rest the error by id."""
-    theirs = {key for key in image_keys(others) if key is not None}
-    found = zip(samples, image_keys(samples), strict=True)
-    failed = {
-        sample.id: f"sample {sample.id!r} has an image of the evaluated split"
-        for sample, key in found
-        if key in theirs
-    }
+def split_apart(samples: Sequence[Sample], keys: Collection[str | None]) -> tuple[list[Sample], dict[str, str]]:
+    """The samples none of whose images has one of these keys, and of the others the error by id."""
+    firsts = zip(samples, image_keys(samples), strict=True)
+    found = {s.id: {first, *map(image_key, s.images)} - {None} for s, first in firsts}
+    failed = {id_: f"sample {id_!r} has an image that is evaluated" for id_, own in found.items() if own & {*keys}}
     return [sample for sample in samples if sample.id not in failed], failed

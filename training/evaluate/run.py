@@ -31,6 +31,7 @@ from modeling_dms.training.data.samples import (
     UNASKABLE,
     UNREADABLE,
     image_key,
+    image_keys,
     kept,
     split_answered,
     split_apart,
@@ -50,7 +51,7 @@ from modeling_dms.training.evaluate.tasks import (
     Task,
     VisualQuestionAnswering,
 )
-from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.models.calibrate import calibrate, reads_whole_prompts
 from modeling_dms.training.models.loading import DTYPES, load, room_for_prompts
 from modeling_dms.training.models.request import (
     data_request,
@@ -248,9 +249,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             f"sample {several!r} has several images or passages: `dms evaluate` compares ways to weigh one of each; "
             "benchmarks/sources.py measures several"
         )
-    plain = not any(sample.passages for sample in test)
-    if plain and state.is_local_main_process and config.task != "matching":
-        print("no sample has a context: images are weighed against the whole text of the prompts")
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     model, processor = load(config.model, dtype=config.dtype)
@@ -274,7 +272,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     def task_of(samples: Sequence[Sample]) -> Task:
         task = _task(config, processor, train, samples)
         if not isinstance(task, ImageTextMatching):
-            task.whole_text = plain
+            task.whole_text = reads_whole_prompts(model)
             task.max_length = room_for_prompts(model, processor, task.longest_answer())
         return task
 
@@ -293,24 +291,27 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
     test = usable(kept(test, readable, UNREADABLE, failed), failed)
     calibrates = config.calibration_samples > 0 and not model.dms.calibration.is_calibrated
-    apart = functools.partial(split_apart, others=test)
-    fitted = []
-    if calibrates or needs_training:
-        fitted = kept(kept(train, apart, TESTED, left_out), readable, UNREADABLE, left_out)
-    if calibrates:
-        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
-        clean = kept(fitted, collator.split_askable, UNASKABLE, left_out)
-        calibrate(model, collator, clean, config.calibration_samples, state.is_local_main_process)
-    if needs_training:
-        fitted = usable(fitted, left_out)
-        validation = kept(kept(validation, apart, TESTED, left_out), readable, UNREADABLE, left_out)
-        validation = usable(validation, left_out)
-        validation = one_per_image(validation, config.validation_samples, 0)
 
     @functools.cache
     def samples_of(seed: int) -> list[Sample]:
         # what is retrieved is the same for every seed
         return one_per_image(test, config.samples, 0 if kind == "retrieval" else seed)
+
+    fitted = []
+    if calibrates or needs_training:
+        evaluated = {key for seed in range(config.seeds) for key in image_keys(samples_of(seed))}
+        apart = functools.partial(split_apart, keys=evaluated)
+        fitted = kept(kept(train, apart, TESTED, left_out), readable, UNREADABLE, left_out)
+    if calibrates:
+        collator = PromptCollator(processor, max_length=room_for_prompts(model, processor, 0))
+        clean = kept(fitted, collator.split_askable, UNASKABLE, left_out)
+        calibrate(model, collator, clean, config.calibration_samples, state.is_local_main_process)
+    _check_calibration(config, model, test)
+    if needs_training:
+        fitted = usable(fitted, left_out)
+        validation = kept(kept(validation, apart, TESTED, left_out), readable, UNREADABLE, left_out)
+        validation = usable(validation, left_out)
+        validation = one_per_image(validation, config.validation_samples, 0)
 
     task = task_of(samples_of(0))
     conditions_left_out: dict[str, str] = {}
@@ -363,6 +364,23 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         print(f"{config.out / 'report.md'} written, {time.time() - began:.0f} s in all")
     state.wait_for_everyone()
     return results
+
+
+def _check_calibration(config: EvaluationConfig, model: PreTrainedModel, samples: Sequence[Sample]) -> None:
+    """Adds the checkpoint's own scheduler to the methods where it is neither uniform nor the rule, leaves a second
+    look out that was not learned, and warns where contexts are missing that calibration had."""
+    dms = cast(Any, model).dms
+    if model.config.dms_config.scheduler not in ("rule", "uniform") and "own" not in config.methods:
+        config.methods = [*config.methods, "own"]
+    if "second look" in config.methods and not dms.calibration.reliability.count > 0:
+        logger.warning("left out: second look: the checkpoint has not learned whom to believe (`dms calibrate`)")
+        config.methods = [name for name in config.methods if name != "second look"]
+    contexts = any(sample.passages for sample in samples)
+    if dms.calibration.is_calibrated and not contexts and not reads_whole_prompts(model):
+        logger.warning(
+            "no sample has a context, but the calibration's had: images are weighed against nothing; calibrate on "
+            "samples without contexts to weigh them against the questions"
+        )
 
 
 def write(

@@ -1,6 +1,6 @@
 """A model calibrated on clean samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modeling_dms.calibrate.records import MIN_SAMPLES
@@ -31,6 +31,24 @@ def calibrate(
     Raises:
         ValueError: for too few images or contexts, or as `model.calibrate`.
     """
+    distinct, plain = chosen(samples, count)
+    if plain:
+        print("no sample has a context: images are weighed against the whole text of the prompts")
+    clean = PromptCollator(collator.processor, max_length=collator.max_length)
+    batches: Iterable[dict[str, Any]] = (
+        clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH)
+    )
+    if plain:
+        batches = ({name: value for name, value in batch.items() if name != "modality_ids"} for batch in batches)
+    return model.calibrate(batches, level, count, show_progress, leave_out, max_asked)
+
+
+def chosen(samples: Sequence[Sample], count: int) -> tuple[list[Sample], bool]:
+    """At most `count` samples of distinct images, evenly spread over the data, and whether none has a context.
+
+    Raises:
+        ValueError: for too few images or contexts.
+    """
     distinct = list({image_key(sample.image): sample for sample in reversed(samples)}.values())[::-1]
     images = sum(sample.image is not None for sample in distinct)
     count = min(count, len(distinct))
@@ -51,8 +69,9 @@ def calibrate(
             f"calibration needs {MIN_SAMPLES} different images and {MIN_SAMPLES} contexts to weigh them against, got "
             f"{with_image} and {with_context}{hint}"
         )
-    if plain:
-        print("no sample has a context: images are weighed against the whole text of the prompts")
-    clean = PromptCollator(collator.processor, max_length=collator.max_length, whole_text=plain)
-    batches = (clean(distinct[start : start + BATCH]) for start in range(0, len(distinct), BATCH))
-    return model.calibrate(batches, level, count, show_progress, leave_out, max_asked)
+    return distinct, plain
+
+
+def reads_whole_prompts(model: Any) -> bool:
+    """Whether a model was calibrated on prompts all of whose words are the text."""
+    return bool(model.dms.calibration.prompts.whole > 0)

@@ -67,7 +67,7 @@ def load(
             # calibrated by version 0.1, to other numbers: of that there is left that it was
             weights |= {part: value for part, value in fitted.items() if not part.endswith(".level")}
             weights = {**fitted, **weights}
-        for room in ("reliability", "joint"):
+        for room in ("reliability", "joint", "prompts"):
             new = {part: v for part, v in fitted.items() if part.startswith(f"{calibration}{room}.")}
             if not weights.keys() & new:  # calibrated before there was that
                 weights |= new

@@ -100,11 +100,15 @@ def is_recorded(run: Path, arguments: Sequence[Any]) -> bool:
 
 
 def families_of(model: str) -> dict[str, Any]:
-    """What a run of `dms train` draws corruptions from and holds out, as fields of `CorruptionConfig`; nothing of a
-    checkpoint that lies in no such folder."""
-    run = Path(model).parent
+    """What a run of `dms train` draws corruptions from and holds out, by the fields of `CorruptionConfig`; a rate of 0
+    where it draws from nothing; nothing of a checkpoint that lies in no such folder."""
+    run = Path(model).resolve().parent
     recorded = read_record(run).get("arguments", {}) if (run / RECORD).exists() else {}
-    return {name: value for name, value in recorded.items() if name.endswith(("image_families", "text_families"))}
+    found = {name: value for name, value in recorded.items() if name.endswith(("image_families", "text_families"))}
+    for modality in ("image", "text"):
+        if not found.get(f"{modality}_families", True):
+            found |= {f"{modality}_rate": 0.0, "both_rate": 0.0}
+    return found
 
 
 def _choices(arguments: Sequence[Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from modeling_dms.training.apps.answer import load_for_answers
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
@@ -17,9 +18,11 @@ from modeling_dms.training.data.samples import SPLITS
 from modeling_dms.training.evaluate import grid
 from modeling_dms.training.evaluate.grid import ORACLE, Condition, run_condition
 from modeling_dms.training.evaluate.methods import Method
-from modeling_dms.training.evaluate.run import EvaluationConfig, conditions_of, evaluate, one_per_image
+from modeling_dms.training.evaluate.run import BOTH_RATE, EvaluationConfig, conditions_of, evaluate, one_per_image
+from modeling_dms.training.finetune.arguments import read_arguments
 from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
+from modeling_dms.training.publish.record import families_of, write_record
 from tests import processes, tiny
 
 
@@ -469,11 +472,11 @@ def test_captioning_and_retrieval(tmp_path, task, metric):
 # ---- what is fitted, and what is weighed
 
 
-def test_nothing_is_fitted_to_what_is_evaluated(evaluated, tmp_path, caplog):
+def test_nothing_is_fitted_to_what_is_evaluated(evaluated, tmp_path):
     options, _ = evaluated
     trained = {**options, "methods": ("static", "mean prior"), "training_samples": 4, "validation_samples": 4}
     for split in ("train", "validation"):
-        with pytest.raises(ValueError, match="must not know the images that it is evaluated on"):
+        with pytest.raises(ValueError, match="must not know the images that are evaluated; give other"):
             evaluate(EvaluationConfig(out=tmp_path / split, **trained | {"split": split}))
     # a test image in the training split is left out there
     data = shutil.copytree(options["data"], tmp_path / "data")
@@ -482,10 +485,10 @@ def test_nothing_is_fitted_to_what_is_evaluated(evaluated, tmp_path, caplog):
     rows.append({**shared, "split": "train", "id": "shared"})
     (data / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = evaluate(EvaluationConfig(out=tmp_path / "out", **trained | {"data": str(data)}))
-    assert "'shared' has an image of the evaluated split" in found["run"]["left_out"]["shared"]
+    assert "'shared' has an image that is evaluated" in found["run"]["left_out"]["shared"]
 
 
-def test_samples_without_contexts_are_weighed_as_they_are_calibrated(tmp_path, capsys):
+def test_samples_without_contexts_are_weighed_as_they_are_calibrated(tmp_path, capsys, caplog):
     """The image against the whole prompt: else the question would be neutral, and the image had all weight."""
     rows = [json.loads(row) for row in (tiny.table(tmp_path / "data", 90) / "table.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
@@ -495,9 +498,25 @@ def test_samples_without_contexts_are_weighed_as_they_are_calibrated(tmp_path, c
     options = {"data": str(tmp_path / "data"), "corruptions": ["image:black"], "severities": [5], "seeds": 1}
     out = tmp_path / "out"
     found = evaluate(EvaluationConfig(model="demo-llava", out=out, samples=8, methods=("static", "rule"), **options))
-    assert capsys.readouterr().out.count("weighed against the whole text of the prompts") == 2
+    assert capsys.readouterr().out.count("weighed against the whole text of the prompts") == 1
     rule = [row for row in found["results"]["conditions"] if row["method"] == "rule"]
     assert {row["condition"]: 0 < row["weights"][1] < 1 for row in rule} == {"clean": True, "image:black": True}
+
+    # a checkpoint remembers it, and one that was calibrated with contexts does not make them of questions
+    for contexts in (False, True):
+        model, processor = load("demo-llava")
+        samples = [s if contexts else s.replace(context=None) for s in load_easy_vqa("train")[:700]]
+        calibrate(model, PromptCollator(processor), samples, 60, show_progress=False, level=2)
+        for saved in (model, processor):
+            saved.save_pretrained(tmp_path / str(contexts))
+        caplog.clear()
+        config = EvaluationConfig(model=str(tmp_path / str(contexts)), out=out, samples=4, **options)
+        rows = evaluate(config)["results"]["conditions"]
+        weights = [row["weights"] for row in rows if row["method"] == "rule"]
+        assert all((row == [1, 0]) == contexts for row in weights)
+        assert ("the calibration's had" in caplog.text) == contexts
+        collator = load_for_answers(str(tmp_path / str(contexts)), 4)[1]
+        assert collator.whole_text != contexts
 
 
 def test_samples_are_spread_over_the_data(tmp_path):
@@ -505,3 +524,31 @@ def test_samples_are_spread_over_the_data(tmp_path):
     samples = [Sample(str(n), Image.new("RGB", (2, 2), (n, 0, 0)), None, "what?", (str(n),)) for n in range(10)]
     assert [sample.id for sample in one_per_image(samples, 5)] == ["0", "2", "4", "6", "8"]
     assert [sample.id for sample in one_per_image(samples, 20)] == [str(number) for number in range(10)]
+
+
+def test_a_checkpoint_is_asked_with_its_own_scheduler_and_what_it_has_learned(vqa, tmp_path, caplog):
+    model, processor = load("demo-llava", {"scheduler": "learned"})
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path / "model")
+    config = EvaluationConfig(
+        str(tmp_path / "model"), tmp_path / "out", corruptions=["image:black"], samples=2, seeds=1
+    )
+    config.calibration_samples, config.methods = 0, ("static", "rule", "second look")
+    found = evaluate(config)
+    assert found["run"]["methods"] == ["static", "rule", "own"]
+    assert found["run"]["scheduler"] == "learned"
+    assert "left out: second look" in caplog.text
+
+
+def test_what_a_run_held_out_is_unseen(tmp_path):
+    assert families_of("demo-llava") == {}
+    choices = {"image_families": ["color"], "held_out_image_families": ["blur"], "text_families": [], "text_rate": 0}
+    choices |= {"model": "demo-llava", "output_dir": str(tmp_path), "use_cpu": True}
+    (tmp_path / "run.yaml").write_text(json.dumps(choices))
+    write_record(tmp_path, read_arguments(tmp_path / "run.yaml", []), 1, (0, 1), 1.0, [])
+    families = CorruptionConfig(**{"both_rate": BOTH_RATE, **families_of(str(tmp_path / "final"))})
+    assert (families.image_families, families.held_out_image_families) == (["color"], ["blur"])
+    assert (families.text_families, families.text_rate, families.both_rate) == ([], 0, 0)
+    config = EvaluationConfig("m", Path("o"), corruptions=["unseen"], severities=[5], families=families)
+    assert {c.name.split(":")[0] for c in conditions_of(config)} == {"clean", "image", "text"}
+    assert "image:color_cast" not in {c.name for c in conditions_of(config)}
