@@ -88,22 +88,26 @@ class DMS(lmms):
             until = given.get("until") or []
             until = [until] if isinstance(until, str) else until
             options = {**_generation(given), "stop_strings": until or None, "tokenizer": tokenizer}
-            inputs, prompt = self._pad([self._encode(args) for args in batch], "left"), 0
+            rows, prompt, found = [self._encode(args) for args in batch], 0, [""] * len(batch)
+            positions = self.model.config.get_text_config(decoder=True).max_position_embeddings
+            asked = [*range(len(rows))]
             if not self.model.config.is_encoder_decoder:
-                prompt = inputs["input_ids"].shape[1]
-                # past its last position OPT would raise an IndexError
-                room = self.model.config.get_text_config(decoder=True).max_position_embeddings - prompt
-                if room < 1:  # a longer prompt than the model can answer costs the others nothing
-                    tasks = ", ".join(f"{args[4]}/{args[3]}" for args in batch)
-                    logger.warning(f"answered by nothing: prompts of {prompt} tokens leave no room, among {tasks}")
-                    answers += [""] * len(batch)
-                    continue
-                options["max_new_tokens"] = min(options["max_new_tokens"], room)
-            generated = self.model.generate(**inputs, **options)
-            for answer in tokenizer.batch_decode(generated[:, prompt:], skip_special_tokens=True):
-                for stop in until:
-                    answer = answer.split(stop)[0]
-                answers.append(answer)
+                asked = [place for place in asked if len(rows[place]["input_ids"]) < positions]
+                for args in [args for place, args in enumerate(batch) if place not in asked]:
+                    logger.warning(f"sample '{args[4]}/{args[3]}' is not answered: its prompt leaves no room for that")
+            if asked:
+                inputs = self._pad([rows[place] for place in asked], "left")
+                if not self.model.config.is_encoder_decoder:
+                    prompt = inputs["input_ids"].shape[1]
+                    # past its last position OPT would raise an IndexError
+                    options["max_new_tokens"] = min(options["max_new_tokens"], positions - prompt)
+                generated = self.model.generate(**inputs, **options)[:, prompt:]
+                said = tokenizer.batch_decode(generated, skip_special_tokens=True)
+                for place, answer in zip(asked, said, strict=True):
+                    for stop in until:
+                        answer = answer.split(stop)[0]
+                    found[place] = answer
+            answers += found
         return batches.get_original(answers)
 
     @torch.inference_mode()
@@ -198,8 +202,8 @@ class DMS(lmms):
         others = {name for row in rows for name in row} - {*fill, "text", "pixel_values"}
         if others:
             raise ValueError(
-                f"{type(self.processor).__name__} also gives {', '.join(sorted(others))}: the plugin takes families "
-                "whose images are pixels alone, such as LLaVA, InternVL and BLIP-2"
+                f"{type(self.processor).__name__} gives more than pixels of images, {', '.join(sorted(others))}: the "
+                "plugin takes families such as LLaVA, InternVL and BLIP-2"
             )
         pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
         if pixels:

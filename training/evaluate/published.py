@@ -41,18 +41,20 @@ class ContrastiveDecoding(Method):
 
     def distorted(self, prompt: Batch) -> Tensor | None:
         """The pixels with noise, in whatever shape the family has them: a forward diffusion to `noise_step` of 1000,
-        sigmoid schedule. What is 0 throughout fills a batch up, and stays as it is."""
-        given = prompt.get("pixel_values")
+        sigmoid schedule. A picture, or a tile of one, that is 0 throughout fills a batch up, and stays as it is."""
+        given, grid = prompt.get("pixel_values"), prompt.get("image_grid_thw")
         if given is None:
             return None
-        pixels = given.float().cpu().flatten(0, -4) if given.ndim > 4 else given.float().cpu()
+        pixels = given.float().cpu()
+        pictures = pixels.flatten(0, -4) if grid is None else pixels.split(grid.prod(1).tolist())
         betas = torch.linspace(-6, 6, 1000).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
         kept = (1 - betas).cumprod(0)[self.noise_step]
-        seeds = [zlib.crc32(picture.numpy().tobytes()) for picture in pixels]
-        noise = [torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        noisy = kept.sqrt() * pixels + (1 - kept).sqrt() * torch.stack(noise)
-        filling = (pixels == 0).flatten(1).all(1).view(-1, *[1] * (pixels.ndim - 1))
-        return torch.where(filling, pixels, noisy).view(given.shape).to(given)
+        noisy = []
+        for picture in pictures:
+            generator = torch.Generator().manual_seed(zlib.crc32(picture.numpy().tobytes()))
+            noise = torch.randn(picture.shape, generator=generator)
+            noisy.append(kept.sqrt() * picture + (1 - kept).sqrt() * noise if picture.any() else picture)
+        return torch.cat([picture.flatten() for picture in noisy]).view(given.shape).to(given)
 
     def contrast(self, logits: Tensor, distorted: Tensor) -> Tensor:
         """(..., K) both -> log-probabilities of plausible tokens, and what implausible ones lose."""

@@ -79,7 +79,10 @@ class DataArguments:
     max_samples: int | None = field(default=None, metadata={"help": "Take only so many of each source."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row; the end of the context is cut."})
     calibration_samples: int = field(
-        default=300, metadata={"help": "Clean samples to calibrate on, before and after training; 0 leaves it out."}
+        default=300,
+        metadata={
+            "help": "Clean samples to calibrate on, before training and, of the validation split, after it; 0: none."
+        },
     )
     calibration_steps: int = field(
         default=0,

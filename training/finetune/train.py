@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
@@ -31,8 +32,8 @@ from modeling_dms.training.finetune.calibrate import check_base
 from modeling_dms.training.finetune.curves import draw_curves
 from modeling_dms.training.finetune.resume import last_complete_checkpoint
 from modeling_dms.training.finetune.stages import prepare
-from modeling_dms.training.finetune.trainer import DMSTrainer
-from modeling_dms.training.models.calibrate import calibrate
+from modeling_dms.training.finetune.trainer import DMSTrainer, check_launched
+from modeling_dms.training.models.calibrate import calibrate, chosen, reads_whole_prompts
 from modeling_dms.training.models.loading import load, room_for_prompts
 from modeling_dms.training.publish.card import write_card
 from modeling_dms.training.publish.push import push
@@ -61,16 +62,22 @@ class CalibrationCallback(TrainerCallback):
             self.calibrate()
 
 
-def _held_out(data: DataArguments, collator: PromptCollator) -> list[Sample]:
-    """What can be asked of the validation split.
-
-    Raises:
-        ValueError, OSError: if nothing can, or there is no such split.
-    """
-    samples = load_sources(data.data, "validation", data.task, data.max_samples, False)
-    readable = partial(split_readable, show_progress=False)
-    for split, why in ((readable, UNREADABLE), (split_answered, UNANSWERED), (collator.split_askable, UNASKABLE)):
-        samples = kept(samples, split, why)
+def _held_out(data: DataArguments, collator: PromptCollator) -> list[Sample] | None:
+    """What can be asked of the validation split; `None`, with a warning, where in some process that is too little to
+    calibrate on."""
+    samples, problem = None, None
+    try:
+        samples = load_sources(data.data, "validation", data.task, data.max_samples, False)
+        readable = partial(split_readable, show_progress=False)
+        for split, why in ((readable, UNREADABLE), (split_answered, UNANSWERED), (collator.split_askable, UNASKABLE)):
+            samples = kept(samples, split, why)
+        chosen(samples, data.calibration_samples)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problem = next(filter(None, gather_object([problem])), None)
+    if problem is not None:
+        logger.warning(f"calibrated on samples that were trained on; the validation split does not suffice: {problem}")
+        return None
     return samples
 
 
@@ -86,6 +93,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     """
     began = time.time()
     choices, data, corruptions, training = arguments
+    check_launched(training)
     if choices.stage == "scheduler" and training.scheduler_warmup_ratio:
         raise ValueError("scheduler_warmup_ratio must be 0 with stage='scheduler', which trains nothing else")
     run = Path(cast(str, training.output_dir))
@@ -128,6 +136,7 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
             model.to(training.device)
         # how far answers can be relied on is asked at the end
         calibrate(model, collator, samples, data.calibration_samples, show_progress, level=2 if moves else 3)
+    collator.whole_text = reads_whole_prompts(model)
     trained = prepare(
         model, choices.stage, choices.lora_rank, choices.train_bridge, choices.lora_targets, choices.save_bridge
     )
@@ -147,12 +156,8 @@ def run_training(arguments: Arguments, resume: bool = False) -> DMSTrainer:
     if moves:
         trainer.add_callback(CalibrationCallback(calibrate_again, data.calibration_steps))
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    if moves:
-        try:  # what a model has been trained on looks too familiar, and its answers too sure
-            calibrate_again(3, _held_out(data, collator))
-        except (ValueError, OSError) as error:
-            logger.warning(f"calibrated on samples that were trained on, since others do not suffice: {error}")
-            calibrate_again(3)
+    if moves:  # what a model has been trained on looks too familiar, and its answers too sure
+        calibrate_again(3, _held_out(data, collator) or samples)
     trainer.save_model(str(final), _internal_call=True)  # nothing is pushed before all is written
     if training.should_save:
         log = run / "log.json"

@@ -64,6 +64,16 @@ class DMSTrainingArguments(TrainingArguments):
             raise ValueError(f"feature_cache_gb must be at least 0, got {self.feature_cache_gb}")
 
 
+def check_launched(args: TrainingArguments) -> None:
+    """Raises ValueError where `Trainer` would wrap the model in `DataParallel`, which splits images from their
+    prompts."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: run `accelerate launch`, one process a GPU, or let it see one alone "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 class DMSTrainer(Trainer):
     """`Trainer` with the schedule targets, the scheduler's warm-up, logs of each loss and of the weights, an error
     that names the samples of a loss that is not finite, and checkpoints that are resumed from only if complete.
@@ -80,11 +90,7 @@ class DMSTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs, among which `DataParallel` would divide images and prompts "
-                "apart: run `accelerate launch`, one process a GPU, or let it see one (CUDA_VISIBLE_DEVICES=0)"
-            )
+        check_launched(self.args)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         bridge = getattr(self.model, "bridge", ())
@@ -114,13 +120,17 @@ class DMSTrainer(Trainer):
             encoder = self.accelerator.unwrap_model(model)
             encoded = self._features.encode(encoder, inputs.pop("pixel_values"), keys)
             inputs["mm_encoder_outputs"] = {"image": encoded}
-        if self.args.schedule_target == "none":
+        sources = inputs.get("source_ids")
+        # what is known of the damage is of one image and one passage
+        if self.args.schedule_target == "none" or sources is not None:
             inputs.pop("schedule_target", None)
         elif model.training and self.args.schedule_target == "leave_one_out":
             inputs["schedule_target"] = self._leave_one_out(model, inputs)
         if model.training and self.state.global_step < self.args.scheduler_warmup_ratio * self.state.max_steps:
-            shape = (len(inputs["input_ids"]), len(MODALITIES))
-            inputs["modality_weights"] = uniform_weights(torch.ones(shape, dtype=torch.bool)).to(self.args.device)
+            there = torch.ones(len(inputs["input_ids"]), len(MODALITIES), dtype=torch.bool)
+            if sources is not None:
+                there = torch.stack([(sources == s + 1).any(1) for s in range(int(sources.max()))], 1)
+            inputs["modality_weights"] = uniform_weights(there).to(self.args.device)
         if model.training and not self.accelerator.unwrap_model(model).config.is_encoder_decoder:
             inputs |= only_targets(inputs["labels"])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -129,7 +139,7 @@ class DMSTrainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step}; samples of the batch: {sample_ids}"
             )
         if model.training:
-            self._collect(outputs, inputs["labels"], kwargs.get("num_items_in_batch"))
+            self._collect(outputs, inputs["labels"], kwargs.get("num_items_in_batch"), sources is None)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -150,15 +160,16 @@ class DMSTrainer(Trainer):
     # --- logs
 
     @torch.no_grad()
-    def _collect(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None) -> None:
-        """Adds up the losses, and the sums and squares of the weights where both modalities are there."""
+    def _collect(self, outputs: Any, labels: Tensor, num_items: Tensor | int | None, of_modalities: bool) -> None:
+        """Adds up the losses, and the sums and squares of the weights where they are of modalities, not of sources,
+        and both are there."""
         values = {f"loss_{name}": loss.detach() for name, loss in (outputs.get("dms_losses") or {}).items()}
         if num_items is not None:
             # sums over the number of all accumulated batches' targets: as means over this batch's own
             scale = num_items / (labels != -100).sum().clamp_min(1)
             values = {name: loss * scale for name, loss in values.items()}
         weights = outputs["modality_weights"].detach().float()
-        if weights.shape[1] != len(MODALITIES):  # of several sources, which differ from sample to sample
+        if not of_modalities:
             weights = weights.new_empty(0, len(MODALITIES))
         weights = weights[(weights > 0).all(1)]
         values["_weighed"] = torch.tensor(float(len(weights)), device=weights.device)

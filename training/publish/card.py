@@ -131,12 +131,14 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _forget_generated(path: Path, of: Path) -> None:
-    """Takes from a card the metadata that were generated of the model in a folder."""
+    """Takes from a generated card what it says of another model's base and data, and the metadata that were generated
+    of the model in a folder."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no such model, or no card that can be read
         card = ModelCard.load(path)
         if is_generated(card):
+            card.data["base_model"] = card.data["datasets"] = None
             for key, value in generate(of, [], [], "").data.to_dict().items():
-                if key in LISTS:
+                if key == "tags":
                     card.data[key] = [entry for entry in card.data.get(key) or [] if entry not in value] or None
                 elif card.data.get(key) == value:
                     card.data[key] = None

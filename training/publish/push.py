@@ -1,5 +1,7 @@
 """`dms push`: a folder to the Hugging Face Hub."""
 
+import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from modeling_dms.training.publish.card import (
 )
 
 
+logger = logging.getLogger(__name__)
+
 # what Trainer leaves beside a model, which is for resuming, and unsafe to load
 PICKLES = (".bin", ".pt", ".pth")
 
@@ -43,17 +47,10 @@ def push(folder: Path, repo: str, private: bool | None = False, token: str | Non
         The address of the commit.
 
     Raises:
-        ValueError: if the folder holds no checkpoint, or an adapter whose base is a folder of this machine, or the Hub
-            refuses a card's metadata.
+        ValueError: if the folder holds no checkpoint, or the Hub refuses a card's metadata.
         ConnectionError: without a token, or if the Hub cannot be reached or refuses; nothing is committed then.
     """
     checkpoint = Checkpoint.read(folder)
-    base = (checkpoint.adapter or {}).get("base_model_name_or_path")
-    if base is not None and not is_made_here(base) and not is_hub_id(base):
-        raise ValueError(
-            f"the adapter in {folder} is built on the folder {base}, which nobody else has: make a whole checkpoint "
-            "of it with `dms merge`, and push that"
-        )
     if (token or get_token()) is None:
         raise ConnectionError("pushing needs a token: run `hf auth login`, or set HF_TOKEN")
     files = {
@@ -61,6 +58,11 @@ def push(folder: Path, repo: str, private: bool | None = False, token: str | Non
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix not in PICKLES and not path.name.startswith(".")
     }
+    described = checkpoint.adapter or {}
+    base = described.get("base_model_name_or_path")
+    if base is not None and (named := published_base(base)) != base:
+        content = json.dumps({**described, "base_model_name_or_path": named}, indent=2)
+        files["adapter_config.json"] = content.encode()
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as made:
         is_whole = checkpoint.adapter is None and checkpoint.model_type.startswith("dms_")
@@ -73,6 +75,19 @@ def push(folder: Path, repo: str, private: bool | None = False, token: str | Non
             return api.create_commit(repo, additions, commit_message="Upload model").commit_url
         except (HTTPError, RuntimeError) as error:  # an upload within a thread raises the latter
             raise ConnectionError(f"nothing was pushed to {repo}, {api.endpoint} says: {error}") from error
+
+
+def published_base(base: str) -> str:
+    """What an adapter's base is called on any machine: a checkpoint that this package makes or ships by its name,
+    wherever it lies here. Of another folder it is told that others do not have it."""
+    if is_made_here(Path(base).name):
+        return Path(base).name
+    if not is_hub_id(base):
+        logger.warning(
+            f"the adapter is built on the folder {base}: elsewhere that is nothing, or somebody else's repository of "
+            "that name; `dms merge` makes a whole checkpoint of both, which loads anywhere"
+        )
+    return base
 
 
 def _with_code(checkpoint: Checkpoint, folder: Path) -> list[Path]:

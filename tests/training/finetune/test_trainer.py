@@ -17,7 +17,7 @@ from modeling_dms.training.corruptions import EpochCallback, ModalityDropout
 from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.data.samples import kept, split_readable
 from modeling_dms.training.finetune import train
-from modeling_dms.training.finetune.arguments import read_arguments
+from modeling_dms.training.finetune.arguments import DataArguments, read_arguments
 from modeling_dms.training.finetune.curves import COLORS, draw_curves
 from modeling_dms.training.finetune.features import FeatureCache
 from modeling_dms.training.finetune.stages import LORA_TARGETS, prepare
@@ -666,23 +666,31 @@ def test_one_process_with_several_gpus_is_told_to_be_launched(tmp_path, monkeypa
         DMSTrainer(model=tiny.build("llava-llama"), args=arguments)
 
 
-def test_several_sources_are_trained_on_and_leave_the_weights_of_modalities_alone(tmp_path):
-    processor = load("demo-llava")[1]
+@pytest.mark.parametrize("more", [{}, {"scheduler_warmup_ratio": 0.5}, {"schedule_target": "leave_one_out"}])
+def test_several_sources_are_trained_on_and_leave_the_weights_of_modalities_alone(tmp_path, more):
+    model, processor = loaded(scheduler="rule")
     data = [sample.replace(contexts=("a second passage.",)) for sample in samples(4)]
-    trainer = DMSTrainer(
-        model=load("demo-llava", {"scheduler": "rule"})[0],
-        args=DMSTrainingArguments(
-            output_dir=str(tmp_path),
-            report_to="none",
-            use_cpu=True,
-            max_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            per_device_train_batch_size=2,
-            schedule_target="none",
-        ),
-        data_collator=PromptCollator(processor, with_labels=True, with_ids=True),
-        train_dataset=data,
+    args = DMSTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        remove_unused_columns=False,
+        **QUIET,
+        **more,
     )
+    collator = PromptCollator(processor, with_labels=True, with_ids=True, schedule_temperature=0.1)
+    trainer = DMSTrainer(model=model, args=args, data_collator=collator, train_dataset=data)
     trainer.train()
-    assert all(row["loss"] > 0 for row in trainer.state.log_history if "loss" in row)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    assert all(row["loss"] > 0 and row["weight_vision"] == row["weight_text"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("count", [0, 20])
+def test_a_validation_split_that_is_too_small_is_told(monkeypatch, caplog, count):
+    collator = PromptCollator(load("demo-llava")[1])
+    monkeypatch.setattr(train, "load_sources", lambda *args: samples(count, 10) if count else [])
+    assert train._held_out(DataArguments(), collator) is None
+    assert "the validation split does not suffice: " in caplog.text
+    monkeypatch.setattr(train, "load_sources", lambda *args: samples(80, 10))
+    assert len(train._held_out(DataArguments(), collator)) == 80

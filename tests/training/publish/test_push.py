@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_samples
 from modeling_dms.training.finetune.trainer import DMSTrainer, DMSTrainingArguments
-from modeling_dms.training.models.loading import load
+from modeling_dms.training.models.loading import CHECKPOINTS, load
 from modeling_dms.training.models.request import checkpoint_digest, model_request
 from modeling_dms.training.publish.release import merge
 from tests import hub_server, tiny
@@ -277,15 +277,19 @@ def test_file_download_knows_the_endpoint_of_these_tests(hub):
     assert file_download.hf_hub_url(REPO, "x").startswith(hub.url)
 
 
-def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(hub, tmp_path):
-    """Elsewhere its base would be nothing, or somebody else's repository of that name."""
-    folder, base = tmp_path / "adapter", tmp_path / "base"
+@pytest.mark.parametrize(
+    ("base", "named"), [(str(CHECKPOINTS / "demo-llava"), "demo-llava"), ("me/base", "me/base"), ("here/base", None)]
+)
+def test_the_base_of_an_adapter_is_named_as_it_is_called_anywhere(hub, tmp_path, monkeypatch, caplog, base, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    folder = tmp_path / "adapter"
     tiny.build("llava-llama", scheduler="rule").config.save_pretrained(folder)
-    base.mkdir()
-    described = {"base_model_name_or_path": str(base), "r": 2, "lora_alpha": 2, "modules_to_save": ["dms"]}
+    described = {"base_model_name_or_path": base, "r": 2, "lora_alpha": 2, "modules_to_save": ["dms"]}
     (folder / "adapter_config.json").write_text(json.dumps(described))
     done = push(folder, "--repo", REPO)
-    assert done.exit_code == 1
-    assert "which nobody else has" in " ".join(done.output.split())
-    assert "dms merge" in done.output
-    assert not hub.repositories
+    assert done.exit_code == 0, done.output
+    pushed = json.loads(hub.repositories[REPO].files["adapter_config.json"])
+    assert pushed == {**described, "base_model_name_or_path": named or base}
+    assert json.loads((folder / "adapter_config.json").read_text()) == described
+    assert ("somebody else's repository" in caplog.text) == (named is None)
