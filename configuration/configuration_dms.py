@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 MODALITIES = ("vision", "text")
 SIGNALS = ("confidence", "uncertainty", "consistency", "typicality", "damage")
