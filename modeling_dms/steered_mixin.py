@@ -16,7 +16,7 @@ from modeling_dms.encoding_mixin import EncodingMixin
 from modeling_dms.observe.first_tokens import FirstTokens
 from modeling_dms.observe.images import Images
 from modeling_dms.observe.prefill import Generation, Prefill, Reading, observe_prefill
-from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule, with_own_parameters
+from modeling_dms.observe.prompt import OWN, ModalityFeatures, Prompt, Schedule, by_name, with_own_parameters
 from modeling_dms.outputs import ModalitySignals, with_weights
 from modeling_dms.steer.bias import embedding_scale
 from modeling_dms.steer.masks import Steering, check_applied, scale_embeddings, steered
@@ -116,10 +116,11 @@ class SteeredMixin(EncodingMixin):
 
     # --- steer
 
-    def _steering(self, schedule: Schedule | None, begins: bool = False) -> Steering | None:
-        """How a schedule acts on a pass; `begins` tells one that reads the prompt's embeddings."""
-        if schedule is not None and begins and self.config.dms_config.fusion == "embedding":
-            return Steering(scale=embedding_scale(schedule.weights, schedule.modality_ids))
+    def _steering(self, schedule: Schedule | None, read: int | None = None) -> Steering | None:
+        """How a schedule acts on a pass over a prompt, of which so many tokens were read before, or, with `None`, on
+        one over what follows it."""
+        if schedule is not None and read is not None and self.config.dms_config.fusion == "embedding":
+            return Steering(scale=embedding_scale(schedule.weights, schedule.modality_ids)[:, read:])
         if schedule is None or schedule.bias is None:
             return None
         return self._steering_of(schedule.bias)
@@ -225,7 +226,7 @@ class SteeredMixin(EncodingMixin):
             ValueError: for inputs that do not fit together, pixels that are not finite, or weights that cannot be
                 applied: an attention implementation that takes no bias, a ready-made 4D mask.
         """
-        inputs = {**dict(zip(self._forward_parameters, args, strict=False)), **kwargs}
+        inputs = by_name(self._forward_parameters, args, kwargs)
         for name in ("input_ids", "pixel_values"):  # some classes name them without a default
             inputs.setdefault(name, None)
         own = {name: inputs.pop(name, None) for name in OWN}
@@ -249,9 +250,12 @@ class SteeredMixin(EncodingMixin):
                 with steered(steering):
                     outputs = super().forward(**inputs)
         else:
-            fresh = schedule is not None and known and cache is not None and not torch.compiler.is_compiling()
-            begins = not known or cache is None or (fresh and cache.get_seq_length() == 0)
-            steering = self._steering(schedule, begins)
+            read = 0 if not known or cache is None else None
+            if read is None and schedule is not None and not torch.compiler.is_compiling():
+                read = int(cache.get_seq_length())
+                ends = schedule.modality_ids.shape[1] if self._is_causal else 1  # what encoders read they read at once
+                read = None if read >= ends else read
+            steering = self._steering(schedule, read)
             with steered(steering):
                 outputs = super().forward(**inputs)
         if not known:
@@ -279,7 +283,7 @@ class SteeredMixin(EncodingMixin):
         The weights are computed once, from the prompt, and hold for every generated token. With
         `return_dict_in_generate=True` the output has `modality_weights`, `modality_signals` and `reliability`.
         """
-        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
+        kwargs = by_name(_POSITIONAL, args, kwargs)
         self._check_padding(kwargs.get("attention_mask"))
         own = {name: kwargs.pop(name, None) for name in OWN[:-1]}
         prompt = kwargs.get("input_ids") if inputs is None else inputs

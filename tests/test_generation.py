@@ -418,3 +418,29 @@ def test_weights_of_the_caller_win_over_those_that_a_cache_carries():
         assert torch.equal(on.modality_weights, tiny.uneven(3))
         logits.append(on.logits)
     assert torch.equal(*logits)
+
+
+# BLIP-2 takes no prompt in chunks, vanilla or not
+@pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3"])
+@torch.no_grad()
+def test_embeddings_are_scaled_in_every_chunk_of_a_prompt(backbone):
+    model, inputs = tiny.shared(backbone, fusion="embedding"), tiny.prompts(backbone, "pairs", "left")
+    asked = {"modality_weights": tiny.uneven(3), "return_dict_in_generate": True, "output_logits": True}
+    whole, chunks = generate(model, inputs, **asked), generate(model, inputs, prefill_chunk_size=5, **asked)
+    for one, other in zip(whole.logits, chunks.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    uniform = generate(model, inputs, **asked | {"modality_weights": torch.full((3, 2), 0.5)})
+    assert (whole.logits[0] - uniform.logits[0]).abs().max() > 1e-3
+
+
+def test_an_argument_is_given_once():
+    """As Python has it, though both take what the vanilla class takes, whatever that is."""
+    model, inputs = tiny.shared("llava-llama"), tiny.prompts("llava-llama")
+    ids = inputs["input_ids"]
+    with pytest.raises(TypeError, match="argument 'input_ids' is given twice, by place and by name"):
+        model(ids, **inputs)
+    config = model.generation_config
+    with pytest.raises(TypeError, match="argument 'generation_config' is given twice"):
+        model.generate(ids, config, generation_config=config)
+    with pytest.raises(TypeError, match=r"at most \d+ arguments can be given by place, got 60"):
+        model(*[None] * 60)

@@ -121,6 +121,21 @@ class SecondLook:
     decide: Callable[[Sequence[Tensor]], Schedule]
 
 
+def by_name(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, of those given by place in this order.
+
+    Raises:
+        TypeError: for one given twice, or more by place than there are names.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"at most {len(names)} arguments can be given by place, got {len(args)}")
+    placed = dict(zip(names, args, strict=False))
+    for name in placed:
+        if name in kwargs:
+            raise TypeError(f"argument {name!r} is given twice, by place and by name")
+    return {**placed, **kwargs}
+
+
 def with_own_parameters(method: Callable, vanilla: Callable, own: Sequence[str] = OWN) -> Callable:
     """`method` with the signature of the vanilla one and `own` behind it: `Trainer` and `generate` look there for what
     a model takes."""
