@@ -1,6 +1,7 @@
 """Checkpoints as DMS models."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def load(
             new = {part: v for part, v in fitted.items() if part.startswith(f"{calibration}{room}.")}
             if not weights.keys() & new:  # calibrated before there was that
                 weights |= new
-        adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that it calls old
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
         try:
             set_peft_model_state_dict(adapted, weights)
         except KeyError as error:
