@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from modeling_dms.training.data.hub import read_parquet
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, TASKS, Sample
+from modeling_dms.training.data.hub import read_parquet, with_stored_images
+from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, TASKS, AnyImage, Sample
 
 
 # Parquet, with the published splits
@@ -92,12 +92,12 @@ class Photograph:
 
     Attributes:
         id: unique and stable.
-        image: a file, or an encoded file's bytes.
+        image: a file, or an encoded one.
         captions: at least two.
     """
 
     id: str
-    image: Path | bytes
+    image: AnyImage | None
     captions: tuple[str, ...]
 
     @property
@@ -241,8 +241,8 @@ def _from_hub(split: str) -> list[Photograph]:
     columns = [f"caption_{number}" for number in range(CAPTIONS)]
     rows = read_parquet(HUB_ID, split, ["image", *columns])
     return [
-        _photograph(f"{split}-{number}", row["image"]["bytes"], [row[column] for column in columns])
-        for number, row in enumerate(rows)
+        _photograph(f"{split}-{number}", image, [row[column] for column in columns])
+        for number, (row, image) in enumerate(with_stored_images(rows, "image"))
     ]
 
 
@@ -318,7 +318,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str, list[str]]]:
                 yield place, name.partition("#")[0], [caption] if caption else []
 
 
-def _photograph(name: str, image: Path | bytes, captions: Sequence[str]) -> Photograph:
+def _photograph(name: str, image: AnyImage | None, captions: Sequence[str]) -> Photograph:
     # published with a space in front of the full stop
     written = tuple(re.sub(r"\s+([.,])", r"\1", caption.strip()) for caption in captions)
     return Photograph(f"flickr8k-{name}", image, tuple(caption for caption in written if caption))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, Sample, split_of
+from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, Sample, StoredImage, split_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def load_hub(
     Args:
         name: one of `HUB_DATASETS`.
         split: `"train"`, `"validation"` or `"test"`.
-        streaming: a generator that downloads as it goes, instead of a list. Images stay encoded, but the list holds
-            them all in memory: stream or limit the large sets.
+        streaming: a generator that downloads as it goes, instead of a list, whose images stay on disk.
         limit: take the first samples only.
         data_files: local Parquet files of the same columns, to be read instead of the Hub's.
 
@@ -123,17 +122,26 @@ def read_parquet(
     return cast(Iterable[dict[str, Any]], rows)
 
 
+def with_stored_images(rows: Any, column: str) -> Iterator[tuple[dict[str, Any], StoredImage | bytes | None]]:
+    """Rows and the image of each, which stays where it is: of a stream in the row, of a table on disk."""
+    if not hasattr(rows, "data"):
+        yield from ((row, row[column] and row[column]["bytes"]) for row in rows)
+        return
+    missing = rows.data.column(column).is_null().to_pylist()
+    for place, row in enumerate(rows.remove_columns(column)):
+        yield row, None if missing[place] else StoredImage(rows, column, place)
+
+
 def _samples(name: str, split: str, rows: Iterable[dict[str, Any]]) -> Iterator[Sample]:
     spec = HUB_DATASETS[name]
     found = False
-    for row in rows:
+    for row, image in with_stored_images(rows, spec.image):
         number = re.search(r"(\d+)(\.\w+)?$", str(row[spec.image_id]))
         if number is None:
             raise ValueError(f"{name}, column {spec.image_id!r}: expected to end in a number: {row[spec.image_id]!r}")
         if split_of(f"{spec.images}-{int(number[1])}") != split:
             continue
         found = True
-        image = row[spec.image] and row[spec.image]["bytes"]
         question = row[spec.question] if spec.question else CAPTION_QUESTION
         answers = [a["answer"] if isinstance(a, dict) else a for a in row[spec.answers] or ()]
         if spec.task == "vqa":

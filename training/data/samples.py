@@ -47,14 +47,42 @@ TESTED = "what is fitted must not know the images that are evaluated; give other
 MAX_ASPECT = 100
 
 
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """An encoded image in a table of `datasets` on disk, which is read whenever it is used: a large data set does not
+    fit into memory. Equal to another one of the same content.
+
+    Attributes:
+        table, column, place: where; what stands there has a field `bytes`.
+    """
+
+    table: Any
+    column: str
+    place: int
+
+    def read(self) -> bytes:
+        """The content of the file."""
+        return self.table[self.place][self.column]["bytes"] or b""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredImage) and self.read() == other.read()
+
+    def __hash__(self) -> int:
+        return hash(self.read())
+
+
+AnyImage = Path | Image.Image | bytes | StoredImage
+
+
 @dataclass(frozen=True)
 class Sample:
     """An image, a context passage and a question, with the accepted answers.
 
     Attributes:
         id: unique and stable; corruptions draw their randomness from it and errors name it.
-        image: a file (SVG too), an encoded file's bytes, a PIL image, or `None` where the image is missing. Files and
-            bytes are decoded by `load_image` alone, so that a data set loads fast and a broken image names its sample.
+        image: a file (SVG too), an encoded file's bytes or their place in a table, a PIL image, or `None` where the
+            image is missing. Files and bytes are decoded by `load_image` alone, so that a data set loads fast and a
+            broken image names its sample.
         context: a passage that describes the image, or `None` where it is missing.
         question: what is asked of both.
         answers: accepted answers, the first one is the training target.
@@ -66,13 +94,13 @@ class Sample:
     """
 
     id: str
-    image: Path | Image.Image | bytes | None
+    image: AnyImage | None
     context: str | None
     question: str
     answers: tuple[str, ...] = ()
     task: str = "vqa"
     damage: tuple[float, float] = (0.0, 0.0)
-    images: tuple[Path | Image.Image | bytes, ...] = ()
+    images: tuple[AnyImage, ...] = ()
     contexts: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -96,7 +124,8 @@ class Sample:
         """All of its images, the first one first; raises as `load_image`."""
         return [self._loaded(image) for image in (self.image, *self.images) if image is not None]
 
-    def _loaded(self, image: Path | Image.Image | bytes) -> Image.Image:
+    def _loaded(self, image: AnyImage) -> Image.Image:
+        image = image.read() if isinstance(image, StoredImage) else image
         try:
             return as_seen(_open(image))
         except ImportError:
@@ -128,15 +157,15 @@ def held_out_split_of(sample_id: str) -> str:
     return HELD_OUT_SPLITS[hashlib.sha256(sample_id.encode()).digest()[0] % 2]
 
 
-def image_key(image: Path | Image.Image | bytes | None) -> str | None:
+def image_key(image: AnyImage | None) -> str | None:
     """What is the same for one image however it is referred to, and another for another: the SHA-256 of its encoded
     content, or of the pixels of a PIL image. A file that cannot be read has its path, no image has `None`."""
     if image is None:
         return None
     if isinstance(image, Image.Image):
         return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, bytes | StoredImage):
+        return hashlib.sha256(image if isinstance(image, bytes) else image.read()).hexdigest()
     try:
         found = image.stat()
         return _file_key(image, found.st_size, found.st_mtime_ns)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 
 from modeling_dms import __version__
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import AnyImage, Sample, StoredImage
 from modeling_dms.training.models.loading import folders_of
 
 
@@ -54,11 +53,13 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     size."""
     found, sizes = hashlib.sha256(), dict[Path, int]()
 
-    def content(image: Path | Image.Image | bytes) -> bytes:
+    def content(image: AnyImage) -> bytes:
         if isinstance(image, Path):
             if image not in sizes:
                 sizes[image] = image.stat().st_size if image.exists() else 0
             return f"{image.name} {sizes[image]}".encode()
+        if isinstance(image, StoredImage):
+            return image.read()
         return image if isinstance(image, bytes) else image.tobytes()
 
     for sample in samples:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -26,9 +27,10 @@ from modeling_dms.training.data import (
     split_of,
 )
 from modeling_dms.training.data.openmoji import TONE
-from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, image_keys
+from modeling_dms.training.data.samples import CAPTION_QUESTION, SPLITS, StoredImage, image_keys
 from modeling_dms.training.data.sources import named_sources
 from modeling_dms.training.evaluate import run as evaluate
+from modeling_dms.training.models.request import samples_digest
 
 
 datasets = pytest.importorskip("datasets")
@@ -441,11 +443,17 @@ def test_hub_streams_what_it_loads(tmp_path, name):
     files = [write_hub(tmp_path / "0.parquet", rows[:30]), write_hub(tmp_path / "1.parquet", rows[30:])]
     splits = {split: load_hub(name, split, data_files=files) for split in SPLITS}
     for split, samples in splits.items():
+        # a large data set does not fit into memory: images are read where they are used, in other processes too
+        assert all(isinstance(sample.image, StoredImage) for sample in samples)
+        assert pickle.loads(pickle.dumps(samples[0])) == samples[0]
         stream = load_hub(name, split, streaming=True, data_files=files)
         assert not isinstance(stream, list)
-        assert list(stream) == samples
+        read = [sample.replace(image=sample.image.read()) for sample in samples]
+        assert list(stream) == read
+        assert image_keys(samples) == image_keys(read)
+        assert samples_digest(samples) == samples_digest(read)
         assert load_hub(name, split, limit=1, data_files=files) == samples[:1]
-        assert list(load_hub(name, split, streaming=True, limit=1, data_files=files)) == samples[:1]
+        assert list(load_hub(name, split, streaming=True, limit=1, data_files=files)) == read[:1]
     every = [sample for samples in splits.values() for sample in samples]
     assert len({sample.id for sample in every}) == len(every) == 60
     assert {sample.task for sample in every} == {HUB_DATASETS[name].task}
