@@ -43,6 +43,7 @@ GRIDS: dict[str, list[dict[str, float]]] = {
     "mean prior": [{"vision": value} for value in (0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)],
 }
 TEMPERATURES = (1.0, 0.1, 0.3, 3.0)
+TARGET_TEMPERATURE = 0.1  # of the target weights of trained schedulers
 # what hyperparameters are chosen under: of families that calibration sees, or that leave nothing
 SEEN = (
     Condition("clean", "clean"),
@@ -128,7 +129,6 @@ def make_methods(
     validation: Sequence[Sample],
     names: Sequence[str],
     corruptions: CorruptionConfig,
-    temperature: float = 0.1,
     batch_size: int = 50,
     searched: Path | None = None,
 ) -> list[Method]:
@@ -138,7 +138,6 @@ def make_methods(
     Args:
         task_of: samples -> the task on them (retrieval compares the texts of all).
         names: of `METHODS`.
-        temperature: of the target weights of trained schedulers.
         searched: a file that keeps the choices. What it holds is not searched again.
 
     Raises:
@@ -159,7 +158,7 @@ def make_methods(
         dropped = ModalityDropout.of(train, corruptions)
         drawn = [dropped[index] for index in range(len(train))]
         recorded = record(model, task_of(train), drawn, batch_size)
-        target = (-torch.tensor([sample.damage for sample in drawn]) / temperature).softmax(1)
+        target = (-torch.tensor([sample.damage for sample in drawn]) / TARGET_TEMPERATURE).softmax(1)
         for name in tqdm(wanted, desc="schedulers", unit=""):
             alone = name.removeprefix("learned: ")
             choices = {} if alone == name else {"scheduler_signals": [alone], "kappa": 0.0}
