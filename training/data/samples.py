@@ -371,5 +371,7 @@ def split_apart(samples: Sequence[Sample], keys: Collection[str | None]) -> tupl
     """The samples none of whose images has one of these keys, and of the others the error by id."""
     firsts = zip(samples, image_keys(samples), strict=True)
     found = {s.id: {first, *map(image_key, s.images)} - {None} for s, first in firsts}
-    failed = {id_: f"sample {id_!r} has an image that is evaluated" for id_, own in found.items() if own & {*keys}}
+    failed = {
+        id_: f"sample {id_!r} has an image that is evaluated" for id_, own in found.items() if not own.isdisjoint(keys)
+    }
     return [sample for sample in samples if sample.id not in failed], failed
