@@ -425,7 +425,12 @@ def test_weights_of_the_caller_win_over_those_that_a_cache_carries():
 @torch.no_grad()
 def test_embeddings_are_scaled_in_every_chunk_of_a_prompt(backbone):
     model, inputs = tiny.shared(backbone, fusion="embedding"), tiny.prompts(backbone, "pairs", "left")
-    asked = {"modality_weights": tiny.uneven(3), "return_dict_in_generate": True, "output_logits": True}
+    asked = {"return_dict_in_generate": True, "output_logits": True}
+    vanilla = tiny.vanilla(backbone)
+    plain = [generate(vanilla, inputs, prefill_chunk_size=size, **asked).logits[0] for size in (None, 5)]
+    if (plain[0] - plain[1]).abs().max() > 1e-3:  # transformers 5.20, for one
+        pytest.skip("the vanilla class leaves the image out of a prompt in chunks")
+    asked["modality_weights"] = tiny.uneven(3)
     whole, chunks = generate(model, inputs, **asked), generate(model, inputs, prefill_chunk_size=5, **asked)
     for one, other in zip(whole.logits, chunks.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
