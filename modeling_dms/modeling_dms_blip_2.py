@@ -11,10 +11,11 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2ImageTextMatchingMod
 from transformers.utils.generic import can_return_tuple
 
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
-from modeling_dms.dms import read_out
+from modeling_dms.dms import DMSOutput, read_out
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.observe.images import Images, check_image_size, image_statistics
 from modeling_dms.observe.layers import kept_states
+from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, Prompt, Schedule
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.qformer_mixin import QFORMER, QFormerMixin
@@ -47,6 +48,7 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
     family = "BLIP-2"
     bridge = QFORMER
     _auto_map_name = "AutoModel"
+    _has_matching_head = True
 
     def _vision_tower(self) -> nn.Module:
         return self.vision_model
@@ -58,8 +60,11 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         return self.qformer
 
     def _run_text(self, embeddings: Tensor, mask: Tensor) -> Any:
-        positions = self.embeddings.position_embeddings.weight[: embeddings.shape[1]]
-        return self.qformer(query_embeds=embeddings + positions, query_length=0, attention_mask=mask.long())
+        return self.qformer(query_embeds=self._placed(embeddings), query_length=0, attention_mask=mask.long())
+
+    def _placed(self, embeddings: Tensor) -> Tensor:
+        """Embeddings of words (B, N, D) as the Q-Former reads them, with those of their positions."""
+        return embeddings + self.embeddings.position_embeddings.weight[: embeddings.shape[1]]
 
     def _readout(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         return read_out(states, self.embeddings.word_embeddings.weight.detach(), tokens=tokens)
@@ -112,9 +117,33 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             "modality_mask": modality_mask,
             "modality_weights": modality_weights,
         }
-        inputs = {"inputs_embeds": embeddings.expand(pairs, -1, -1)}
+        mask = F.pad(text_mask, (queries, 0), value=1).expand(pairs, -1)
+        inputs = {"inputs_embeds": embeddings.expand(pairs, -1, -1), "attention_mask": mask}
         prompt = cast(Prompt, self._prompt(inputs, images.expand(pairs), own))
         return self._schedule(prompt, signals=not self._is_static and modality_weights is None)
+
+    def _weigh_modalities(self, prompt: Prompt, reading: Reading | None) -> DMSOutput:
+        text = self._text_features(None, prompt.embeddings, prompt.modality_ids)
+        if self.dms.calibration.reads_all:
+            text.matched = self._log_odds(prompt, cast(Tensor, prompt.embeddings), cast(Tensor, prompt.attention_mask))
+        return self.dms([self._vision_features(prompt), text], prompt.modality_mask, self._readout, prompt.given)
+
+    def _gain(self, prompt: Prompt, inputs: dict[str, Any]) -> Tensor:
+        embeddings = self.get_input_embeddings()(inputs["input_ids"])
+        return self._log_odds(prompt, embeddings, inputs["attention_mask"]).float().cpu()
+
+    @torch.no_grad()
+    def _log_odds(self, prompt: Prompt, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """That a text belongs to its image, by the matching head: (B,).
+
+        Args:
+            prompt: its images.
+            embeddings, attention_mask: (B, queries + text, D) and (B, queries + text).
+        """
+        queries, images = self.config.num_query_tokens, cast(Images, prompt.images)
+        nothing = torch.zeros(attention_mask.shape, device=attention_mask.device)
+        logits = self._match(images, embeddings[:, queries:], attention_mask[:, queries:], nothing).logits_per_image
+        return logits[:, 1] - logits[:, 0]
 
     @torch.no_grad()
     def get_modality_weights(
@@ -134,13 +163,23 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         schedule = self._schedule_pairs(images, text_ids, text_mask, modality_ids, modality_mask)
         return schedule.weights, None if schedule.output is None else schedule.output.signals
 
-    def _match(self, images: Images, text_ids: Tensor, mask: Tensor) -> Blip2ImageTextMatchingModelOutput:
-        """The parent's matching branch with an additive mask (B, 1, 1, K): the parent takes one only if the prompt
-        holds image placeholders."""
-        features = images.outputs.last_hidden_state.expand(len(text_ids), -1, -1)
+    def _match(
+        self, images: Images, words: Tensor, text_mask: Tensor, bias: Tensor
+    ) -> Blip2ImageTextMatchingModelOutput:
+        """The parent's matching branch with a bias on the keys: the parent takes a mask of two dimensions only, and
+        as many images as texts.
+
+        Args:
+            words: (B, N, D), embeddings of the text.
+            text_mask: (B, N).
+            bias: (B, queries + N).
+        """
+        features = images.outputs.last_hidden_state.expand(len(words), -1, -1)
         queries = self.query_tokens.expand(len(features), -1, -1)
+        keep = F.pad(text_mask.bool(), (self.config.num_query_tokens, 0), value=True)[:, None, None]
+        mask = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
         joint = self.qformer(
-            query_embeds=self.embeddings(input_ids=text_ids, query_embeds=queries),
+            query_embeds=torch.cat([queries.to(words.dtype), self._placed(words)], 1),
             query_length=queries.shape[1],
             attention_mask=mask,
             encoder_hidden_states=features,
@@ -196,10 +235,8 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
         bias = schedule.bias if use_image_text_matching_head else None
         # the parent matches as many images as texts
         if bias is not None or (use_image_text_matching_head and len(pixel_values) != len(input_ids)):
-            keep = F.pad(text_mask.bool(), (self.config.num_query_tokens, 0), value=True)[:, None, None]
             bias = torch.zeros_like(schedule.modality_ids, dtype=torch.float) if bias is None else bias
-            mask = fold_key_bias(keep, bias, self.qformer.layernorm.weight.dtype)
-            outputs = self._match(images, text_ids, mask)
+            outputs = self._match(images, self.get_input_embeddings()(text_ids), text_mask, bias)
         else:
             outputs = super().forward(
                 pixel_values=pixel_values,

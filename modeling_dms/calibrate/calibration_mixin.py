@@ -85,7 +85,8 @@ class CalibrationMixin(CounterfactualMixin):
             whole: list[bool] = []
             batches = _watched(dataloader, whole)
             found = self._calibration_data(batches, level, max_samples, show_progress, max_asked)
-            report = fit_calibration(self.dms.calibration, *found[:3], level, leave_out, *found[3:])
+            told_by = "matching head" if self._has_matching_head else "likelihood gain"
+            report = fit_calibration(self.dms.calibration, *found[:3], level, leave_out, *found[3:], told_by)
             self.dms.calibration.prompts.whole.fill_(float(all(whole)))
             return report
         except BaseException:
@@ -242,7 +243,8 @@ class CalibrationMixin(CounterfactualMixin):
         both = (present & present.roll(1, 0)).all(1).cpu()
         clean = {"attention_mask": torch.ones_like(ids), **given, "modality_ids": ids}
         # what a conflict is told by may cost more where somebody wants to know of it
-        weighs_gain = level > 1 and read is not None and self.config.dms_config.conflict_prior is not None
+        told = read is not None or self._has_matching_head
+        weighs_gain = level > 1 and told and self.config.dms_config.conflict_prior is not None
         if weighs_gain:
             gains = self._gains(prompt, clean, both, place)
         if asked is not None and prompt.images is not None and bool(both.any()):

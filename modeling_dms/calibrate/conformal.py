@@ -144,8 +144,8 @@ class Agreement(Conformal):
 
 
 class JointAgreement(Conformal):
-    """What calibration knows of how far clean pairs agree by two numbers together: their consistency, and by how much
-    the image makes the text likelier ([`ModalityFeatures.gain`]). Its score is minus the log-odds that a pair belongs
+    """What calibration knows of how far clean pairs agree by two numbers together: their consistency, and what the
+    backbone itself says of it ([`ModalityFeatures.gain`]). Its score is minus the log-odds that a pair belongs
     together, but for a constant."""
 
     def __init__(self):

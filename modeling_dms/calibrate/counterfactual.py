@@ -99,6 +99,7 @@ class CounterfactualMixin:
     """Adds to a model that continues prompts what calibration asks it."""
 
     config: Any
+    _has_matching_head = False  # which tells how far an image and a text belong together
 
     def _first_tokens(self, inputs: dict[str, Any], labels: Tensor | None, weights: Tensor) -> Tensor:
         """Distributions (B, K) of the first token that follows prompts, in float32.

@@ -50,6 +50,7 @@ def fit_calibration(
     answers: Answers | None = None,
     sources: SourceRecord | None = None,
     gains: GainRecord | None = None,
+    told_by: str = "likelihood gain",
 ) -> CalibrationReport:
     """Fits all of `calibration` from clean samples and damaged copies of them.
 
@@ -62,7 +63,9 @@ def fit_calibration(
         in_prompt: of the clean samples' text, as it was read within the prompts.
         answers: what the backbone answered to damaged copies, for level 3.
         sources: all sources of the same samples, where they have several of a modality.
-        gains: by how much the same samples' images make their texts likelier, where that is to count.
+        gains: what the backbone says of how far the same samples' images and texts belong together, where that is to
+            count.
+        told_by: what the report calls that.
 
     Raises:
         ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
@@ -110,7 +113,7 @@ def fit_calibration(
     calibration.joint.reset()
     p_match: Tensor | None = None
     if int(both.sum()) >= MIN_SAMPLES:
-        p_match = _fit_agreement(calibration, clean, both, folds, report, answers, gains)
+        p_match = _fit_agreement(calibration, clean, both, folds, report, answers, gains, told_by)
     for statistics in (calibration.sources, *calibration.clean_sets):
         statistics.reset()
     if sources is not None:
@@ -252,6 +255,7 @@ def _fit_agreement(
     report: CalibrationReport,
     answers: Answers | None,
     gains: GainRecord | None,
+    told_by: str,
 ) -> Tensor | None:
     """Fits what two modalities share, and takes what tells mismatched pairs better: that, or the representations; and
     what it tells together with the gains, where they are known.
@@ -294,7 +298,7 @@ def _fit_agreement(
         of_answers = None
         if answers is not None and answers.gain is not None:
             of_answers = torch.stack([asked, answers.gain], 1), folds[answers.sources[:, 0]]
-        scores = _fit_joint(calibration.joint, own, other, folds, report, of_answers)
+        scores = _fit_joint(calibration.joint, own, other, folds, report, of_answers, told_by)
     if answers is None or best != "canonical":
         return None
     if scores is not None:
@@ -309,6 +313,7 @@ def _fit_joint(
     folds: Tensor,
     report: CalibrationReport,
     answers: tuple[Tensor, Tensor] | None,
+    told_by: str,
 ) -> Tensor | None:
     """Fits what consistency and gain tell together, if that is more than consistency tells alone.
 
@@ -337,5 +342,5 @@ def _fit_joint(
         return None
     joint.fit_numbers(matched[known], swapped[known])
     joint.remember(scores[0, known, None])
-    report.consistency, report.mismatch_auroc = f"{report.consistency} and likelihood gain", areas[1]
+    report.consistency, report.mismatch_auroc = f"{report.consistency} and {told_by}", areas[1]
     return found

@@ -62,7 +62,8 @@ class DamagedRecord(Record):
 
 @dataclass
 class GainRecord(Record):
-    """By how much images make texts likelier, see `ModalityFeatures.gain`; NaN where a sample lacks either.
+    """What the backbone says of how far images and texts belong together, see `ModalityFeatures.gain`; NaN where a
+    sample lacks either.
 
     Attributes:
         gain: (n,), of each sample.

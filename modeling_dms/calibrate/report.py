@@ -36,7 +36,8 @@ class CalibrationReport:
             not above its part of the rate asked for, but where there are too few samples to tell.
         mismatch_auroc: how well the consistency tells a matched pair from another sample's text.
         consistency: `"canonical"` or `"representations"`, whichever told them apart better; with `" and likelihood
-            gain"` where, with a `conflict_prior`, by how much likelier the image makes the text tells still more.
+            gain"` or `" and matching head"` where, with a `conflict_prior`, by how much likelier the image makes the
+            text, or a matching head of the backbone's own, tells still more.
         lowering: at level 3, by modality, how often the other one alone, and how often both, gave the answer to the
             undamaged sample where this one was damaged and flagged; NaN where that never was.
         spared: the modalities that keep their weight all the same, since the other one cannot stand in for them.

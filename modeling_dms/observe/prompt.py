@@ -33,6 +33,8 @@ class ModalityFeatures:
         in_prompt: whether it was read within the prompt, and not alone.
         closer: of a text read within its prompt, the rows (b,) that were read alone as well: those that looked
             suspicious, or all.
+        matched: (B,), the log-odds that a text belongs to its image, by a matching head of the backbone's own; `None`
+            where it has none, or nobody has asked.
     """
 
     tokens: Tensor
@@ -43,14 +45,18 @@ class ModalityFeatures:
     surprisal: Tensor | None = None
     in_prompt: bool = False
     closer: "tuple[Tensor, ModalityFeatures] | None" = None
+    matched: Tensor | None = None
 
     @property
     def gain(self) -> Tensor | None:
-        """By how much likelier its prompt, and so its image, makes each token of a text on average: (B,), in nats;
-        `None` unless all texts have been read both ways.
+        """What the backbone itself says of how far the images and texts belong together, (B,): `matched`, or by how
+        much likelier its prompt, and so its image, makes each token of a text on average, in nats. `None` without a
+        matching head, unless all texts have been read both ways.
 
-        The logarithm of what VisualGPTScore (Lin et al., 2023) compares, p(text | image) / p(text).
+        The latter is the logarithm of what VisualGPTScore (Lin et al., 2023) compares, p(text | image) / p(text).
         """
+        if self.matched is not None:
+            return self.matched
         if self.closer is None or self.surprisal is None or len(self.closer[0]) < len(self.surprisal):
             return None
         alone = self.closer[1].surprisal

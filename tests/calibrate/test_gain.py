@@ -150,3 +150,68 @@ def test_calibration_asks_for_gains_of_all_samples_and_of_all_copies(monkeypatch
     swapped = answers.sources[:, 1] == (answers.sources[:, 0] - 1) % size
     of_texts = answers.gain[swapped & (answers.sources[:, 0] < size)][:size]
     torch.testing.assert_close(of_texts, gains.of_other[:size])
+
+
+# ---- the matching head of BLIP-2's retrieval class
+
+
+def pairs(count=8):
+    return [tiny.image_first(batch) for batch in tiny.clean_samples(count=count, size=8)]
+
+
+def head(batch):
+    """The log-odds of the vanilla class."""
+    logits = tiny.vanilla("retrieval")(**batch, use_image_text_matching_head=True).logits_per_image
+    return logits[:, 1] - logits[:, 0]
+
+
+@torch.no_grad()
+def test_a_matching_head_says_how_far_pairs_belong_together():
+    model = tiny.build("retrieval", conflict_prior="text").eval()
+    model.calibrate(pairs(96), show_progress=False)
+    knows_gain(model)
+    batch = pairs()[0]
+    joint = model.dms.calibration.joint
+    expected = joint.p_value(joint(torch.stack([torch.zeros(8), head(batch)], 1)))
+    signals = model(**batch).modality_signals
+    torch.testing.assert_close(signals.p_match, expected[:, None].expand(-1, 2))
+    assert signals.p_match.unique().numel() > 1
+    one = model(**{name: value[:1] for name, value in batch.items()}).modality_signals
+    torch.testing.assert_close(one.p_match, signals.p_match[:1])
+    # it is asked about the pair as it is, whatever weighs it
+    weighed = model(**batch, use_image_text_matching_head=True).modality_signals
+    torch.testing.assert_close(weighed.p_match, signals.p_match)
+    # one image beside several texts
+    first = {**batch, "pixel_values": batch["pixel_values"][:1]}
+    repeated = {**batch, "pixel_values": batch["pixel_values"][:1].expand(8, -1, -1, -1)}
+    torch.testing.assert_close(model(**first).modality_signals.p_match, model(**repeated).modality_signals.p_match)
+
+
+@torch.no_grad()
+def test_calibration_asks_the_matching_head(monkeypatch):
+    """About its pairs, and about the same images with the texts of the rows before them."""
+    model = tiny.build("retrieval", conflict_prior="text").eval()
+    asked, ask = [], model._log_odds
+
+    def log_odds(*given):
+        asked.append(ask(*given))
+        # a head that knows
+        return asked[-1] * 0.01 + (3.0 if len(asked) % 2 else -3.0)
+
+    monkeypatch.setattr(model, "_log_odds", log_odds)
+    report = model.calibrate(pairs(96), show_progress=False)
+    assert report.consistency.endswith(" and matching head")
+    assert report.mismatch_auroc > 0.99
+    batch = pairs(96)[1]
+    torch.testing.assert_close(asked[2], head(batch))
+    texts = {name: batch[name].roll(1, 0) for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(asked[3], head({**batch, **texts}))
+
+
+@torch.no_grad()
+def test_without_a_prior_no_matching_head_is_asked(monkeypatch):
+    model = tiny.build("retrieval").eval()
+    monkeypatch.setattr(model, "_log_odds", None)
+    report = model.calibrate(pairs(96), show_progress=False)
+    assert "head" not in report.consistency
+    model(**pairs()[0])
