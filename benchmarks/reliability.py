@@ -46,8 +46,9 @@ HEAD = """# How far an answer can be relied on
 
 Written by `python benchmarks/reliability.py` from {samples} held-out images of easy-VQA, one question each, clean and
 under {conditions} corruptions whose families the detectors do not know. The models were calibrated on {calibration}
-clean training samples, without labels, {calibrations} times on other ones. Answers are generated greedily, and right
-if they are the accepted one.
+clean training samples, without labels, with the policy of each look, {calibrations} times on other images. Answers are
+generated greedily, and right if they are the accepted one. On photographs reliability tells right answers from wrong
+ones no better than the first token's probability does: [see the study](study.md).
 
 `out.reliability` is the expected agreement with the answer that undamaged inputs would give. With *one look* it is
 read from the first token's probability, what is flagged, and the evidence against the pair. With a *second look*
@@ -67,12 +68,10 @@ def answers(
     collator: PromptCollator,
     samples: Sequence[Sample],
     condition: Condition,
-    prior: str | None,
     drops_out: bool,
 ) -> np.ndarray:
     """Of each sample whether the answer is right, and max-probability, entropy, its probability under dropout (NaN
     where it is not wanted) and its reliability: (n, 5)."""
-    model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
     tokenizer, found = collator.processor.tokenizer, []
     for start in range(0, len(samples), BATCH):
         batch = collator(samples[start : start + BATCH])
@@ -124,18 +123,23 @@ def under_dropout(model: Any, batch: dict[str, Any], out: Any, p: torch.Tensor) 
 
 
 def measured(
-    model: Any, collator: PromptCollator, samples: Sequence[Sample], drops_out: bool
-) -> dict[str, dict[str, np.ndarray]]:
-    """By condition and look what `answers` gives, with dropout for one look alone."""
+    model: Any, collator: PromptCollator, clean: Sequence[Sample], count: int, samples: Sequence[Sample], drops: bool
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """By condition and look what `answers` gives, with dropout for one look alone, and by look what calibration itself
+    knows of its copies. For each look the model is calibrated anew, on `count` of the clean samples."""
     found: dict[str, dict[str, np.ndarray]] = {}
+    kept = {}
     wanted = [c for c in CONDITIONS if c.group in GROUPS["all"]]
-    for condition in tqdm(wanted, desc="conditions", unit=""):
-        changed, _ = condition.apply(samples, 0)
-        found[condition.name] = {
-            look: answers(model, collator, changed, condition, prior, drops_out and prior is None)
-            for look, prior in PRIORS.items()
-        }
-    return found
+    for look, prior in PRIORS.items():
+        model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
+        calibrate(model, collator, clean, count)
+        trust = model.eval().dms.calibration.reliability
+        kept[look] = trust.kept[: int(trust.count)].numpy().copy()
+        for condition in tqdm(wanted, desc=f"{look}, conditions", unit=""):
+            changed, _ = condition.apply(samples, 0)
+            of = answers(model, collator, changed, condition, drops and prior is None)
+            found.setdefault(condition.name, {})[look] = of
+    return found, kept
 
 
 def confidences(found: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -164,14 +168,12 @@ def change(own: Sequence[Answered], base: Sequence[Answered], images: int) -> tu
 
 
 def section(
-    name: str, calibrations: Sequence[dict[str, dict[str, np.ndarray]]], kept: Sequence[np.ndarray], images: int
+    name: str,
+    calibrations: Sequence[dict[str, dict[str, np.ndarray]]],
+    kept: Sequence[dict[str, np.ndarray]],
+    images: int,
 ) -> list[str]:
-    """Two tables of a model.
-
-    Args:
-        calibrations: of each, what `measured` gives.
-        kept: of each, what calibration itself knows of its copies.
-    """
+    """Two tables of a model, from what `measured` gives of each calibration."""
     groups = {c.name: c.group for c in CONDITIONS}
     lines = []
     for group, of in GROUPS.items():
@@ -197,10 +199,10 @@ def section(
     rows = []
     for risk in RISKS:
         for place, look in enumerate(PRIORS):
-            shares = [held(own[:, [2 * place, 2 * place + 1, -1]], risk) for own in kept]
-            there = []
-            for own, found in zip(kept, calibrations, strict=True):
-                threshold = abstention_threshold(*torch.tensor(own[:, [2 * place, 2 * place + 1, -1]]).T, risk)
+            of_look = [own[look][:, [2 * place, 2 * place + 1, -1]] for own in kept]
+            shares, there = [held(own, risk) for own in of_look], []
+            for own, found in zip(of_look, calibrations, strict=True):
+                threshold = abstention_threshold(*torch.tensor(own).T, risk)
                 of = np.concatenate([one[look] for one in found.values()])
                 given = of[:, -1] >= threshold
                 there.append(((given & (of[:, 0] < 0.5)).mean(), given.mean()))
@@ -210,11 +212,12 @@ def section(
                 + [f"{wrong_there:.3f}", f"{answered_there:.2f}"]
             )
     told = (
-        "A caller that abstains below `model.abstention_threshold(risk)`: the share of samples that are answered, and "
-        f"answered wrongly, among those that calibration itself has damaged ({SPLITS} random halves, one for the "
-        "threshold and one to measure, all copies of a sample in one), and among those above."
+        "A caller that abstains below `model.abstention_threshold(risk)`. *Unlike*: the share of calibration's own "
+        "copies, damaged and mismatched, that are answered otherwise than the sample as it was, which is what the "
+        f"risk bounds ({SPLITS} random halves, one for the threshold and one to measure, all copies of a sample in "
+        "one). *Wrong*: the share of all inputs of the table above that are answered, and not by the accepted answer."
     )
-    heads = ("risk", "look", "wrong", "answered", "wrong, above", "answered, above")
+    heads = ("risk", "look", "unlike", "answered, copies", "wrong", "answered, inputs above")
     return [f"## {name}", table(head, lines), told, table(heads, rows)]
 
 
@@ -265,16 +268,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/reliability.md"))
     options = parser.parse_args()
     samples, found, sections = one_per_image(load_easy_vqa("test"), options.samples), {}, []
+    train = load_easy_vqa("train")
+    train = one_per_image(train, len(train))
     for name in options.models.split(","):
         model, processor = load(name)
-        collator, train = PromptCollator(processor), load_easy_vqa("train")
+        collator = PromptCollator(processor)
         calibrations, kept = [], []
         for number in range(options.calibrations):
-            start = number * len(train) // options.calibrations
-            calibrate(model, collator, train[start:], options.calibration_samples)
-            calibrations.append(measured(model.eval(), collator, samples, drops_out=number == 0))
-            trust = model.dms.calibration.reliability
-            kept.append(trust.kept[: int(trust.count)].numpy().copy())
+            clean = train[number :: options.calibrations]
+            of = measured(model, collator, clean, options.calibration_samples, samples, drops=number == 0)
+            calibrations.append(of[0])
+            kept.append(of[1])
         sections += section(name, calibrations, kept, len(samples))
         found[name] = calibrations[0]
     head = HEAD.format(
