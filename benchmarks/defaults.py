@@ -26,7 +26,7 @@ from modeling_dms.training.models.loading import load
 BATCH = 50
 # `conflict_prior`; static weights are uniform
 POLICIES = {
-    "static": "static",
+    "static": None,
     "default": None,
     'believe the image (`"vision"`)': "vision",
     'believe the context (`"text"`)': "text",
@@ -59,11 +59,12 @@ nothing is decided, since one against one cannot tell who is right; `out.reliabi
 CONTEXTS = """## Image and context
 
 The price of not deciding stands in the lines of another's image and another's context. Which policy wins there hangs
-on who is wrong, which nobody knows beforehand: to believe one side wins one of these lines and loses the other."""
+on who is wrong, which nobody knows beforehand: to believe one side wins one of these lines and loses the other. Each
+policy has a calibration of its own, as `conflict_prior` is to be set before calibrating."""
 PLAIN = """## Plain questions
 
 An image and a question, without a context; calibrated likewise. Means over severities {severities}. *Lowered all the
-same*: if calibration did not look at what lowering costs."""
+same*: the rule without calibration's look at whether the other input can stand in."""
 
 
 def batch_of(collator: PromptCollator, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -75,16 +76,14 @@ def batch_of(collator: PromptCollator, samples: Sequence[Sample]) -> dict[str, A
 
 
 def right(
-    model: Any, collator: PromptCollator, samples: Sequence[Sample], condition: Condition, prior: str | None
+    model: Any, collator: PromptCollator, samples: Sequence[Sample], condition: Condition, static: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which answers are right, and of which samples the weights are not uniform: (n,) each."""
-    if prior != "static":
-        model.config.dms_config.conflict_prior = model.dms.scheduler.config.conflict_prior = prior
     tokenizer, scores, weighed = collator.processor.tokenizer, [], []
     for start in range(0, len(samples), BATCH):
         some = samples[start : start + BATCH]
         batch = batch_of(collator, some)
-        if prior == "static":
+        if static:
             batch["modality_weights"] = torch.full((len(some), 2), 0.5)
         with model.families_left_out(condition.unseen_families):
             out = model.generate(**batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
@@ -101,26 +100,33 @@ def difference(own: np.ndarray, base: np.ndarray) -> str:
     return f"{gain.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def with_contexts(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> str:
+def with_contexts(name: str, clean: Sequence[Sample], count: int, samples: Sequence[Sample]) -> tuple[str, str]:
+    """The table, and what the calibration of the default says of lowering."""
     conditions = {c.name: c for c in CONDITIONS}
-    rows, weighed = [], []
-    for group, names in tqdm(GROUPS.items(), desc="with contexts", unit="group"):
-        found: dict[str, list[np.ndarray]] = {policy: [] for policy in POLICIES}
-        for name in names:
-            changed, _ = conditions[name].apply(samples, 0)
-            for policy, prior in POLICIES.items():
-                scores, unequal = right(model, collator, changed, conditions[name], prior)
-                found[policy].append(scores)
+    scores: dict[tuple[str, str], list[np.ndarray]] = {}
+    shares: dict[str, list[float]] = {}
+    told = ""
+    for policy, prior in POLICIES.items():
+        model, collator, said = calibrated(name, clean, count, prior)
+        told = said if policy == "default" else told
+        for group, names in tqdm(GROUPS.items(), desc=policy, unit="group"):
+            for kind in names:
+                changed, _ = conditions[kind].apply(samples, 0)
+                found, unequal = right(model, collator, changed, conditions[kind], static=policy == "static")
+                scores.setdefault((group, policy), []).append(found)
                 if policy == "default":
-                    weighed.append((group, unequal.mean()))
-        own = {policy: np.stack(scores) for policy, scores in found.items()}
-        share = np.mean([value for name, value in weighed if name == group])
-        cells = [f"{scores.mean():.3f}" for scores in own.values()]
-        rows.append([group, *cells, difference(own["default"], own["static"]), f"{share:.2f}"])
-    return table(("inputs", *POLICIES, "default - static, points", "not uniform"), rows)
+                    shares.setdefault(group, []).append(unequal.mean())
+    rows = []
+    for group in GROUPS:
+        own = {policy: np.stack(scores[group, policy]) for policy in POLICIES}
+        cells = [f"{found.mean():.3f}" for found in own.values()]
+        rows.append([group, *cells, difference(own["default"], own["static"]), f"{np.mean(shares[group]):.2f}"])
+    return table(("inputs", *POLICIES, "default - static, points", "not uniform"), rows), told
 
 
-def without_contexts(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> str:
+def without_contexts(name: str, clean: Sequence[Sample], count: int, samples: Sequence[Sample]) -> tuple[str, str]:
+    """The table, and what calibration says of lowering."""
+    model, collator, told = calibrated(name, clean, count)
     rows, spared = [], model.dms.calibration.reliability.spared
     found: dict[str, list[np.ndarray]] = {"static": [], "default": [], "lowered": []}
     kept = spared.clone()
@@ -129,10 +135,10 @@ def without_contexts(model: Any, collator: PromptCollator, samples: Sequence[Sam
         for severity in PLAIN_SEVERITIES:
             condition = Condition(f"image:{kind}", "unseen image", severity)
             changed, _ = condition.apply(samples, 0)
-            own["static"].append(right(model, collator, changed, condition, "static")[0])
-            own["default"].append(right(model, collator, changed, condition, None)[0])
+            own["static"].append(right(model, collator, changed, condition, static=True)[0])
+            own["default"].append(right(model, collator, changed, condition)[0])
             spared.zero_()
-            own["lowered"].append(right(model, collator, changed, condition, None)[0])
+            own["lowered"].append(right(model, collator, changed, condition)[0])
             spared.copy_(kept)
         rows.append(plain_row(kind.replace("_", " "), own))
         for name, scores in own.items():
@@ -143,10 +149,11 @@ def without_contexts(model: Any, collator: PromptCollator, samples: Sequence[Sam
         for name, scores in found.items()
     }
     head = ("damage", "static", "default", "default - static, points", "lowered all the same - static, points")
-    return (
-        table(head, rows) + "\n\nThe largest loss of a single kind and severity: "
-        f"{worst['default']:+.1f} points by default, {worst['lowered']:+.1f} lowered all the same."
+    lost = (
+        f"The largest loss of a single kind and severity: {worst['default']:+.1f} points by default, "
+        f"{worst['lowered']:+.1f} lowered all the same."
     )
+    return f"{table(head, rows)}\n\n{lost}", told
 
 
 def plain_row(name: str, own: dict[str, list[np.ndarray]]) -> list[str]:
@@ -161,9 +168,11 @@ def done(report: Any, modality: str) -> str:
     return "may lose all weight" if modality in report.dropped else "is lowered"
 
 
-def calibrated(name: str, samples: Sequence[Sample], count: int) -> tuple[Any, PromptCollator, str]:
+def calibrated(
+    name: str, samples: Sequence[Sample], count: int, prior: str | None = None
+) -> tuple[Any, PromptCollator, str]:
     """The model, its collator, and what its calibration says of lowering."""
-    model, processor = load(name)
+    model, processor = load(name, {"conflict_prior": prior})
     collator = PromptCollator(processor)
     report = calibrate(model.eval(), collator, samples, count)
     told = [
@@ -188,8 +197,8 @@ def main() -> None:
         for text, measured in zip(parts, (with_contexts, without_contexts), strict=True):
             plain = measured is without_contexts
             own, clean = ([s.replace(context=None) for s in some] if plain else some for some in (samples, train))
-            model, collator, told = calibrated(name, clean, options.calibration_samples)
-            parts[text].append(f"### {name}\n\n{measured(model, collator, own)}\n\n{told}")
+            shown, told = measured(name, clean, options.calibration_samples, own)
+            parts[text].append(f"### {name}\n\n{shown}\n\n{told}")
     sections = [part for text, found in parts.items() for part in (text, *found)]
     options.out.write_text("\n\n".join([HEAD.format(samples=len(samples)), *sections]) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")

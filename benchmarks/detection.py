@@ -9,6 +9,7 @@ of the training split, one caption each, without labels, and looked at on those 
 
 import argparse
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,10 @@ Shares of damaged inputs that a calibrated model flags, by `python benchmarks/de
 photographs with one caption each (a part of Flickr8k), without labels, and looked at on the {test} of the {split}
 split, which nothing was chosen by. *Unseen*: the families of calibration's self-made damage that the kind resembles
 are left out, so that the detector knows nothing like it. *Known*: it knows them, as a user's model does. Intervals:
-95%, bootstrapped over the photographs. A flagged input loses its weight beside one that is not. The two models
-below share image processor, vision tower and language model, and so what they see."""
+95%, bootstrapped over the images. A flagged input may lose its weight beside one that is not, where the other can
+stand in for it ([the rule](method.md#the-rule)). Drawings, at the end, are calibrated and looked at likewise, on
+{drawn} and {drawn_test} of each set. The two models below share image processor, vision tower and language model, and
+so what they see."""
 ABLATIONS = """Means over all kinds, unseen, with the difference from the release and its interval."""
 
 
@@ -392,14 +395,15 @@ class Run:
 
     @classmethod
     def of(cls, name: str, title: str, train: Sequence[Sample], test: Sequence[Sample], cache: Path) -> "Run":
-        """Takes half an hour, or what it left in `cache`."""
+        """Takes half an hour, or what it left in `cache`, which is to be deleted where the package has changed."""
         model, processor = load(name)
         collator = PromptCollator(processor)
         prefix = cache / f"{name}-{title}"
         data, pixels = kept(Path(f"{prefix}-data.pt"), lambda: cls.collected(model, collator, train))
         model.dms.calibration.pixels.load_state_dict(pixels)
         print(f"{title}, {name}\n{fit_calibration(model.dms.calibration, *data[:3], in_prompt=data[3])}", flush=True)
-        looked = kept(Path(f"{prefix}-{len(test)}.pt"), lambda: look_at_all(model, collator, test))
+        shown = hashlib.sha256("\n".join(sample.id for sample in test).encode()).hexdigest()[:12]
+        looked = kept(Path(f"{prefix}-{shown}.pt"), lambda: look_at_all(model, collator, test))
         return cls(model, data, looked)
 
     @staticmethod
@@ -426,7 +430,8 @@ def main() -> None:
     options = parser.parse_args()
     photos = load_photos(options.photos)
     train, test = photos["train"], photos[options.split]
-    parts = [HEAD.format(train=len(train), test=len(test), split=options.split)]
+    drawn = {"drawn": max(count for _, count in OTHERS.values()), "drawn_test": OTHERS_TEST}
+    parts = [HEAD.format(train=len(train), test=len(test), split=options.split, **drawn)]
 
     def add(*more: str) -> None:
         parts.extend(more)

@@ -32,11 +32,11 @@ image, and one that is beside the point. No model was run. A question counts as 
 accepted ones, in lower case and without punctuation and articles.
 
 *Second look* compares the answers to the image alone, to the context alone and to both, and how likely their tokens
-were (`modeling_dms/weigh/second_look.py`). It picks the answer that is most likely what the model says beside
-the question's matching context. That it has learned from other questions ({folds} folds, {seeds} times), with contexts
-that were theirs or made to mislead, and not from any right answer. *Likelier* takes the likelier one of the
-answers to image and context alone, by the mean of its tokens; *oracle* whichever of the three is right. Intervals:
-95%, bootstrapped over the questions."""
+were (`compared` in `modeling_dms/weigh/second_look.py`; a model that runs compares the first tokens of its answers
+alone). It picks the answer that it expects the model to give beside a matching context. It was fitted to that on the
+other questions ({folds} folds, {seeds} times), with all three kinds of contexts in equal shares, as they are tested,
+and without any right answer. *Likelier* takes the likelier one of the answers to image and context alone, by the mean
+of its tokens; *oracle* whichever of the three is right. Intervals: 95%, bootstrapped over the questions."""
 
 
 def heard(output: dict[str, Any]) -> Heard:
@@ -99,7 +99,7 @@ def section(rows: list[dict[str, Any]], model: str) -> list[str]:
         lines.append(
             [name, *(f"{found[:, kind].mean():.3f}" for kind in range(3)), interval(found.mean(1)), difference]
         )
-    head = ("believed", *(f"{kind} context" for kind in KINDS), "mean", "less image alone")
+    head = ("believed", *(f"{kind} context" for kind in KINDS), "mean", "difference from image alone")
     return [f"## {model}", table(head, lines)]
 
 

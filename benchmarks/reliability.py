@@ -48,7 +48,7 @@ Written by `python benchmarks/reliability.py` from {samples} held-out images of 
 under {conditions} corruptions whose families the detectors do not know. The models were calibrated on {calibration}
 clean training samples, without labels, with the policy of each look, {calibrations} times on other images. Answers are
 generated greedily, and right if they are the accepted one. On photographs reliability tells right answers from wrong
-ones no better than the first token's probability does: [see the study](study.md).
+ones no better than their probability does ([the study](study.md#how-far-answers-can-be-relied-on)).
 
 `out.reliability` is the expected agreement with the answer that undamaged inputs would give. With *one look* it is
 read from the first token's probability, what is flagged, and the evidence against the pair. With a *second look*

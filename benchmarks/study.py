@@ -10,6 +10,7 @@ README's table.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,10 +56,10 @@ PAGE = """# What weighing changes on photographs
 Written by `python benchmarks/study.py`. Models that `benchmarks/static.py` trained on photographs of Flickr8k
 ([what they make of photographs](photographs.md)) are asked about {samples} others, one question each, beside one of
 their captions, which answers some questions and not others. Calibration saw the photographs of the validation split,
-without labels; of each damage of a test, what resembles it was left out of it. DMS may call {rate:.0%} of clean pairs
-suspicious, where its default is {default:.0%}: [both are compared](#at-the-default-rate-of-false-alarms). A *mismatch*
-is another photograph's image or caption. Severity is 5 of 5, and [3](#milder-damage) in one table. Not measured here
-yet: other draws, captions and retrieval.
+without labels; where a kind of damage is tested, the detectors of damage like it are switched off. DMS may call
+{rate:.0%} of clean pairs suspicious, where its default is {default:.0%}: [both are
+compared](#at-the-default-rate-of-false-alarms). A *mismatch* is another photograph's image or caption. Severity is 5
+of 5, and [3](#milder-damage) in one table. Not measured here yet: other draws, captions and retrieval.
 Flickr8k is for research; its photographs belong to their photographers: none is shown here. *DMS* is called `rule` in
 the longer tables. What calibration says, at the end, was said with `conflict_prior="learned"`, where image, text and
 pair share the rate; the tables are without it, and image and text have half each.
@@ -69,14 +70,23 @@ AGAINST = """## Beside published methods
 VCD (Leng et al., CVPR 2024) contrasts an answer with that to a noisy image, AdaptVis (Chen et al., ICML 2025) scales
 the attention to the image by how sure an answer is. Both were made for hallucinations, not for damage. Their
 hyperparameters were chosen among {vcd} and {adaptvis} on {samples} validation photographs: clean, noisy, occluded,
-with random words or without text. The last column is by how many points DMS is more accurate than the better of the
-two; intervals over all unseen damage stand below.
+with random words or without text. The last column is DMS minus the better of the two, in points; intervals over all
+unseen damage stand below.
 
 """
 AT_DEFAULT = """## At the default rate of false alarms
 
 The same calibrations, of which DMS may call {default:.0%} of clean pairs suspicious instead of {rate:.0%}
-(`false_alarm_rate`, which may be changed without calibrating again).
+(`false_alarm_rate`, which may be changed without calibrating again). With {calibrated} samples {default:.0%}, half
+of it for each source, is beyond what counting can promise and rests on the tail of their scores; the last column
+is what came of it on {samples} photographs.
+
+"""
+RELIABLE = """## How far answers can be relied on
+
+The area under the risk-coverage curve, lower is better, if the least sure answers are left out by the probability of
+the chosen answer or by `out.reliability`. Reliability, which helps on [shapes](reliability.md), tells right answers
+from wrong ones no better here.
 
 """
 MILDER = """## Milder damage
@@ -109,7 +119,7 @@ def main() -> None:
     folders = []
     for name in options.models.split(","):
         weighed = Path(name).parent / f"photographs-{Path(name).parent.name}"
-        if not weighed.exists():
+        if not weighed.exists():  # to be deleted where the model, or the package, has changed
             calibrated(name, options.photos, weighed)
         folders.append(RESULTS / weighed.name)
         evaluate(weighed, folders[-1], options.methods, KINDS, SEVERITY, options.photos)
@@ -119,8 +129,9 @@ def main() -> None:
         damage = [kind for kind in KINDS if not kind.endswith(":mismatch")]  # there is no mild mismatch
         evaluate(at_default_rate(weighed), mild, "static,rule,oracle", damage, MILD, options.photos)
         (folders[-1] / "samples.png").unlink(missing_ok=True)  # the photographs belong to others
-        for extra in (*folders[-1].glob("*.md"), *(file for of in (default, mild) for file in of.glob("*.[mp]*"))):
-            extra.unlink()  # the page holds it all
+        for extra in (*folders[-1].glob("*.md"), *default.iterdir(), *mild.iterdir()):
+            if extra.suffix in {".md", ".png"}:
+                extra.unlink()  # the page holds it all
     write(folders, options.out, Path("README.md"))
 
 
@@ -162,7 +173,7 @@ def beside_published(folders: list[Path]) -> str:
             static, rule, *others = (scores[group, method] for method in ("static", "rule", *PUBLISHED))
             more = f"{100 * (rule - max(others)):+.1f}"
             rows.append([folder.name, shown, *(f"{score:.3f}" for score in (static, *others, rule)), more])
-    return table(["checkpoint", "inputs", "static", *PUBLISHED, "DMS", "more than the better"], rows)
+    return table(["checkpoint", "inputs", "static", *PUBLISHED, "DMS", "DMS - the better"], rows)
 
 
 def by_rate(folders: list[Path]) -> str:
@@ -184,6 +195,17 @@ def by_rate(folders: list[Path]) -> str:
     return table(head + [f"re-weighted, {rate}" for rate in rates], rows)
 
 
+def reliable(folders: list[Path]) -> str:
+    """What tells right answers from wrong ones."""
+    rows = []
+    for folder in folders:
+        for row in read_results(folder)["results"]["groups"]:
+            if row["method"] == "rule" and row["group"] in GROUPS:
+                areas = [f"{row[name]:.3f}" for name in ("aurc", "aurc_reliability")]
+                rows.append([folder.name, GROUPS[row["group"]], *areas])
+    return table(["checkpoint", "inputs", "answer's probability", "`out.reliability`"], rows)
+
+
 def write(folders: list[Path], out: Path, readme: Path) -> None:
     """Writes the page, and the README's table, from what was found."""
     found = [(folder.name, read_results(folder)) for folder in folders]
@@ -197,12 +219,15 @@ def write(folders: list[Path], out: Path, readme: Path) -> None:
     page = [PAGE.format(samples=found[0][1]["run"]["samples"], **rates) + short]
     tried = {name.lower(): len(GRIDS[name]) for name in PUBLISHED}
     page += [AGAINST.format(samples=SEARCHED, **tried) + beside_published(folders)]
-    page += [AT_DEFAULT.format(**rates) + by_rate(folders)]
-    mild = summary([(folder.name, read_results(of_mild(folder))["results"]["groups"]) for folder in folders])
-    page += [MILDER.format(mild=MILD, severity=SEVERITY) + mild, tables.strip()]
-    for folder in folders:
-        report = (folder / "calibration.txt").read_text(encoding="utf-8").strip()
-        page.append(f"## What calibration says: {folder.name}\n\n```\n{report}\n```")
+    reports = {folder.name: (folder / "calibration.txt").read_text(encoding="utf-8").strip() for folder in folders}
+    clean = re.search(r"by (\d+) clean samples", reports[folders[0].name])
+    counts = {"calibrated": clean and clean[1], "samples": found[0][1]["run"]["samples"]}
+    page += [AT_DEFAULT.format(**rates, **counts) + by_rate(folders)]
+    measured = [folder for folder in folders if of_mild(folder).exists()]
+    mild = summary([(folder.name, read_results(of_mild(folder))["results"]["groups"]) for folder in measured])
+    page += [MILDER.format(mild=MILD, severity=SEVERITY) + mild, RELIABLE + reliable(folders), tables.strip()]
+    for name, report in reports.items():
+        page.append(f"## What calibration says: {name}\n\n```\n{report}\n```")
     out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_dms.training.corruptions import CorruptionConfig, EpochCallback, ModalityDropout
 from modeling_dms.training.data import PromptCollator, load_samples
+from modeling_dms.training.models.calibrate import calibrate
 from modeling_dms.training.models.loading import load
 
 
@@ -16,8 +17,7 @@ model, processor = load("demo-llava", {"scheduler": "learned"})
 samples = load_samples("easy-vqa", "train")
 
 # clean statistics first: without them the scheduler has nothing to go by
-clean = PromptCollator(processor)
-print(model.calibrate(clean(samples[start : start + 50]) for start in range(0, 3000, 50)))
+print(calibrate(model, PromptCollator(processor), samples, 300))
 
 # the scheduler alone
 model.requires_grad_(False)
@@ -44,3 +44,4 @@ trainer = Trainer(
 )
 trainer.train()
 model.save_pretrained("runs/plain-trainer/final")
+processor.save_pretrained("runs/plain-trainer/final")
