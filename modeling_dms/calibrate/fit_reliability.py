@@ -72,12 +72,11 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     if int(looks.sum()) < MIN_SAMPLES:
         return {}
     reliability.rate.fill_(rate)
-    for held in [fold == number for number in range(FOLDS)] + [torch.zeros(len(p), dtype=torch.bool)]:
-        _fit_odds(reliability, "", reliability_numbers(sureness, p, rate)[~held], agrees[~held, None])
+    first = _fit_one_look(reliability, reliability_numbers(sureness, p, rate), agrees, fold)
+    for held in _held(fold):
         seen = looks & ~held
         numbers = reliability_numbers(answers.numbers, p, rate)
         _fit_odds(reliability, "look_", numbers[seen], answers.agrees[seen, :3])
-        first = reliability(sureness, p)
         best, which_answer = believed(reliability.looked(answers.numbers, p), answers.numbers)
         second = torch.where(falls, answers.agrees[rows, which_answer], agrees)
         kept[held] = torch.stack([first, agrees, torch.where(falls, best, first), second], 1)[held]
@@ -87,14 +86,42 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     reliability.kept.zero_()[: len(chosen)] = torch.cat([kept, sample[:, None]], 1)[chosen]
     reliability.count.fill_(float(len(chosen)))
 
-    def told(confidence: Tensor, right: Tensor) -> float:
-        return auroc(confidence[right == 0], confidence[right == 1])
-
     return {
-        "first token's probability": told(sureness, agrees),
-        "one look": told(kept[:, 0], kept[:, 1]),
-        "second look": told(kept[:, 2], kept[:, 3]),
+        "first token's probability": _told(sureness, agrees),
+        "one look": _told(kept[:, 0], kept[:, 1]),
+        "second look": _told(kept[:, 2], kept[:, 3]),
     }
+
+
+def _told(confidence: Tensor, right: Tensor) -> float:
+    """How well right answers are told from wrong ones."""
+    return auroc(confidence[right == 0], confidence[right == 1])
+
+
+def _held(fold: Tensor) -> list[Tensor]:
+    """Which rows (m,) are held out of each fit, and none of the last one."""
+    return [*(fold == number for number in range(FOLDS)), torch.zeros(len(fold), dtype=torch.bool)]
+
+
+def _fit_one_look(reliability: Reliability, numbers: Tensor, agrees: Tensor, fold: Tensor) -> Tensor:
+    """Fits reliability after one look: to all numbers (m, F), or, where these tell no more, to how sure the answer is.
+
+    Returns:
+        It, (m,), by fits that a row took no part in.
+    """
+    best, most = torch.zeros(len(numbers)), -1.0
+    # how sure the answer is comes first; what is always 0 has no say
+    for some in (numbers * (torch.arange(numbers.shape[1]) == 0), numbers):
+        before = {name: buffer.clone() for name, buffer in reliability.state_dict().items()}
+        found = torch.zeros(len(numbers))
+        for held in _held(fold):
+            _fit_odds(reliability, "", some[~held], agrees[~held, None])
+            found[held] = reliability.told(some[held])
+        if not (area := _told(found, agrees)) <= most:  # NaN where all answers are alike
+            best, most = found, area
+        else:
+            reliability.load_state_dict(before)
+    return best
 
 
 def _fit_odds(reliability: Reliability, name: str, numbers: Tensor, agrees: Tensor) -> None:

@@ -175,7 +175,11 @@ class Reliability(Statistics):
             sureness: (B,), the probability of the likeliest first token.
             p_values: (B, M + 1), of each modality, and of the pair.
         """
-        standard = (reliability_numbers(sureness, p_values, self.rate) - self.location) / self.scale
+        return self.told(reliability_numbers(sureness, p_values, self.rate))
+
+    def told(self, numbers: Tensor) -> Tensor:
+        """The same of `reliability_numbers` (B, F)."""
+        standard = (numbers - self.location) / self.scale
         return (standard @ self.coefficients[:-1] + self.coefficients[-1]).sigmoid()
 
     def looked(self, numbers: Tensor, p_values: Tensor) -> Tensor:

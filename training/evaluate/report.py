@@ -253,7 +253,8 @@ def render(results: dict[str, Any]) -> str:
         f"Written by `{run['command']}`. {run['samples']} samples of the {run['split']} split of `{run['data']}`, "
         f"{len(run['seeds'])} seed(s) of corruptions and questions. Intervals are 95% bootstrap over samples; "
         "*- static* is the paired difference in points. *Gap closed* is the pooled share of what the oracle gains, "
-        "which is told the damaged modality and takes the best of the weights 0.05, 0.01 and 0 for it.",
+        "which is told the damaged modality and takes the best of the weights 0.05, 0.01 and 0 for it; resamples in "
+        "which it gains nothing are left out of the interval.",
     ]
     if run["failed"]:
         parts.append(
