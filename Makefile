@@ -53,11 +53,12 @@ site: $(VENV)/dev
 test test-lower: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # where the supported versions of transformers, peft and accelerate differ, with the lowest ones
-LOWER = steer observe calibrate test_versions.py test_configuration.py test_families.py test_identities.py test_generation.py \
-	save/test_export.py training/finetune/test_arguments.py training/finetune/test_lora.py training/finetune/test_trainer.py
+LOWER = observe steer/test_masks.py calibrate/test_counterfactual.py calibrate/test_gain.py test_versions.py \
+	test_configuration.py test_families.py test_identities.py test_generation.py save/test_loading.py save/test_export.py \
+	training/finetune/test_arguments.py training/finetune/test_lora.py training/finetune/test_trainer.py
 LOWER_BIN = $(VENV)-lower/bin
 
 $(VENV)-lower/dev: setup.py constraints-lower.txt

@@ -412,9 +412,6 @@ def test_a_cache_of_chunks_equals_one_prefill():
     assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, 3e-5)
 
 
-# ---- Monte Carlo dropout of the encoder
-
-
 # ---- fusion by embedding
 
 

@@ -109,17 +109,6 @@ def test_a_room_of_the_training_imports_those_below_it(path):
     assert not touches(imports(ROOT / path), *(f"modeling_dms.training.{name}" for name in above))
 
 
-def test_the_trainer_is_imported_without_what_stands_beside_it():
-    done = "import sys, modeling_dms.training.finetune.trainer; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", done], cwd=ROOT, capture_output=True, text=True, check=True)
-    rooms = touches(loaded.stdout.split(), *(f"modeling_dms.training.{name}" for name in ROOMS))
-    assert not touches(
-        rooms, *(f"modeling_dms.training.{name}" for name in ("evaluate", "publish", "apps", "corruptions"))
-    )
-    no_data_set = ("modeling_dms.training.data", *(f"modeling_dms.training.data.{n}" for n in ("samples", "collator")))
-    assert touches(rooms, "modeling_dms.training.data") <= set(no_data_set)
-
-
 @pytest.mark.parametrize("path", sources("configuration"))
 def test_the_configuration_knows_neither(path):
     names = touches(imports(ROOT / path), "modeling_dms", "training", "configuration")
@@ -211,8 +200,10 @@ def test_wheel_metadata(wheel):
 
 # ---- ways to import it
 
-# One process loads torch and transformers, and forks for each way: {name: sys.path entries to put first} -> facts.
+# One process loads torch and transformers, and forks for each way: {name: sys.path entries to put first, and a module
+# to import as well} -> facts.
 _WAYS = """
+import importlib
 import importlib.util
 import json
 import os
@@ -238,6 +229,9 @@ for name, way in ways.items():
             before = {m.partition(".")[0] for m in sys.modules}
             import modeling_dms
             facts["new"] = sorted({m.partition(".")[0] for m in sys.modules} - before - set(sys.stdlib_module_names))
+            if way["also"]:
+                importlib.import_module(way["also"])
+            facts["loaded"] = sorted(sys.modules)
             import modeling_dms.configuration, modeling_dms.training, modeling_dms.training.data
             from modeling_dms.training.evaluate.metrics import captions, confidence, retrieval, robust, vqa
             facts["files"] = [
@@ -257,6 +251,10 @@ print(json.dumps({name: way["facts"] for name, way in ways.items()}))
 """
 
 
+# modules of the training whose import is asked for what else it loads
+ALONE = ("finetune.trainer", "corruptions")
+
+
 @pytest.fixture(scope="module")
 def ways(wheel, tmp_path_factory):
     target, elsewhere = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("elsewhere")
@@ -270,8 +268,9 @@ def ways(wheel, tmp_path_factory):
         "wheel before root": {"path": [installed, root], "cwd": cwd},
         "editable": {"path": [], "cwd": cwd},
     }
+    asked |= {name: {"path": [""], "cwd": root, "also": f"modeling_dms.training.{name}"} for name in ALONE}
     for way, entry in asked.items():
-        entry |= {"root": root, "editable": way == "editable"}
+        entry |= {"root": root, "editable": way == "editable", "also": entry.get("also")}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)
     command = [sys.executable, "-P", "-c", _WAYS, json.dumps(asked)]
@@ -337,3 +336,23 @@ def test_importing_brings_in_torch_and_transformers_only(ways):
     known, owners = dependencies("torch", "transformers"), importlib.metadata.packages_distributions()
     strangers = [top for top in facts["new"] if not {canonicalize_name(o) for o in owners.get(top, [])} & known]
     assert strangers == ["modeling_dms"]
+
+
+def loaded_by(ways, module):
+    facts = ways[0][module]
+    assert "error" not in facts, facts.get("error")
+    assert f"modeling_dms.training.{module}" in facts["loaded"]
+    return facts["loaded"]
+
+
+def test_the_trainer_is_imported_without_what_stands_beside_it(ways):
+    rooms = touches(loaded_by(ways, "finetune.trainer"), *(f"modeling_dms.training.{name}" for name in ROOMS))
+    assert not touches(
+        rooms, *(f"modeling_dms.training.{name}" for name in ("evaluate", "publish", "apps", "corruptions"))
+    )
+    no_data_set = ("modeling_dms.training.data", *(f"modeling_dms.training.data.{n}" for n in ("samples", "collator")))
+    assert touches(rooms, "modeling_dms.training.data") <= set(no_data_set)
+
+
+def test_corruptions_are_imported_without_the_packages_that_some_kinds_need(ways):
+    assert not {"imagecorruptions", "cv2", "numba"} & set(loaded_by(ways, "corruptions"))

@@ -13,8 +13,6 @@ from modeling_dms.observe.prompt import TEXT, VISION
 from tests import families, tiny
 
 
-# their processors take one image a prompt, or their vision towers keep the images of a row together
-ONE_IMAGE = ("blip-2", "instructblip")
 TOPICS = 6
 
 
@@ -72,7 +70,7 @@ def sets(count: int, images: int = 1, passages: int = 3, wrong: int | None = Non
 @functools.cache
 def calibrated(backbone: str, images: int = 1, passages: int = 3) -> PreTrainedModel:
     model = tiny.build(backbone, false_alarm_rate=0.1)
-    report = model.calibrate(sets(192, images, passages), level=2, show_progress=False)
+    report = model.calibrate(sets(128, images, passages), level=2, show_progress=False)
     assert report.sources["text-text" if passages > 1 else "image-image"] > 0.85
     return model
 
@@ -97,10 +95,7 @@ def test_an_image_and_a_text_are_the_modalities(backbone):
 @torch.no_grad()
 def test_uniform_sources_change_nothing_and_a_source_of_weight_0_is_masked(family):
     model, inputs = families.shared(family, scheduler="uniform"), families.inputs(family)
-    try:
-        ids = numbered(model, inputs)
-    except ValueError as error:
-        pytest.skip(str(error))
+    ids = numbered(model, inputs)
     prompt = model._prompt(inputs, model._observed_images({"input_ids": None, **inputs}), dict.fromkeys(
         ("modality_ids", "modality_mask", "modality_weights", "source_types")) | {"source_ids": ids})  # fmt: skip
     present = prompt.modality_mask
@@ -132,7 +127,6 @@ def test_uniform_sources_change_nothing_and_a_source_of_weight_0_is_masked(famil
         ("llava-llama", 3, 1, 2),
         ("blip2-opt", 1, 3, 3),
         ("blip2-t5", 1, 3, 3),
-        ("internvl-qwen3", 3, 1, 1),
     ],
 )
 @torch.no_grad()
@@ -186,7 +180,7 @@ def test_an_image_and_a_text_are_weighed_alike_beside_rows_of_more_sources():
 @torch.no_grad()
 def test_a_pair_that_disagrees_is_judged_alike_beside_rows_of_more_sources():
     model = tiny.build("llava-llama", false_alarm_rate=0.3, conflict_prior="vision")
-    model.calibrate(sets(192), show_progress=False)
+    model.calibrate(sets(128), show_progress=False)
     (batch,) = sets(32, wrong=1, seed=8)
     ids = batch["source_ids"].clone()
     ids[:16] = ids[:16].where(ids[:16] < 3, 0)  # half have one passage
@@ -257,6 +251,7 @@ def test_a_tie_and_a_majority_that_disagrees_change_nothing():
     half = torch.where(right["source_ids"] > 2, wrong["input_ids"], right["input_ids"])
     weights, signals = model.get_modality_weights(**{**right, "input_ids": half})
     odd = weights[signals.p_clean.amin(1) > 0.1 / 8]
+    assert len(odd) > 0
     assert torch.equal(odd, torch.full_like(odd, 0.25))
 
 

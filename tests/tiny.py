@@ -372,6 +372,12 @@ def calibrated(backbone: str, **dms) -> PreTrainedModel:
     return model
 
 
+def calibration_of(backbone: str) -> dict[str, Tensor]:
+    """Tensors of a calibration, where it only counts that there is one: all decoder-only backbones share the first
+    one's, which has their sizes."""
+    return calibrated("blip2-t5" if backbone == "blip2-t5" else "llava-llama").dms.calibration.state_dict()
+
+
 class InternVLImages(InternVLProcessor):
     """`InternVLProcessor` without videos, for which it wants torchvision."""
 

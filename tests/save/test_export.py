@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from tests import tiny
 
 
 BACKBONES = ("llava-llama", "internvl-qwen3", "blip2-t5", "blip2-opt", "retrieval")
+WHICH = ("exported", "saved again")
 
-# What runs where `modeling_dms` cannot be imported: loads every directory, each with a copy of the code, then answers
-# the same inputs and saves again.
+# What runs where `modeling_dms` cannot be imported: loads every checkpoint, each with a copy of the code, answers the
+# same inputs, saves again, and does the same with what it has saved.
 _ELSEWHERE = (
     tiny.BLOCKED
     + """
@@ -26,17 +28,18 @@ except ImportError:
 else:
     raise SystemExit("modeling_dms can be imported: this test tests nothing")
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-jobs = torch.load(sys.argv[1], weights_only=True)
-models, results = {}, {}
-for backbone, job in jobs.items():
+
+def loaded(backbone, directory):
     auto = AutoModel if backbone == "retrieval" else AutoModelForImageTextToText
-    config = AutoConfig.from_pretrained(job["directory"], trust_remote_code=True)
-    model, info = auto.from_pretrained(job["directory"], trust_remote_code=True, output_loading_info=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    assert type(config).__module__.startswith("transformers_modules."), type(config)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    model, info = auto.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
+    for made in (model, config, model.config, model.dms):
+        assert type(made).__module__.split(".")[:2] == ["transformers_modules", Path(directory).name], type(made)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     with torch.no_grad():
         # `tests.tiny.realigned` says why
@@ -45,23 +48,33 @@ for backbone, job in jobs.items():
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.clone()
-    models[backbone] = model
-for backbone, job in jobs.items():
-    model = models[backbone]
+    return model
+
+
+def answers(backbone, model, job):
     with torch.no_grad():
         out = model(**job["inputs"])
         weighed = model(**job["inputs"], modality_weights=job["weights"])
-    result = {
+    found = {
         "class": type(model).__name__,
         "logits": out["logits_per_image" if backbone == "retrieval" else "logits"],
         "weighed": weighed["logits_per_image" if backbone == "retrieval" else "logits"],
         "weights": out.modality_weights,
     }
     if backbone != "retrieval":
-        job["inputs"].pop("decoder_input_ids", None)
-        result["generated"] = model.generate(**job["inputs"], max_new_tokens=3)
-    model.save_pretrained(job["again"])
-    results[backbone] = result
+        found["generated"] = model.generate(**job["prompt"], max_new_tokens=3)
+    return found
+
+
+jobs = torch.load(sys.argv[1], weights_only=True)
+results = {"exported": {}, "saved again": {}}
+# all are loaded before one answers: each answers by its own code
+models = {backbone: loaded(backbone, job["exported"]) for backbone, job in jobs.items()}
+for backbone, model in models.items():
+    results["exported"][backbone] = answers(backbone, model, jobs[backbone])
+    model.save_pretrained(jobs[backbone]["saved again"])
+for backbone, job in jobs.items():
+    results["saved again"][backbone] = answers(backbone, loaded(backbone, job["saved again"]), job)
 torch.save(results, sys.argv[2])
 assert not any(name.split(".")[0] == "modeling_dms" for name in sys.modules)
 
@@ -69,28 +82,33 @@ assert not any(name.split(".")[0] == "modeling_dms" for name in sys.modules)
 sys.meta_path.pop(0)
 import modeling_dms
 
-for backbone, job in jobs.items():
-    model = getattr(modeling_dms, results[backbone]["class"]).from_pretrained(job["directory"])
-    assert type(model).__module__.startswith("modeling_dms."), type(model)
-    assert type(model.config).__module__.startswith("modeling_dms."), type(model.config)
-    if backbone != "retrieval":
-        with torch.no_grad():
-            generated = model.generate(**job["inputs"], max_new_tokens=3)
-        assert torch.equal(generated, results[backbone]["generated"])
+for which, found in results.items():
+    for backbone, job in jobs.items():
+        model = getattr(modeling_dms, found[backbone]["class"]).from_pretrained(job[which])
+        assert type(model).__module__.startswith("modeling_dms."), type(model)
+        assert type(model.config).__module__.startswith("modeling_dms."), type(model.config)
+        if backbone != "retrieval":
+            with torch.no_grad():
+                generated = model.generate(**job["prompt"], max_new_tokens=3)
+            assert torch.equal(generated, found[backbone]["generated"])
 """
 )
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Saved checkpoints, what their models say, and the same said elsewhere by them and by what is saved there."""
+    """Directories of checkpoints, what their models say, and the same said elsewhere by them and by what is saved
+    there."""
     root = tmp_path_factory.mktemp("export")
     expected, jobs = {}, {}
     for backbone in BACKBONES:
         model = tiny.build(backbone, scheduler="learned", stirred=True)
         if backbone != "retrieval":
-            model.calibrate(tiny.clean_samples(), level=2, show_progress=False)
-        model.save_pretrained(root / backbone)
+            model.dms.calibration.load_state_dict(tiny.calibration_of(backbone))
+        # of these names the library makes those of modules
+        folder = root / backbone.replace("-", "_")
+        folders = {"exported": str(folder), "saved again": f"{folder}_again"}
+        model.save_pretrained(folder)
         inputs = tiny.prompts(backbone, "mixed", "left")
         weights = tiny.uneven(len(inputs["input_ids"]))
         with torch.no_grad():
@@ -102,25 +120,16 @@ def exported(tmp_path_factory):
             "weighed": weighed[field],
             "weights": out.modality_weights,
         }
+        prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         if backbone != "retrieval":
-            prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
             expected[backbone]["generated"] = model.generate(**prompt, max_new_tokens=3)
-        jobs[backbone] = {
-            "directory": str(root / backbone),
-            "again": str(root / f"{backbone}-again"),
-            "inputs": inputs,
-            "weights": weights,
-        }
-    first = run_elsewhere(root, "first", jobs)
-    for backbone, job in jobs.items():
-        job["directory"], job["again"] = job["again"], str(root / f"{backbone}-third")
-    second = run_elsewhere(root, "second", jobs)
-    return root, expected, {"exported": first, "saved again": second}
+        jobs[backbone] = {**folders, "inputs": inputs, "prompt": prompt, "weights": weights}
+    return jobs, expected, run_elsewhere(root, jobs)
 
 
-def run_elsewhere(root, name, jobs):
+def run_elsewhere(root, jobs):
     """Runs `_ELSEWHERE` isolated, with caches of its own. Returns its results, or what went wrong."""
-    elsewhere = root / f"{name}-cwd"
+    elsewhere = root / "elsewhere"
     elsewhere.mkdir()
     script, given, results = elsewhere / "script.py", elsewhere / "jobs.pt", elsewhere / "results.pt"
     script.write_text(_ELSEWHERE)
@@ -131,15 +140,15 @@ def run_elsewhere(root, name, jobs):
     command = [sys.executable, "-I", str(script), str(given), str(results)]
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        return f"{name}: {done.stderr[-3000:]}"
+        return done.stderr[-3000:]
     return torch.load(results, weights_only=True)
 
 
-@pytest.mark.parametrize("which", ["exported", "saved again"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_same_answers_without_the_package(exported, backbone, which):
     _, expected, found = exported
-    assert isinstance(found[which], dict), found[which]
+    assert isinstance(found, dict), found
     assert found[which][backbone].keys() == expected[backbone].keys()
     assert (expected[backbone]["weights"] - 0.5).abs().max() > 1e-3
     for name, value in expected[backbone].items():
@@ -149,10 +158,10 @@ def test_same_answers_without_the_package(exported, backbone, which):
             assert found[which][backbone][name] == value
 
 
-@pytest.mark.parametrize("copy", ["", "-again"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_exported_code_is_flat_and_complete(exported, backbone, copy):
-    directory = exported[0] / f"{backbone}{copy}"
+def test_exported_code_is_flat_and_complete(exported, backbone, which):
+    directory = Path(exported[0][backbone][which])
     modules = {path.stem: path.read_text() for path in directory.glob("*.py")}
     assert not [path for path in directory.iterdir() if path.is_dir()]
     for name, text in modules.items():
