@@ -21,6 +21,7 @@ from modeling_dms.training.finetune.train import run_training
 from modeling_dms.training.models.loading import CHECKPOINTS, load
 from modeling_dms.training.publish.release import merge
 from tests import tiny
+from tests.training.conftest import calibrate_up_to
 
 
 def told(*arguments):
@@ -230,7 +231,8 @@ def test_a_save_on_a_full_disk_leaves_what_was_saved_before(tmp_path, kilobytes)
         assert not torch.equal(old(**inputs).logits, new(**inputs).logits)
 
 
-def test_calibrating_onto_a_full_disk_leaves_what_was_there(tmp_path):
+def test_calibrating_onto_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    calibrate_up_to(monkeypatch, 1)
     with disk(tmp_path / "disk", 20_000) as root:
         folder = merge("demo-llava", root / "model")
         (folder / "README.md").write_text("Own words.")

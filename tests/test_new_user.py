@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from modeling_dms.training.cli import app
 from modeling_dms.training.data.samples import SPLITS
 from tests import tiny
+from tests.training.conftest import calibrate_up_to
 
 
 def change(folder, changed):
@@ -148,8 +149,9 @@ def test_training_goes_on_without_the_samples_that_cannot_be_used(tmp_path, capl
         assert re.search(rf"{count} of \d+ samples left out: {why}", said)
 
 
-def test_an_evaluation_goes_on_without_the_samples_that_cannot_be_used(tmp_path, caplog):
+def test_an_evaluation_goes_on_without_the_samples_that_cannot_be_used(tmp_path, monkeypatch, caplog):
     """Of no split that it uses: the checkpoint is calibrated, and baselines are trained and searched."""
+    calibrate_up_to(monkeypatch, 1)
     spoilt(tmp_path, {"train": 60, "validation": 4, "test": 4})
     out = tmp_path / "run"
     options = {"samples": 9, "seeds": 1, "severities": 5, "corruptions": "image:black", "methods": "static,energy"}
@@ -169,7 +171,8 @@ def test_an_evaluation_goes_on_without_the_samples_that_cannot_be_used(tmp_path,
 
 
 @pytest.mark.parametrize("command", ["calibrate", "train", "evaluate"])
-def test_every_command_says_once_what_it_found_in_the_table(tmp_path, command):
+def test_every_command_says_once_what_it_found_in_the_table(tmp_path, monkeypatch, command):
+    calibrate_up_to(monkeypatch, 1)
     folder = tiny.table(tmp_path / "data", 55)
     change(folder, lambda row: {**row, "note": "-", "split": "test" if row["image"] == "0.png" else "train"})
     out, data = str(tmp_path / "out"), ["--model", "demo-llava", "--data", str(folder)]

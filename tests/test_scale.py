@@ -22,6 +22,7 @@ from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
 from modeling_dms.training.models.loading import load
 from tests import processes, tiny
+from tests.training.conftest import calibrate_up_to
 
 
 CONFIGURATIONS = Path(__file__).resolve().parent.parent / "configuration/accelerate"
@@ -222,12 +223,14 @@ def test_the_launcher_starts_two_processes_that_know_of_each_other(tmp_path):
 
 def train_as(rank, command, store):
     processes.joined(rank, 2, store)
+    calibrate_up_to(pytest.MonkeyPatch(), 2)
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output[-3000:]
 
 
-def test_dms_train_on_two_processes_equals_one(tmp_path):
+def test_dms_train_on_two_processes_equals_one(tmp_path, monkeypatch):
     """With its own calibration: the same samples, corruptions, losses and weights."""
+    calibrate_up_to(monkeypatch, 2)
     logs, states = [], []
     for count, batch in ((1, 4), (2, 2)):
         run = tmp_path / str(count)

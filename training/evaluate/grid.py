@@ -205,7 +205,7 @@ def run_condition(
     """All methods under one condition, in all processes. Of an unseen corruption the model's detectors do not know the
     family.
 
-    Batches are the same whatever the number of processes, which take turns: so are the results, to the last digit.
+    Batches are the same whatever the number of processes, which take turns: so are the results, but for rounding.
     """
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)

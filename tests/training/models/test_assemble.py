@@ -25,11 +25,12 @@ needs_parts = pytest.mark.skipif(not all(map(find_spec, PACKAGES)), reason="need
 @pytest.fixture(scope="module")
 def parts():
     """The parts that take long to read are read once."""
-    read = functools.cache(module.language_model)
+    read, tower = functools.cache(module.language_model), functools.cache(module.vision_tower)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "from_pretrained", functools.cache(LlamaForCausalLM.from_pretrained))
         # what is built keeps the tokenizer, and changes it
         patch.setattr(module, "language_model", lambda: (read()[0], copy.deepcopy(read()[1])))
+        patch.setattr(module, "vision_tower", lambda: copy.deepcopy(tower()))
         patch.setattr(module, "_drawings", functools.cache(module._drawings))
         yield
 
@@ -40,7 +41,7 @@ def built(parts) -> dict:
 
 
 @pytest.fixture(scope="module")
-def tower():
+def tower(parts):
     return module.vision_tower().eval()
 
 

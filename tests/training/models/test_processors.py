@@ -103,6 +103,7 @@ def test_an_encoder_decoder_pads_as_its_processor_says(tmp_path):
     assert processor.tokenizer.padding_side == "right"
 
 
+@pytest.mark.usefixtures("first_level_alone")
 def test_what_commands_write_pads_on_the_left(checkpoint, tmp_path):
     folder, data = checkpoint("demo-llava", {"padding_side": "right"}), tiny.table(tmp_path / "data", 60)
     calibrated = tmp_path / "calibrated"

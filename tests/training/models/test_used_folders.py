@@ -18,6 +18,9 @@ from modeling_dms.training.publish import release as releasing
 from tests import tiny
 
 
+pytestmark = pytest.mark.usefixtures("first_level_alone")
+
+
 def command(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
@@ -182,16 +185,28 @@ COMMANDS = {
     "train": ("train", "--model", "demo-llava", "--output_dir"),
 }
 
+# how the work of each begins
+WORK = (
+    "models.assemble.vision_tower",
+    "apps.demo.load",
+    "apps.demo.load_easy_vqa",
+    "evaluate.run.load",
+    "evaluate.run.load_samples",
+    "publish.release.load",
+    "finetune.calibrate.load",
+    "finetune.calibrate.load_sources",
+    "finetune.train.load",
+    "finetune.train.load_sources",
+)
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(tmp_path, monkeypatch, name):
     def works(*args, **kwargs):
         raise AssertionError("the work has begun")
 
-    rooms = ("models.assemble", "apps.demo", "evaluate.run", "publish.release", "finetune.calibrate", "finetune.train")
-    for module in rooms:
-        for function in ("load", "load_samples", "load_sources", "load_easy_vqa", "vision_tower"):
-            monkeypatch.setattr(f"modeling_dms.training.{module}.{function}", works, raising=False)
+    for function in WORK:
+        monkeypatch.setattr(f"modeling_dms.training.{function}", works)
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "deeper" / "out", Path("/proc/nowhere/out")):
         assert f"{place} cannot be written to" in told(*COMMANDS[name], place)
