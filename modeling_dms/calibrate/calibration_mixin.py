@@ -58,7 +58,8 @@ class CalibrationMixin(CounterfactualMixin):
             dataloader: batches of `input_ids`, `attention_mask`, `pixel_values` and, if you use them, `modality_ids`
                 and `modality_mask`; other entries are ignored. With `source_ids` instead, samples of several images or
                 passages tell how far such agree; all else is fitted to the first image and one passage of each. Clean
-                samples: whatever is damaged here will count as normal.
+                samples: whatever is damaged here will count as normal. Best one sample an image: others of the same
+                image add little.
             level: 1, 2 or 3. A class that does not continue prompts has no third level, and stops at the second.
             max_samples: stop after about so many.
             show_progress: show a progress bar.
@@ -71,8 +72,8 @@ class CalibrationMixin(CounterfactualMixin):
             A report; print it for a table.
 
         Raises:
-            ValueError: for fewer than 50 samples of a modality, pixels or features that are not finite, another level,
-                or an unknown family.
+            ValueError: for fewer than 50 different images or 50 texts, pixels or features that are not finite, another
+                level, or an unknown family.
         """
         if level not in (1, 2, 3):
             raise ValueError(f"level must be 1, 2 or 3, got {level!r}")

@@ -1,8 +1,7 @@
 """Fits a `Calibration` from clean samples, without labels.
 
-Level 1 fits how clean samples look. Level 2 takes damaged copies of them (`damage`) and fits what tells each family of
-damage from clean. Everything is cross-fitted: no sample is judged by a fit it took part in, so a few hundred samples
-serve for statistics, detectors and thresholds.
+Level 1 fits how clean samples look, level 2 what tells each family of `damage` to copies of them from clean. All is
+cross-fitted: no image is judged by a fit that it took part in, so a few hundred samples serve for everything.
 """
 
 import copy
@@ -18,7 +17,14 @@ from modeling_dms.calibrate.counterfactual import Answers
 from modeling_dms.calibrate.damage import FAMILIES
 from modeling_dms.calibrate.fit_reliability import fit_lowering, fit_reliability
 from modeling_dms.calibrate.fit_sources import fit_sources
-from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, DamagedRecord, GainRecord, ModalityRecord
+from modeling_dms.calibrate.records import (
+    FOLDS,
+    MIN_SAMPLES,
+    DamagedRecord,
+    GainRecord,
+    ModalityRecord,
+    folds_by_image,
+)
 from modeling_dms.calibrate.report import SEVERITIES, CalibrationReport, Detection
 from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.calibrate.statistics import as_if_new
@@ -63,13 +69,11 @@ def fit_calibration(
         in_prompt: of the clean samples' text, as it was read within the prompts.
         answers: what the backbone answered to damaged copies, for level 3.
         sources: all sources of the same samples, where they have several of a modality.
-        gains: what the backbone says of how far the same samples' images and texts belong together, where that is to
-            count.
+        gains: what the backbone says of how far the samples' images and texts belong together, if that is to count.
         told_by: what the report calls that.
 
     Raises:
-        ValueError: for fewer than 50 samples that have a modality, or features that are not finite. Nothing is changed
-            then.
+        ValueError: for fewer than 50 images or texts, or features that are not finite; nothing is changed then.
     """
     config, target, calibration = calibration.config, calibration, copy.deepcopy(calibration).cpu()
     as_if_new(calibration)
@@ -83,7 +87,7 @@ def fit_calibration(
         if not all(part is None or bool(part.isfinite().all()) for part in vars(record).values()):
             raise ValueError(f"the calibration data give features of {name} that are not finite")
     report = CalibrationReport(false_alarm_rate=float(config.false_alarm_rate), alarm_rate=config.alarm_rate)
-    folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(config.mc_seed)) % FOLDS
+    folds = folds_by_image(clean[0], present[:, 0], config.mc_seed)
     p_values: list[Tensor] = []
     for index, name in enumerate(MODALITIES):
         rows, record, detector = present[:, index], clean[index][present[:, index]], calibration.detectors[index]

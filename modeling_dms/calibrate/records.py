@@ -11,6 +11,8 @@ from torch import Tensor
 MIN_SAMPLES = 50
 # of the cross-fit: no sample is judged by a fit it took part in
 FOLDS = 5
+# by less do the numbers of one image differ from batch to batch
+ALIKE = 1e-3
 
 
 class Record:
@@ -74,3 +76,33 @@ class GainRecord(Record):
     gain: Tensor
     of_other: Tensor
     other: Tensor
+
+
+def folds_by_image(images: ModalityRecord, present: Tensor, seed: int) -> Tensor:
+    """Folds (n,) of samples, at random. Samples of one image, such as several questions about it, share one: else an
+    image would be judged by what was fitted to it, and new ones would look odd beside it.
+
+    Args:
+        images: of the samples.
+        present: (n,), which of them have an image.
+
+    Raises:
+        ValueError: for fewer than 50 different images.
+    """
+    places = present.nonzero()[:, 0]
+    seen = (images.content if images.numbers is None else images.numbers)[places].nan_to_num(0)
+    # what is alike lies side by side, in whatever direction it is looked at
+    generator = torch.Generator().manual_seed(0)
+    order = (seen @ torch.randn(seen.shape[1], generator=generator)).argsort(stable=True)
+    differs = (seen[order].diff(dim=0).abs() > ALIKE).any(1)
+    group = torch.cat([torch.zeros(1, dtype=torch.long), differs.long().cumsum(0)])
+    count = int(group[-1]) + 1
+    if count < MIN_SAMPLES:
+        raise ValueError(
+            f"the calibration data hold {count} different images in {len(places)} samples, at least {MIN_SAMPLES} are "
+            "needed"
+        )
+    first = torch.full((count,), len(present)).scatter_reduce(0, group, places[order], "amin")
+    folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(seed)) % FOLDS
+    folds[places[order]] = folds[first[group]]
+    return folds

@@ -431,6 +431,20 @@ def test_the_report_says_what_it_is_blind_to():
     assert "vision: mostly blind to color" in str(report)
 
 
+def several_times(batches, times):
+    return [{name: value.repeat_interleave(times, 0) for name, value in batch.items()} for batch in batches]
+
+
+@torch.no_grad()
+def test_several_questions_about_one_image_do_not_make_new_images_look_odd():
+    """No image is judged by what was fitted to it. It was: of images four times each, 58% of new ones fell to 5%."""
+    model = tiny.build("llava-llama").eval()
+    model.calibrate(several_times(tiny.clean_samples(count=60, size=30), 4), level=2, show_progress=False)
+    found = [model(**batch).modality_signals.p_clean for batch in tiny.clean_samples(count=300, size=50, seed=11)]
+    flagged = torch.cat(found) <= torch.tensor([[0.05], [0.2]])[:, None]
+    assert (flagged.float().mean(1) < torch.tensor([[0.15], [0.3]])).all()
+
+
 # ---- what it refuses
 
 
@@ -451,6 +465,7 @@ def test_too_few_samples():
     refused(model, few, "32 samples with text.*50")
     model.calibrate(tiny.clean_samples(count=50), level=2, show_progress=False)
     refused(model, tiny.clean_samples(count=49), "49 samples")
+    refused(model, several_times(tiny.clean_samples(count=49), 2), "49 different images in 98 samples.*50")
 
 
 def test_no_samples():
