@@ -203,6 +203,18 @@ def test_calibration_heeds_sources_beside_a_batch_of_pairs():
     assert report.sources["text-text"] > 0.8
 
 
+def test_sources_that_are_asked_about_twice_are_one_sample():
+    """Else what belongs together would look alike by heart."""
+    batches, found = sets(96), []
+    for some in (batches, [{name: torch.cat([value] * 2) for name, value in batch.items()} for batch in batches]):
+        model = tiny.build("llava-llama")
+        found.append((model.calibrate(some, level=1, show_progress=False), model.dms.calibration))
+    (once, one), (twice, two) = found
+    assert twice.samples["vision"] == 2 * once.samples["vision"]
+    assert [int(kept.count) for kept in two.clean_sets] == [int(kept.count) for kept in one.clean_sets]
+    assert twice.sources["text-text"] == pytest.approx(once.sources["text-text"], abs=0.02)
+
+
 @torch.no_grad()
 def test_several_images_are_several_sources_where_calibration_knows_such():
     model, pairs = calibrated("llava-llama", 3, 1), tiny.calibrated("llava-llama")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modeling_dms.calibrate.calibration import Calibration
 from modeling_dms.calibrate.conformal import Agreement
-from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
+from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES, first_alike
 from modeling_dms.calibrate.source_agreement import BOTH, KINDS, SourceAgreement, SourceRecord, composition
 from modeling_dms.calibrate.statistics import keep_map, standardised
 from modeling_dms.evidence.typicality import auroc, fit_discriminants, fit_logistic
@@ -23,7 +23,7 @@ def fit_sources(calibration: Calibration, records: SourceRecord) -> dict[str, fl
 
     Args:
         calibration: whose agreement of image and text is fitted.
-        records: of n samples, in a fixed order.
+        records: of n samples, in a fixed order; what stands there twice counts once.
 
     Returns:
         By kind of pair, how well those of one sample are told from those of two (AUROC); without kinds of which there
@@ -31,6 +31,9 @@ def fit_sources(calibration: Calibration, records: SourceRecord) -> dict[str, fl
     """
     sources, agreement = calibration.sources, copy.deepcopy(calibration.agreement)
     sources.reset()
+    # the same sources, asked about again, are no other sample
+    own = first_alike(torch.cat([content.sum(1) for content in records.contents], 1))
+    records = records[own == torch.arange(len(own))]
     generator = torch.Generator().manual_seed(calibration.config.mc_seed)
     folds = torch.randperm(len(records.types), generator=generator) % FOLDS
     together: list[list[Tensor]] = [[] for _ in KINDS]

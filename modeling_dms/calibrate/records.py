@@ -78,6 +78,16 @@ class GainRecord(Record):
     other: Tensor
 
 
+def first_alike(values: Tensor) -> Tensor:
+    """The first of the rows that each one equals, but for rounding: (n, F) -> (n,)."""
+    # what is alike lies side by side, in whatever direction it is looked at
+    order = (values @ torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0))).argsort(stable=True)
+    differs = (values[order].diff(dim=0).abs() > ALIKE).any(1)
+    group = torch.cat([torch.zeros(1, dtype=torch.long), differs.long().cumsum(0)])[: len(values)]
+    first = torch.full_like(group, len(values)).scatter_reduce(0, group, order, "amin")
+    return torch.zeros_like(order).scatter(0, order, first[group])
+
+
 def folds_by_image(images: ModalityRecord, present: Tensor, seed: int) -> Tensor:
     """Folds (n,) of samples, at random. Samples of one image, such as several questions about it, share one: else an
     image would be judged by what was fitted to it, and new ones would look odd beside it.
@@ -90,19 +100,14 @@ def folds_by_image(images: ModalityRecord, present: Tensor, seed: int) -> Tensor
         ValueError: for fewer than 50 different images.
     """
     places = present.nonzero()[:, 0]
-    seen = (images.content if images.numbers is None else images.numbers)[places].nan_to_num(0)
-    # what is alike lies side by side, in whatever direction it is looked at
-    generator = torch.Generator().manual_seed(0)
-    order = (seen @ torch.randn(seen.shape[1], generator=generator)).argsort(stable=True)
-    differs = (seen[order].diff(dim=0).abs() > ALIKE).any(1)
-    group = torch.cat([torch.zeros(1, dtype=torch.long), differs.long().cumsum(0)])
-    count = int(group[-1]) + 1
+    seen = images.content if images.numbers is None else images.numbers
+    first = places[first_alike(seen[places].nan_to_num(0))]
+    count = len(first.unique())
     if count < MIN_SAMPLES:
         raise ValueError(
             f"the calibration data hold {count} different images in {len(places)} samples, at least {MIN_SAMPLES} are "
             "needed"
         )
-    first = torch.full((count,), len(present)).scatter_reduce(0, group, places[order], "amin")
     folds = torch.randperm(len(present), generator=torch.Generator().manual_seed(seed)) % FOLDS
-    folds[places[order]] = folds[first[group]]
+    folds[places] = folds[first]
     return folds
