@@ -11,12 +11,15 @@ from torch import Tensor
 from modeling_dms.weigh.second_look import log_odds
 
 
-MOST = 5.0  # evidence against a pair, -log p, that counts
+# evidence against a pair: of the p-values of clean pairs those above this say nothing, and log(ORDINARY / p) counts up
+# to `MOST`
+ORDINARY, MOST = 0.1, 5.0
 
 
 def reliability_numbers(sureness: Tensor, p_values: Tensor, rate: Tensor | float) -> Tensor:
     """What reliability is read from: log-odds, which sources are flagged, the evidence against the pair, and the
-    log-odds again under each of these. How sure a backbone sounds means another thing where a source is damaged.
+    log-odds again under each of these. How sure a backbone sounds means another thing where a source is damaged. A
+    damaged source disagrees with any other, so the pair counts where nothing is flagged.
 
     Args:
         sureness: (B,), the probability of the likeliest first token; or log-odds (B, F), as they are.
@@ -28,7 +31,8 @@ def reliability_numbers(sureness: Tensor, p_values: Tensor, rate: Tensor | float
     """
     sure = log_odds(sureness)[:, None] if sureness.ndim == 1 else sureness
     flagged = (p_values[:, :-1] <= rate).to(sure.dtype)
-    alarms = torch.cat([flagged, -p_values[:, -1:].log().clamp_min(-MOST) / MOST], 1)
+    against = (ORDINARY / p_values[:, -1:]).log().clamp(0, MOST) / MOST
+    alarms = torch.cat([flagged, against * (1 - flagged.amax(1, keepdim=True))], 1)
     return torch.cat([sure, alarms, (sure[:, :, None] * alarms[:, None]).flatten(1)], 1)
 
 

@@ -48,14 +48,17 @@ def test_three_answers_are_one_where_they_begin_alike():
 
 
 def test_how_sure_it_sounds_counts_apart_where_a_source_is_flagged():
-    p_values = torch.tensor([[1.0, 1e-30, 1e-30], [0.01, 0.5, 1.0]])
-    numbers = reliability_numbers(torch.tensor([0.5, 0.9]), p_values, rate=0.01)
+    p_values = torch.tensor([[1.0, 0.5, 1e-30], [0.01, 0.5, 1.0], [1.0, 1e-30, 1e-30], [1.0, 1.0, 0.11]])
+    numbers = reliability_numbers(torch.tensor([0.5, 0.9, 0.9, 0.9]), p_values, rate=0.01)
     sure = float(log_odds(torch.tensor(0.9)))
     # the odds, image and text flagged, how far the pair is beyond a limit, and the odds under each of these
-    torch.testing.assert_close(numbers[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 0]))
+    torch.testing.assert_close(numbers[0], torch.tensor([0.0, 0, 0, 1, 0, 0, 0]))
     torch.testing.assert_close(numbers[1], torch.tensor([sure, 1, 0, 0, sure, 0, 0]))
-    several = reliability_numbers(torch.randn(2, FIRST_TOKENS), p_values, rate=0.01)
-    assert several.shape == (2, FIRST_TOKENS + 3 + 3 * FIRST_TOKENS)
+    # what is damaged disagrees with anything, and clean pairs do so a little
+    torch.testing.assert_close(numbers[2], torch.tensor([sure, 0, 1, 0, 0, sure, 0]))
+    torch.testing.assert_close(numbers[3], torch.tensor([sure, 0, 0, 0, 0, 0, 0]))
+    several = reliability_numbers(torch.randn(4, FIRST_TOKENS), p_values, rate=0.01)
+    assert several.shape == (4, FIRST_TOKENS + 3 + 3 * FIRST_TOKENS)
     assert several.isfinite().all()
 
 
