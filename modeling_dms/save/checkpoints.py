@@ -131,7 +131,8 @@ class CheckpointMixin:
         # one that was calibrated before there was a third level has none
         reliability = {name for name in own if name.startswith(f"{of_calibration}reliability.")}
         new = own if own <= missing else anew | (reliability if reliability <= missing else set())
-        new |= {name for name in own if name.startswith(f"{of_calibration}prompts.")}
+        later = f"{of_calibration}prompts.", f"{of_calibration}reliability.ordinary"
+        new |= {name for name in own if name.startswith(later)}
         if missing - new and not wants_info:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"

@@ -72,6 +72,7 @@ def load(
             new = {part: v for part, v in fitted.items() if part.startswith(f"{calibration}{room}.")}
             if not weights.keys() & new:  # calibrated before there was that
                 weights |= new
+        weights.setdefault(f"{calibration}reliability.ordinary", fitted[f"{calibration}reliability.ordinary"])
         with warnings.catch_warnings():
             # peft asks transformers by a name that it calls old
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
