@@ -92,7 +92,8 @@ from wrong ones no better here.
 """
 MILDER = """## Milder damage
 
-The same damage of severity {mild} instead of {severity}, at the default rate of false alarms.
+The same damage of severity {mild} instead of {severity}, at the default rate of false alarms, as far as it was
+measured.
 
 """
 
