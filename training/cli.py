@@ -297,14 +297,14 @@ def evaluate(
     checkpoint in the folder of a run, those that this run held out.
     """
     from modeling_dms.training.corruptions import CorruptionConfig
-    from modeling_dms.training.evaluate.baselines import METHODS
+    from modeling_dms.training.evaluate.baselines import FOR_SEVERAL, METHODS
     from modeling_dms.training.evaluate.run import BOTH_RATE, EvaluationConfig
     from modeling_dms.training.evaluate.run import evaluate as run
     from modeling_dms.training.publish.record import families_of
 
     chosen = _listed("--methods", methods)
     if chosen == ["all"]:
-        chosen = [name for name in METHODS if name != "own"]
+        chosen = [name for name in METHODS if name not in ("own", *FOR_SEVERAL)]
     with _usage():
         config = EvaluationConfig(
             model=model,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
+from modeling_dms.training.data.samples import FIELDS
 from modeling_dms.training.models.calibrate import calibrate, reads_whole_prompts
 from modeling_dms.training.models.loading import load, on_accelerator, room_for_prompts, shipped
 
@@ -62,18 +62,6 @@ def check_answerable(sample: Sample) -> None:
         raise ValueError("there is neither an image nor a context to answer from")
 
 
-def names_of(sample: Sample) -> tuple[str, ...]:
-    """What its weights are of: image and context, or each image and each passage where there are several."""
-    images, passages = len(sample.images) + (sample.image is not None), len(sample.passages)
-    if images < 2 and passages < 2:
-        return FIELDS
-    return tuple(
-        f"{name} {number}"
-        for name, count in zip(FIELDS, (images, passages), strict=True)
-        for number in range(1, count + 1)
-    )
-
-
 def answer(
     model: Any,
     collator: PromptCollator,
@@ -101,7 +89,7 @@ def answer(
     # of pairs of sources there is no one number a source
     signals = {name: values.tolist() for name, values in found.items() if values.ndim == 1}
     reliability = None if generated.reliability is None else float(generated.reliability[0])
-    return Answer(text, generated.modality_weights[0].tolist(), signals, reliability, names_of(sample))
+    return Answer(text, generated.modality_weights[0].tolist(), signals, reliability, sample.source_names)
 
 
 def predict_one(
@@ -121,7 +109,7 @@ def predict_one(
         image=loaded[0] if loaded else None, images=tuple(loaded[1:]), contexts=tuple(passages[1:])
     )
     model, collator = load_for_answers(name, max_new_tokens)
-    if names_of(sample) != FIELDS and not any(bool(clean.count > 0) for clean in model.dms.calibration.clean_sets):
+    if sample.source_names != FIELDS and not any(bool(clean.count > 0) for clean in model.dms.calibration.clean_sets):
         print("calibrated on single images and passages: how far several agree is not known (see docs/sources.md)")
     given = answer(model, collator, sample, max_new_tokens)
     print(f"answer: {given.text}")

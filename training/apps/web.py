@@ -11,11 +11,11 @@ from typing import Any, cast
 
 from PIL import Image
 
-from modeling_dms.training.apps.answer import Answer, answer, load_for_answers, names_of
+from modeling_dms.training.apps.answer import Answer, answer, load_for_answers
 from modeling_dms.training.corruptions import IMAGENET_C, NAMES, corrupt
-from modeling_dms.training.corruptions.dropout import FIELDS
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa, load_example_photographs
 from modeling_dms.training.data.easy_vqa import COLORS, SHAPES
+from modeling_dms.training.data.samples import FIELDS
 from modeling_dms.training.evaluate.run import one_per_image
 
 
@@ -122,7 +122,7 @@ def show(
             sample = corrupt(sample, kind, int(severity))
     first = sample
     sample = sample.replace(images=tuple(loaded[1:]), contexts=tuple(passages[1:]))
-    count = len(names_of(sample))
+    count = len(sample.source_names)
     static = answer(model, collator, sample, MAX_NEW_TOKENS, [1 / count] * count)
     dms, rate = answer(model, collator, sample, MAX_NEW_TOKENS), model.config.dms_config.alarm_rate
     said, bars = explain(dms, rate), draw_bars(dms, rate)

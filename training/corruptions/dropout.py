@@ -11,12 +11,11 @@ from transformers import TrainerCallback
 
 from modeling_dms.training.corruptions.families import CorruptionConfig, check_rates, names_in
 from modeling_dms.training.corruptions.registry import INPUTS, corrupt, seeded
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import FIELDS, Sample
 
 
 # nothing of the sample is left in the modality, whatever the severity
 REPLACING_FAMILIES = ("missing", "mismatch", "blank", "random_words")
-FIELDS = ("image", "context")
 
 
 def _is_present(sample: Sample, field: str) -> bool:

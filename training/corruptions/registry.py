@@ -7,12 +7,14 @@ import numpy as np
 from modeling_dms.training.corruptions.imagenet_c import IMAGENET_C
 from modeling_dms.training.corruptions.images import IMAGE_CORRUPTIONS
 from modeling_dms.training.corruptions.text import TEXT_CORRUPTIONS
-from modeling_dms.training.data.samples import Sample
+from modeling_dms.training.data.samples import FIELDS, Sample
 from modeling_dms.training.names import check_names
 
 
 # what a corruption damages, as its name says
 INPUTS = ("image", "text")
+# of a sample, by that
+FIELD_OF: dict[str, str] = dict(zip(INPUTS, FIELDS, strict=True))
 _KINDS = {"image": {**IMAGE_CORRUPTIONS, **IMAGENET_C}, "text": TEXT_CORRUPTIONS}
 # every name that `corrupt` takes
 NAMES = tuple(f"{modality}:{kind}" for modality in INPUTS for kind in (*_KINDS[modality], "missing", "mismatch"))
@@ -46,7 +48,7 @@ def corrupt(sample: Sample, name: str, severity: int = 3, other: Sample | None =
         raise ValueError(f"severity must be an integer from 1 to 5, got {severity!r}")
     check_names("corruption", [name], NAMES)
     modality, _, kind = name.partition(":")
-    field = {"image": "image", "text": "context"}[modality]
+    field = FIELD_OF[modality]
     damage = 1.0 if kind in ("missing", "mismatch") else severity / 5
     if kind == "missing":
         value = None

@@ -156,7 +156,7 @@ class PromptCollator:
         tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
         rows: list[dict[str, list[int]]] = []
         others, images, keys = [], [], []
-        several = any(sample.images or len(sample.passages) > 1 for sample in samples)
+        several = any(sample.has_several for sample in samples)
         for sample in samples:
             loaded = sample.load_images()
             prompt = self._encode(sample, loaded)

@@ -72,6 +72,8 @@ class StoredImage:
 
 
 AnyImage = Path | Image.Image | bytes | StoredImage
+# of a sample, what the modalities are
+FIELDS = ("image", "context")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Sample:
         task: `"vqa"`, `"caption"` or `"retrieval"`.
         damage: of image and context, 0 (clean) to 1 (missing or another sample's); set by `corrupt`.
         images, contexts: further images, of any form that `image` takes, and further passages.
+        damaged_sources: of its images and then its passages that hold anything, counted from 1, those that a condition
+            of the evaluation has damaged.
 
     Halves of surrogate pairs, which JSON may hold and neither tokenizers nor files take, become U+FFFD in all texts.
     """
@@ -102,6 +106,7 @@ class Sample:
     damage: tuple[float, float] = (0.0, 0.0)
     images: tuple[AnyImage, ...] = ()
     contexts: tuple[str, ...] = ()
+    damaged_sources: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("id", "context", "question", "answers", "contexts"):
@@ -139,6 +144,19 @@ class Sample:
         """All of its passages that hold anything, without the space around them."""
         found = (passage.strip() for passage in (self.context, *self.contexts) if passage)
         return [passage for passage in found if passage]
+
+    @property
+    def has_several(self) -> bool:
+        """Whether it has several images or several passages."""
+        return bool(self.images) or len(self.passages) > 1
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What its weights are of: image and context, or each image and each passage where there are several."""
+        if not self.has_several:
+            return FIELDS
+        named = zip(FIELDS, (len(self.images) + (self.image is not None), len(self.passages)), strict=True)
+        return tuple(f"{name} {number}" for name, count in named for number in range(1, count + 1))
 
     def replace(self, **changes) -> "Sample":
         """A copy with some fields changed."""

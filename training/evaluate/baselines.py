@@ -21,6 +21,7 @@ from modeling_dms.configuration.configuration_dms import MODALITIES, SIGNALS
 from modeling_dms.outputs import ModalitySignals
 from modeling_dms.training.corruptions import CorruptionConfig, ModalityDropout
 from modeling_dms.training.data import Sample
+from modeling_dms.training.evaluate.credibility import ByModality, LeastLikelyDropped, LikeliestSource
 from modeling_dms.training.evaluate.grid import Condition, run_condition, with_images_encoded
 from modeling_dms.training.evaluate.methods import Fixed, Method, Scheduled, on_device
 from modeling_dms.training.evaluate.published import AdaptVis, ContrastiveDecoding
@@ -151,6 +152,9 @@ def make_methods(
         "rule + text prior": Scheduled("rule + text prior", _like(model, scheduler="rule", conflict_prior="text")),
         "second look": Scheduled("second look", _like(model, scheduler="rule", conflict_prior="learned")),
         "own": Scheduled("own"),
+        "by modality": ByModality(scheduler=_like(model, scheduler="rule")),
+        "least likely dropped": LeastLikelyDropped(),
+        "likeliest source": LikeliestSource(),
         "oracle": Method("oracle"),
     }
     wanted = [name for name in names if name.startswith("learned")]
@@ -189,7 +193,11 @@ def make_methods(
     return [found[name] for name in names]
 
 
-UNTRAINED = ("static", "rule", "rule + prior", "rule + text prior", "second look", "own", "oracle")
+# those that weigh each of several images and passages
+OF_SOURCES = ("static", "rule", "own", "by modality", "least likely dropped", "likeliest source", "oracle")
+# and those of them that say nothing where a sample has one image and one context
+FOR_SEVERAL = OF_SOURCES[3:6]
+UNTRAINED = (*OF_SOURCES[:-1], "rule + prior", "rule + text prior", "second look", "oracle")
 METHODS = (
     *UNTRAINED[:-1],
     "learned",

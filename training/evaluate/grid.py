@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from modeling_dms.training.corruptions import corrupt, self_made_families
+from modeling_dms.training.corruptions.registry import FIELD_OF, INPUTS, seeded
 from modeling_dms.training.data import Sample
 from modeling_dms.training.data.samples import image_key
-from modeling_dms.training.evaluate.methods import Batch, Fixed, Method, on_device
+from modeling_dms.training.evaluate.methods import Batch, Fixed, Method, Told, on_device, present
 from modeling_dms.training.evaluate.tasks import Task
 
 
@@ -62,12 +64,12 @@ class Condition:
     def lacks(self, sample: Sample) -> str | None:
         """What a sample needs to be measured under this condition and does not have: it would stay as it is, and look
         robust, or leave nothing to ask. `None` where it has all."""
-        there = {"image": sample.image is not None, "text": bool((sample.context or "").strip())}
+        count_of = {"image": len(sample.images) + (sample.image is not None), "text": len(sample.passages)}
         for kind in self.kinds:
-            if not there[kind.partition(":")[0]]:
+            if not count_of[kind.partition(":")[0]]:
                 return "an image" if kind.startswith("image") else "a context"
-        missing = {kind.partition(":")[0] for kind in self.kinds if kind.endswith(":missing")}
-        if missing and not any(is_there for modality, is_there in there.items() if modality not in missing):
+        missing = [kind.partition(":")[0] for kind in self.kinds if kind.endswith(":missing")]
+        if missing and all(count <= missing.count(modality) for modality, count in count_of.items()):
             return "anything left to answer from"
         return None
 
@@ -102,7 +104,8 @@ class Condition:
 
     def _corrupted(self, samples: Sequence[Sample], place: int, seed: int) -> Sample:
         """The corrupted copy of one of the samples. A mismatch takes the image or context of the next one with another
-        image, another context and another first answer.
+        image, another context and another first answer. Of several images or passages each kind damages another one,
+        drawn by the sample's id.
 
         Raises:
             ValueError: naming the sample that cannot be corrupted.
@@ -110,17 +113,51 @@ class Condition:
         new, other = samples[place], None
         if any(kind.endswith(":mismatch") for kind in self.kinds):
             rest = [*samples[place + 1 :], *samples[:place]]
-            other = next((o for o in rest if self.lacks(o) is None and _differ(o, new)), None)
+            other = next((o for o in rest if self.lacks(o) is None and _differ(new, o)), None)
             if other is None:
                 raise ValueError(f"sample {new.id!r}: there is no other sample to mismatch it with")
+        sources = _sources(new)
+        others = None if other is None else _sources(other)
+        drawn = seeded("source", self.name, new.id, seed)
+        turns = {modality: drawn.permutation(len(own)).tolist() for modality, own in sources.items()}
+        damaged = set()
         for kind in self.kinds:
-            new = corrupt(new, kind, max(1, self.severity), other, f"@{seed}")
-        return new
+            modality = kind.partition(":")[0]
+            turns[modality].append(at := turns[modality].pop(0))
+            field, own = FIELD_OF[modality], sources[modality]
+            if other is not None and others is not None:
+                # none that the sample has as well
+                fits = [value for value in others[modality] if value not in own] or others[modality] or [None]
+                other = other.replace(**{field: fits[at % len(fits)]})
+            salt = f"@{seed}" + f"#{at}" * (at > 0)
+            new = corrupt(new.replace(**{field: own[at]}), kind, max(1, self.severity), other, salt)
+            own[at] = getattr(new, field)
+            damaged.add((modality, at))
+        there = [(m, at) for m, own in sources.items() for at, value in enumerate(own) if _holds(value)]
+        image, context = ([value for value in sources[m] if value is not None] or [None] for m in INPUTS)
+        return new.replace(
+            image=image[0],
+            images=tuple(image[1:]),
+            context=context[0],
+            contexts=tuple(context[1:]),
+            damaged_sources=tuple(number for number, place in enumerate(there, 1) if place in damaged),
+        )
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is an image, or a passage that says anything."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
+def _sources(sample: Sample) -> dict[str, list[Any]]:
+    """By modality, all images and passages of a sample."""
+    every = {"image": (sample.image, *sample.images), "text": (sample.context, *sample.contexts)}
+    return {modality: [value for value in values if _holds(value)] for modality, values in every.items()}
 
 
 def _differ(one: Sample, other: Sample) -> bool:
-    """In whatever they have."""
-    if one.answers[:1] == other.answers[:1] or (one.context is not None and one.context == other.context):
+    """In whatever they have: the other one has an answer, an image and a passage that the first one has not."""
+    if one.answers[:1] == other.answers[:1] or (other.passages and {*other.passages} <= {*one.passages}):
         return False
     return one.image is None or image_key(one.image) != image_key(other.image)
 
@@ -132,7 +169,8 @@ class Cell:
     Attributes:
         method, condition, seed: which.
         metrics: by name, (n,) each; `score` is the task's main one, `reliability` what a method says of its answers.
-        weights: (n, M), `None` for a method without.
+            Where samples have several sources, further ones say what their weights do, see `weighed`.
+        weights: (n, M), `None` for a method without, and where samples have several sources.
         seconds: for encoding, deciding and answering, of all processes together; images are encoded once for all
             methods, and answers of methods that weigh a whole batch alike found once, and counted for each.
         failed: errors by id of samples that could not be corrupted or asked: their metrics are 0, their weights equal.
@@ -182,14 +220,39 @@ def collated(task: Task, samples: Sequence[Sample], model: PreTrainedModel) -> t
         return on_device(task.collate(rest), model) if rest else None, failed
 
 
-def methods_of(methods: Sequence[Method], condition: Condition) -> list[Method]:
+def methods_of(methods: Sequence[Method], condition: Condition, several: bool) -> list[Method]:
     """The methods of a condition: `ORACLE` in their place stands for one each of `ORACLE_WEIGHTS`, told which modality
-    is damaged."""
+    is damaged, or which of several sources."""
     found = [method for method in methods if method.name != ORACLE]
-    if len(found) < len(methods) and condition.damaged is not None:
+    if len(found) < len(methods) and has_oracle(condition, several):
         for low in ORACLE_WEIGHTS:
-            found.append(Fixed(f"{ORACLE} {low}", low if condition.damaged == 0 else 1 - low))
+            name, vision = f"{ORACLE} {low}", low if condition.damaged == 0 else 1 - low
+            found.append(Told(name, low) if several else Fixed(name, vision))
     return found
+
+
+def has_oracle(condition: Condition, several: bool) -> bool:
+    """Whether there is anything to be told: one modality that is damaged, or some of several sources."""
+    return condition.damaged is not None or (several and bool(condition.kinds))
+
+
+def weighed(weights: Tensor, batch: Batch) -> dict[str, list[float]]:
+    """What weights of sources (B, S) do, as metrics of the samples: whether they are not all equal (`reweighted`), the
+    mean weight of what is damaged, 1 being an equal share (`damaged_weight`), and whether that is below the weight of
+    everything else (`damaged_lowest`); 1 and 0 where nothing is damaged, or everything."""
+    there, damaged = present(batch), batch["damaged"]
+    relative = weights * there.sum(1, keepdim=True)
+    sound, damaged = there & ~damaged, there & damaged
+    most, least = relative.masked_fill(~there, -torch.inf).amax(1), relative.masked_fill(~there, torch.inf).amin(1)
+    mean = relative.masked_fill(~damaged, 0).sum(1) / damaged.sum(1).clamp_min(1)
+    highest = relative.masked_fill(~damaged, -torch.inf).amax(1)
+    lowest = (highest < relative.masked_fill(~sound, torch.inf).amin(1)).float()
+    tells = damaged.any(1) & sound.any(1)
+    return {
+        "reweighted": (most - least > 1e-3).float().tolist(),
+        "damaged_weight": mean.masked_fill(~tells, 1).tolist(),
+        "damaged_lowest": lowest.masked_fill(~tells, 0).tolist(),
+    }
 
 
 @torch.no_grad()
@@ -201,16 +264,20 @@ def run_condition(
     condition: Condition,
     seed: int,
     batch_size: int,
+    several: bool = False,
 ) -> list[Cell]:
     """All methods under one condition, in all processes. Of an unseen corruption the model's detectors do not know the
     family.
+
+    Args:
+        several: whether samples may have several images or passages, see [`Cell`].
 
     Batches are the same whatever the number of processes, which take turns: so are the results, but for rounding.
     """
     state = PartialState()
     corrupted, failed = condition.apply(samples, seed)
-    chosen = methods_of(methods, condition)
-    own: list[tuple[int, str, list[dict[str, Any]], list | None, float, list | None]] = []
+    chosen = methods_of(methods, condition, several)
+    own: list[tuple[int, str, list[dict[str, Any]], list | None, float, list | None, dict[str, list[float]]]] = []
     unfit: list[tuple[str, str]] = []
     starts = range(0, len(corrupted), batch_size)
     for number, start in enumerate(starts):
@@ -239,7 +306,9 @@ def run_condition(
                 if weights is not None:
                     by_weights[str(weights)] = known
             reliability = None if trust is None else trust.tolist()
-            own.append((number, method.name, known[0], weights, encoding + deciding + known[1], reliability))
+            said = weighed(given, batch) if several and given is not None else {}
+            seconds = encoding + deciding + known[1]
+            own.append((number, method.name, known[0], weights, seconds, reliability, said))
     rows = sorted(gather_object(own), key=lambda row: row[0])
     failed |= dict(gather_object(unfit))
     if not rows:
@@ -251,13 +320,19 @@ def run_condition(
     for method in chosen:
         mine = [row for row in rows if row[1] == method.name]
         answers = [answer for row in mine for answer in row[2]]
-        weights = None if mine[0][3] is None else np.array([w for row in mine for w in row[3]], dtype=float)
+        weights = None
+        if mine[0][3] is not None and not several:
+            weights = np.array([w for row in mine for w in row[3]], dtype=float)
         metrics = task.scores(answers, answered)
-        if mine[0][5] is not None:
+        if not several and mine[0][5] is not None:
             metrics["reliability"] = np.array([trust for row in mine for trust in row[5]])
+        told = [name for name in mine[0][6] if condition.kinds or not name.startswith("damaged")]
+        for name in told:
+            metrics[name] = np.array([value for row in mine for value in row[6][name]])
         if failed or not measured.all():
             kept = [place for place, sample in enumerate(samples) if measured[place] and sample.id not in failed]
-            metrics = {name: _spread(values, kept, len(samples), 0.0) for name, values in metrics.items()}
+            fill = {"damaged_weight": 1.0}
+            metrics = {name: _spread(of, kept, len(samples), fill.get(name, 0.0)) for name, of in metrics.items()}
             weights = None if weights is None else _spread(weights, kept, len(samples), 1 / weights.shape[1])
         seconds = sum(row[4] for row in mine)
         cells.append(Cell(method.name, condition, seed, metrics, weights, seconds, failed, measured))
@@ -286,6 +361,7 @@ def run_grid(
     out: Path,
     batch_size: int = 50,
     resume: bool = False,
+    several: bool = False,
 ) -> list[Cell]:
     """All methods under all conditions and seeds.
 
@@ -293,6 +369,7 @@ def run_grid(
         samples_of: a seed -> its samples, as many for every seed.
         out: every condition that is finished is kept here; with `resume` only what it lacks is run: other conditions,
             seeds and methods. Methods go by their names.
+        several: see `run_condition`.
 
     Raises:
         ValueError: where `resume` meets results of other samples.
@@ -320,10 +397,10 @@ def run_grid(
             if kept["samples"] != ids:
                 raise ValueError(f"{path} holds results of other samples: use another folder")
             found = {cell["method"]: _read(cell, condition, seed) for cell in kept["cells"]}
-        wanted = [m for m in methods if m.name != ORACLE or condition.damaged is not None]
+        wanted = [m for m in methods if m.name != ORACLE or has_oracle(condition, several)]
         missing = [method for method in wanted if method.name not in found]
         if missing:
-            new = run_condition(model, task, missing, samples, condition, seed, batch_size)
+            new = run_condition(model, task, missing, samples, condition, seed, batch_size, several)
             found |= {cell.method: cell for cell in new}
             if state.is_main_process:
                 part = path.with_suffix(".part")

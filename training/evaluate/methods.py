@@ -18,11 +18,11 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from modeling_dms._compat import CACHE
 from modeling_dms.configuration.configuration_dms import MODALITIES
-from modeling_dms.weigh.scheduler import ModalityScheduler
+from modeling_dms.weigh.scheduler import ModalityScheduler, uniform_weights
 
 
-# what a `PromptCollator` adds for bookkeeping
-BOOKKEEPING = ("sample_ids", "image_keys")
+# what a task adds to the prompts for bookkeeping
+BOOKKEEPING = ("sample_ids", "image_keys", "damaged")
 # continuations read at once, over all prompts of a batch
 ROWS = 64
 Batch = dict[str, Any]
@@ -31,6 +31,14 @@ Batch = dict[str, Any]
 def on_device(batch: Batch, model: PreTrainedModel) -> Batch:
     """The batch where the model is."""
     return {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def present(prompt: Batch) -> Tensor:
+    """Which sources each prompt has, (B, S), or, where it tells none apart, of image and context, (B, M)."""
+    several = "source_ids" in prompt
+    ids = prompt["source_ids" if several else "modality_ids"]
+    numbers = torch.arange(1, (max(1, int(ids.max())) if several else len(MODALITIES)) + 1, device=ids.device)
+    return (ids[:, :, None] == numbers).any(1)
 
 
 def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -49,7 +57,7 @@ def read(model: PreTrainedModel, prompt: Batch, weights: Tensor) -> tuple[Tensor
     """
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no language model that could continue a prompt")
-    inputs = _inputs(prompt)
+    inputs = model_inputs(prompt)
     language, rows = model.config.get_text_config(), len(prompt["input_ids"])
     if language.is_encoder_decoder:
 
@@ -95,7 +103,9 @@ class Method:
     name: str = "static"
 
     def decide(self, model: PreTrainedModel, prompt: Batch) -> Tensor:
-        """From prompts without answers: here the modality weights (B, M)."""
+        """From prompts without answers: here the weights (B, M), of several sources (B, S)."""
+        if "source_ids" in prompt:
+            return uniform_weights(present(prompt))
         ids = prompt["input_ids"]
         return torch.full((len(ids), len(MODALITIES)), 1 / len(MODALITIES), device=ids.device)
 
@@ -205,6 +215,24 @@ class Fixed(Method):
 
 
 @dataclass(frozen=True)
+class Told(Method):
+    """Told which sources are damaged: the oracle where there are several.
+
+    Attributes:
+        low: weight of the damaged ones, of two sources one of which is damaged; of more in proportion.
+    """
+
+    name: str = "oracle"
+    low: float = 0.0
+
+    def decide(self, model: PreTrainedModel, prompt: Batch) -> Tensor:
+        uniform = super().decide(model, prompt)
+        weights = uniform * torch.where(prompt["damaged"], self.low, 1 - self.low)
+        total = weights.sum(1, keepdim=True)
+        return torch.where(total > 0, weights / total.clamp_min(1e-12), uniform)
+
+
+@dataclass(frozen=True)
 class Scheduled(Method):
     """Weights of a scheduler; `None` is the model's own. Rule and trained schedulers are DMS, `entropy` (MLA, Zhang et
     al., 2024) and `energy` (QMF, Zhang et al., 2023) published baselines."""
@@ -222,7 +250,7 @@ class Scheduled(Method):
                 f"{self.name}: a model with scheduler='uniform' computes no signals; load it with another scheduler"
             )
         with scheduled_by(model, self.scheduler):
-            return model.get_modality_weights(**_inputs(prompt))[0]
+            return model.get_modality_weights(**model_inputs(prompt))[0]
 
     @torch.no_grad()
     def judge(self, model: PreTrainedModel, prompt: Batch) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +266,7 @@ class Scheduled(Method):
                     "its answers, as `dms calibrate` does unless it is told --asked 0"
                 )
             return self.decide(model, prompt), None
-        inputs, language = _inputs(prompt), model.config.get_text_config()
+        inputs, language = model_inputs(prompt), model.config.get_text_config()
         if language.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.full_like(prompt["input_ids"][:, :1], language.decoder_start_token_id)
         else:
@@ -248,7 +276,7 @@ class Scheduled(Method):
         return out.modality_weights, out.reliability
 
 
-def _inputs(prompt: Batch) -> Batch:
+def model_inputs(prompt: Batch) -> Batch:
     """What a model takes of a batch."""
     unused = {*BOOKKEEPING, "pixel_values" if "mm_encoder_outputs" in prompt else "mm_encoder_outputs"}
     return {name: value for name, value in prompt.items() if name not in unused}

@@ -69,8 +69,8 @@ def draw(results: dict[str, Any], cells: Sequence[Cell], out: Path, methods: Seq
         ),
     )
     for file, label, value in kinds:
-        if not sides:
-            break
+        if not any(over_severity(method, side, value)[0] for method in methods for side in sides):
+            continue
         figure, axes = pyplot.subplots(1, len(sides), figsize=(5.2 * len(sides), 4), squeeze=False, sharey=True)
         for axis, side in zip(axes[0], sides, strict=True):
             for method in methods:

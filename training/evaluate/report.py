@@ -34,6 +34,12 @@ ROBUSTNESS = {
     "clean_reweighted": "clean samples whose weights are not uniform",
     "modality_auroc": "weights tell the damaged modality: AUROC",
 }
+# of samples that have several images or passages, see `weighed`
+SOURCES = {
+    "reweighted": "weights not equal",
+    "damaged_weight": "mean weight of what is damaged",
+    "damaged_lowest": "it weighs less than all else",
+}
 DMS = ("own", "rule", "learned")  # the first one that was run is compared with all others
 
 
@@ -150,6 +156,9 @@ def _group_row(results: Results, group: str, method: str, wanted: Callable) -> d
         row["aurc"] = aurc(confidence[some], own[some])
         row["risk"] = risk_at(COVERAGE, confidence[some], own[some])
         row["ece"] = expected_calibration_error(confidence[some], own[some])
+    for name in SOURCES:
+        if name in results.chosen(method, wanted)[0].metrics:
+            row[name] = _mean(results.array(method, wanted, name), measured)
     if "reliability" in results.chosen(method, wanted)[0].metrics and np.isin(own, (0, 1)).all():
         trust = results.array(method, wanted, "reliability")
         row["aurc_reliability"] = aurc(trust[some], own[some])
@@ -202,6 +211,8 @@ def _robustness_row(results: Results, method: str) -> dict[str, Any] | None:
     if all(cell.weights is not None for cell in clean):
         weights = np.concatenate([cell.weights[cell.measured] for cell in clean])
         row["clean_reweighted"] = float((np.ptp(weights, axis=1) > 1e-3).mean())
+    elif all("reweighted" in cell.metrics for cell in clean):
+        row["clean_reweighted"] = float(np.mean([cell.mean("reweighted") for cell in clean]))
     damaged = [cell for cell in unseen if cell.condition.damaged is not None]
     sides = [
         [
@@ -301,6 +312,13 @@ def render(results: dict[str, Any]) -> str:
             f"More accurate than {len(better)} of {len(minus)} methods, than {len(clear)} of them with an interval "
             f"above 0; on clean samples {points(clean)} points against static.\n\n"
             + table(("method", f"`{dms}` - method, points"), [[name, points(of)] for name, of in minus.items()])
+        )
+    if told := [row for row in numbers["groups"] if "reweighted" in row and row["method"] not in (STATIC, ORACLE)]:
+        body = [[row["group"], row["method"], *(_number(row.get(name)) for name in SOURCES)] for row in told]
+        parts.append(
+            "## Several sources\n\nEach corruption damages one of a sample's images or passages, joined ones several; "
+            "the oracle is told which. A weight of 1 is an equal share.\n\n"
+            + table(("inputs", "method", *SOURCES.values()), body)
         )
     if numbers["robustness"]:
         body = [[row["method"], *(_number(row.get(name)) for name in ROBUSTNESS)] for row in numbers["robustness"]]

@@ -38,7 +38,7 @@ from modeling_dms.training.data.samples import (
     split_readable,
 )
 from modeling_dms.training.data.sources import opened, print_summary
-from modeling_dms.training.evaluate.baselines import METHODS, UNTRAINED, make_methods
+from modeling_dms.training.evaluate.baselines import FOR_SEVERAL, METHODS, OF_SOURCES, UNTRAINED, make_methods
 from modeling_dms.training.evaluate.grid import Cell, Condition, collated, run_grid
 from modeling_dms.training.evaluate.methods import Method
 from modeling_dms.training.evaluate.pictures import draw
@@ -243,16 +243,17 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         for table in tables:
             print_summary(table)
     train, test = load_samples(training_data, "train", kind), load_samples(data, config.split, kind)
-    several = next((sample.id for sample in test if sample.images or len(sample.passages) > 1), None)
-    if several is not None:
-        raise ValueError(
-            f"sample {several!r} has several images or passages: `dms evaluate` compares ways to weigh one of each; "
-            "benchmarks/sources.py measures several"
-        )
+    several = any(sample.has_several for sample in test)
+    _check_several(config, several)
     needs_training = any(name not in UNTRAINED for name in config.methods)
     validation = load_samples(training_data, "validation", kind) if needs_training else []
     model, processor = load(config.model, dtype=config.dtype)
     model.eval().to(cast(Any, state.device))
+    scheduler = model.config.dms_config.scheduler
+    if several and scheduler not in ("rule", "uniform"):
+        raise ValueError(
+            f"samples have several images or passages, which scheduler='rule' weighs: the checkpoint has {scheduler!r}"
+        )
     trained_on = config.training_data or config.data
     # a batch's size changes no more than the rounding: a run that is out of memory goes on with smaller ones
     asked = {
@@ -300,6 +301,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     fitted = []
     if calibrates or needs_training:
         evaluated = {key for seed in range(config.seeds) for key in image_keys(samples_of(seed))}
+        evaluated |= {image_key(image) for seed in range(config.seeds) for s in samples_of(seed) for image in s.images}
         apart = functools.partial(split_apart, keys=evaluated)
         fitted = kept(kept(train, apart, TESTED, left_out), readable, UNREADABLE, left_out)
     if calibrates:
@@ -336,7 +338,16 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     )
 
     cells = run_grid(
-        model, task, methods, samples_of, conditions, range(config.seeds), config.out, config.batch_size, config.resume
+        model,
+        task,
+        methods,
+        samples_of,
+        conditions,
+        range(config.seeds),
+        config.out,
+        config.batch_size,
+        config.resume,
+        several,
     )
     results = {
         "run": {
@@ -366,6 +377,29 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     return results
 
 
+def _check_several(config: EvaluationConfig, several: bool) -> None:
+    """
+    Args:
+        several: whether samples have several images or passages.
+
+    Raises:
+        ValueError: for methods, or a task, that such samples are not for, or that are for nothing else.
+    """
+    idle = [name for name in config.methods if name in FOR_SEVERAL]
+    if idle and not several:
+        raise ValueError(f"{', '.join(idle)} weigh several images or passages, of which no sample has any")
+    if not several:
+        return
+    unfit = [name for name in config.methods if name not in OF_SOURCES]
+    if unfit:
+        raise ValueError(
+            f"samples have several images or passages, and {', '.join(unfit)} weigh one of each: methods of several "
+            f"are {', '.join(OF_SOURCES)}"
+        )
+    if TASKS[config.task] == "retrieval":
+        raise ValueError(f"samples have several images or passages, and task {config.task!r} reads one of each")
+
+
 def _check_calibration(config: EvaluationConfig, model: PreTrainedModel, samples: Sequence[Sample]) -> None:
     """Adds the checkpoint's own scheduler to the methods where it is neither uniform nor the rule, leaves a second
     look out that was not learned, and warns where contexts are missing that calibration had."""
@@ -375,6 +409,8 @@ def _check_calibration(config: EvaluationConfig, model: PreTrainedModel, samples
     if "second look" in config.methods and not dms.calibration.reliability.count > 0:
         logger.warning("left out: second look: the checkpoint has not learned whom to believe (`dms calibrate`)")
         config.methods = [name for name in config.methods if name != "second look"]
+    if any(s.has_several for s in samples) and not any(bool(clean.count > 0) for clean in dms.calibration.clean_sets):
+        logger.warning("calibrated on single images and passages: how far several agree is not known to the rule")
     contexts = any(sample.passages for sample in samples)
     if dms.calibration.is_calibrated and not contexts and not reads_whole_prompts(model):
         logger.warning(
@@ -437,12 +473,14 @@ def sample_panels(
         batch, _ = collated(task, [sample], model)
         if batch is None:
             continue
-        answers, weights = {}, [0.5, 0.5]
+        answers, weights = {}, []
         for title, method in (("static", Method()), ("DMS", dms)):
             decision = method.decide(model, batch)
             answer = task.answer(method, model, batch, decision)
             answers[title] = (answer[0]["prediction"], bool(task.scores(answer, [sample])["score"][0] > 0.5))
             weights = decision[0].tolist()
+        # passages may have been cut, and a question be weighed beside images
+        weights = (weights + [0.0] * len(sample.source_names))[: len(sample.source_names)]
         panels.append(Panel(condition.name, sample, answers, weights))
     return panels
 

@@ -109,19 +109,6 @@ def test_predict_shows_each(tmp_path, monkeypatch):
     assert len(weights.split()) == 4
 
 
-def test_an_evaluation_weighs_one_of_each(tmp_path):
-    rows = [
-        {"id": str(n), "contexts": ["one.", "two."], "question": "what?", "answers": ["dog"], "split": "test"}
-        for n in range(2)
-    ]
-    rows += [{**row, "id": f"train {row['id']}", "split": "train"} for row in rows]
-    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = ["--model", "demo-llava", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, ["evaluate", *given])
-    assert done.exit_code == 1
-    assert "sample '0' has several images or passages" in done.output + done.stderr
-
-
 def test_what_is_wrong_with_a_further_image_or_passage_is_found_beforehand(tmp_path):
     """One sample must not cost the others their result in the middle of a run."""
     broken = tmp_path / "broken.png"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from modeling_dms.configuration.configuration_dms import MODALITIES
 from modeling_dms.training.data import PromptCollator, Sample
 from modeling_dms.training.data.collator import as_text
 from modeling_dms.training.evaluate.methods import Batch, Method
@@ -23,7 +24,8 @@ class Task(Protocol):
     reads_contexts: ClassVar[bool] = True
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A batch with `sample_ids`, as methods take it.
+        """A batch with `sample_ids`, and, where it may hold several sources, with which are `damaged`, as methods take
+        it.
 
         Raises:
             ValueError: naming the sample whose image cannot be read, or that cannot be asked.
@@ -58,9 +60,19 @@ class PromptedTask:
     whole_text: bool = field(default=False, kw_only=True)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        return PromptCollator(self.processor, max_length=self.max_length, with_ids=True, whole_text=self.whole_text)(
-            samples
+        collator = PromptCollator(
+            self.processor, max_length=self.max_length, with_ids=True, whole_text=self.whole_text
         )
+        batch = collator(samples)
+        # which of the sources, or of image and context, are: (B, S), (B, M)
+        count = max(1, int(batch["source_ids"].max())) if "source_ids" in batch else len(MODALITIES)
+        damaged = torch.zeros(len(samples), count + 1, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            for number in sample.damaged_sources:
+                if "source_ids" not in batch:
+                    number = 1 if number == 1 and sample.image is not None else 2
+                damaged[row, min(number, count + 1) - 1] = True  # what was cut comes last
+        return {**batch, "damaged": damaged[:, :count]}
 
     def tokens(self, text: str) -> list[int]:
         """A text as it follows a prompt, without an end token."""
