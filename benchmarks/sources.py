@@ -10,11 +10,10 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detection import load_photos
 from torch import Tensor
@@ -22,21 +21,33 @@ from tqdm.auto import tqdm
 
 from modeling_dms.evidence.typicality import auroc
 from modeling_dms.observe.prompt import TEXT, VISION
-from modeling_dms.training.corruptions import corrupt, self_made_families
+from modeling_dms.training.corruptions import CorruptionConfig
 from modeling_dms.training.data import PromptCollator, Sample, load_easy_vqa
 from modeling_dms.training.data.easy_vqa import COLORS, CONTEXTS, SHAPES
-from modeling_dms.training.evaluate.documents import table
+from modeling_dms.training.evaluate.baselines import make_methods
+from modeling_dms.training.evaluate.documents import share, table
+from modeling_dms.training.evaluate.grid import Condition, run_condition
+from modeling_dms.training.evaluate.report import summarize
 from modeling_dms.training.evaluate.run import one_per_image
+from modeling_dms.training.evaluate.tasks import VisualQuestionAnswering
 from modeling_dms.training.models.loading import load
 
 
-BATCH, RESAMPLED, PASSAGES, LEAST_GAP = 25, 2000, 3, 0.02
+BATCH, PASSAGES, LEAST_GAP = 25, 3, 0.02
 # of the cost: sources of a prompt (an image and captions of it, again and again), prompts at a time, rounds, and
 # samples that calibrate
 COUNTED, TIMED, ROUNDS, CALIBRATED = (3, 4, 16), 8, 11, 100
 RATES = (0.01, 0.03, 0.06)
-# what is damaged, by its kind
-DAMAGE = {"one passage is misspelt": "text:typos", "the image is blurred": "image:blur"}
+METHODS = ("static", "by modality", "least likely dropped", "likeliest source", "rule", "oracle")
+# conditions of the evaluation
+INPUTS = {
+    "clean": "clean",
+    "one passage is another's": "text:mismatch",
+    "the image is another's": "image:mismatch",
+    "one passage is misspelt": "text:typos",
+    "the image is blurred": "image:blur",
+    "two passages are another's": "text:mismatch+text:mismatch",
+}
 HEAD = """# Several images and passages
 
 Written by `python benchmarks/sources.py`. A prompt may hold several passages, as retrieval finds them, or several
@@ -55,14 +66,14 @@ ANSWERS = """## What weights of sources change
 
 {test} images of the test split of easy-VQA, one question each, with three passages that say the same in different
 words. Calibrated on {train} training images with three passages each. What resembles a blur, or typing errors, is
-left out of the detectors where these are tested. Shares of answers whose first token is right;
-the backbones were trained on one passage a prompt. *One weight*: image and text as two modalities, all passages
-together. *Least likely dropped*: the passage with the highest surprisal has weight 0. *Likeliest source*: the answer
-to that source alone whose first token is the likeliest. *By source*: this package's rule. *Oracle*: what is wrong has
-weight 0, as where a perfect credibility of each source is given (the setting of CrAM, Deng et al., AAAI 2025).
-*Closed*: the share of the gap between uniform weights and the oracle that the rule closes, with its 95% interval,
-bootstrapped over the images; nothing where the gap is below two points. *Left alone*: inputs whose weights
-are all equal."""
+left out of the detectors where these are tested. Shares of right answers, chosen among the training split's as in
+`dms evaluate`, whose methods these are; the backbones were trained on one passage a prompt. *Static*: all sources
+weigh alike. *By modality*: image and text as two modalities, all passages together. *Least likely dropped*: the
+passage with the highest surprisal has weight 0. *Likeliest source*: the source alone whose answer's first token is
+the likeliest. *Rule*: this package's, by source. *Oracle*: what is wrong has the best of the weights 0.05, 0.01 and 0,
+as where a credibility of each source is given (the setting of CrAM, Deng et al., AAAI 2025). *Closed*: the share of
+the gap between static and oracle that the rule closes, with its 95% interval, bootstrapped over the images; nothing
+where the gap is below two points. *Left alone*: inputs whose weights are all equal."""
 
 COST = """## What it costs
 
@@ -125,149 +136,33 @@ def seen(model: Any, collator: PromptCollator, samples: Sequence[Sample]) -> tup
     return torch.cat(p_clean), torch.cat(agreement)
 
 
-def scene(sample: Sample) -> tuple[str, str]:
+def with_passages(sample: Sample, start: int) -> Sample:
+    """The sample with three passages, in three of the five wordings."""
     words = set((sample.context or "").rstrip(".").split())
-    return next(c for c in COLORS if c in words), next(s for s in SHAPES if s in words)
-
-
-def with_passages(sample: Sample, start: int = 0, of: Sample | None = None) -> Sample:
-    """The sample with three passages, in three of the five wordings; of another sample where one is given."""
-    color, shape = scene(of or sample)
+    color, shape = next(c for c in COLORS if c in words), next(s for s in SHAPES if s in words)
     texts = [CONTEXTS[(start + k) % len(CONTEXTS)].format(color=color, shape=shape) for k in range(PASSAGES)]
     return sample.replace(context=texts[0], contexts=tuple(texts[1:]))
-
-
-def conditions(samples: Sequence[Sample]) -> dict[str, tuple[list[Sample], Tensor]]:
-    """By name the samples, and which of their sources (n, 4), the image first, are wrong."""
-    generator = random.Random(0)
-    clean = [with_passages(sample, generator.randrange(len(CONTEXTS))) for sample in samples]
-    others = []
-    for sample in samples:
-        # of another color and another shape
-        fits = [other for other in samples if not set(scene(other)) & set(scene(sample))]
-        others.append(generator.choice(fits))
-    found: dict[str, tuple[list[Sample], Tensor]] = {}
-
-    def add(name: str, change: Callable[[Sample, Sample, int], tuple[Sample, list[int]]]) -> None:
-        changed, wrong = [], torch.zeros(len(clean), 1 + PASSAGES, dtype=torch.bool)
-        for number, (sample, other) in enumerate(zip(clean, others, strict=True)):
-            new, places = change(sample, other, generator.randrange(PASSAGES))
-            changed.append(new)
-            wrong[number, places] = True
-        found[name] = changed, wrong
-
-    def replaced(sample: Sample, passages: Sequence[str], places: Sequence[int]) -> Sample:
-        texts = list(sample.passages)
-        for place in places:
-            texts[place] = passages[place]
-        return sample.replace(context=texts[0], contexts=tuple(texts[1:]))
-
-    add("clean", lambda sample, other, place: (sample, []))
-    add(
-        "one passage is another's",
-        lambda s, o, place: (replaced(s, with_passages(s, place, o).passages, [place]), [1 + place]),
-    )
-    add("the image is another's", lambda s, o, place: (s.replace(image=o.image), [0]))
-    add(
-        "one passage is misspelt",
-        lambda s, o, place: (
-            replaced(
-                s,
-                [
-                    corrupt(s.replace(context=text), DAMAGE["one passage is misspelt"], 5).context or ""
-                    for text in s.passages
-                ],
-                [place],
-            ),
-            [1 + place],
-        ),
-    )
-    add(
-        "the image is blurred",
-        lambda s, o, place: (
-            corrupt(s.replace(contexts=()), DAMAGE["the image is blurred"], 5).replace(contexts=s.contexts),
-            [0],
-        ),
-    )
-    both = [(0, 1), (0, 2), (1, 2)]
-    add(
-        "two passages are another's",
-        lambda s, o, place: (
-            replaced(s, with_passages(s, place, o).passages, both[place]),
-            [1 + number for number in both[place]],
-        ),
-    )
-    return found
-
-
-@torch.no_grad()
-def answered(model: Any, collator: PromptCollator, samples: Sequence[Sample], wrong: Tensor) -> dict[str, np.ndarray]:
-    """By method, whether each answer is right; of the rule, too, whether it left all weights equal."""
-    tokenizer, found = collator.processor.tokenizer, {}
-    for start in range(0, len(samples), BATCH):
-        some = samples[start : start + BATCH]
-        batch = collator(some)
-        first = [tokenizer(f" {s.answers[0]}", add_special_tokens=False)["input_ids"][0] for s in some]
-        wanted, count = torch.tensor(first), wrong.shape[1]
-        kept = (~wrong[start : start + BATCH]).float()
-        uniform = torch.full_like(kept, 1 / count)
-
-        def said(weights: Tensor | None = None, batch=batch, **given: Any) -> Tensor:
-            out = model(**{**batch, **given}, modality_weights=weights)
-            return out.logits[:, -1].softmax(-1)
-
-        weights, signals = model.get_modality_weights(**batch)
-        odd = torch.nn.functional.one_hot(signals.surprisal[:, 1:].argmax(1), PASSAGES).bool()
-        dropped = torch.cat([torch.ones(len(odd), 1), (~odd).float()], 1)
-        alone = torch.stack(
-            [said(torch.nn.functional.one_hot(torch.full((len(some),), k), count).float()) for k in range(count)]
-        )
-        likeliest = alone.amax(2).argmax(0)
-        ids = batch["source_ids"]
-        two = {name: value for name, value in batch.items() if name != "source_ids"}
-        answers = {
-            "uniform": said(uniform),
-            "one weight": model(**two, modality_ids=ids.clamp_max(2)).logits[:, -1].softmax(-1),
-            "least likely dropped": said(dropped / dropped.sum(1, keepdim=True)),
-            "likeliest source": alone[likeliest, torch.arange(len(some))],
-            "by source": said(weights),
-            "oracle": said(kept / kept.sum(1, keepdim=True)),
-        }
-        for method, p in answers.items():
-            found.setdefault(method, []).append((p.argmax(-1) == wanted).float())
-        found.setdefault("left alone", []).append((weights == weights[:, :1]).all(1).float())
-    return {method: torch.cat(right).numpy() for method, right in found.items()}
-
-
-def closed(found: dict[str, np.ndarray]) -> str:
-    generator, count = np.random.default_rng(0), len(found["uniform"])
-
-    def share(rows: np.ndarray) -> float:
-        least, own, most = (found[name][rows].mean() for name in ("uniform", "by source", "oracle"))
-        return (own - least) / (most - least) if most > least else np.nan
-
-    if found["oracle"].mean() - found["uniform"].mean() < LEAST_GAP:
-        return ""
-    drawn = [share(generator.integers(count, size=count)) for _ in range(RESAMPLED)]
-    return "{:.2f} [{:.2f}, {:.2f}]".format(share(np.arange(count)), *np.nanquantile(drawn, (0.025, 0.975)))
 
 
 def questions(name: str, split: str, count: int, calibration: int) -> list[list[str]]:
     """Rows of the second table."""
     model, processor = load(name)
     model, collator = model.eval(), PromptCollator(processor)
-    train = one_per_image(load_easy_vqa("train"), calibration)
-    generator = random.Random(1)
-    clean = [with_passages(sample, generator.randrange(len(CONTEXTS))) for sample in train]
+    generator, train = random.Random(0), load_easy_vqa("train")
+    clean = [with_passages(sample, generator.randrange(len(CONTEXTS))) for sample in one_per_image(train, calibration)]
+    # in the same words, so that a passage about a like shape is none of another's
+    tested = [with_passages(sample, 0) for sample in one_per_image(load_easy_vqa(split), count)]
     model.calibrate((collator(clean[s : s + BATCH]) for s in range(0, len(clean), BATCH)), show_progress=False)
+    task = VisualQuestionAnswering(processor, sorted({sample.answers[0] for sample in train}))
+    methods = make_methods(model, lambda _: task, [], [], METHODS, CorruptionConfig())
     rows = []
-    tested = one_per_image(load_easy_vqa(split), count)
-    for condition, (samples, wrong) in tqdm(conditions(tested).items(), desc=name):
-        with model.families_left_out(self_made_families(DAMAGE[condition]) if condition in DAMAGE else ()):
-            found = answered(model, collator, samples, wrong)
-        means = [f"{found[method].mean():.3f}" for method in METHODS]
-        gap = closed(found) if condition != "clean" else ""
-        rows.append([name, condition, *means, gap, f"{found['left alone'].mean():.2f}"])
+    for group, kinds in tqdm(INPUTS.items(), desc=name):
+        cells = run_condition(model, task, methods, tested, Condition(kinds, group, 5), 0, BATCH, True)
+        found = {row["method"]: row for row in summarize(cells)["groups"]}
+        scores = [f"{found[method]['score']:.3f}" if method in found else "" for method in METHODS]
+        static, oracle = found["static"]["score"], found.get("oracle", found["static"])["score"]
+        gap = share(found["rule"]["gap_closed"]) if oracle - static >= LEAST_GAP else ""
+        rows.append([name, group, *scores, gap, f"{1 - found['rule']['reweighted']:.2f}"])
     return rows
 
 
@@ -322,7 +217,6 @@ def cost(name: str, photos: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     return rows
 
 
-METHODS = ("uniform", "one weight", "least likely dropped", "likeliest source", "by source", "oracle")
 RESULTS = Path(__file__).with_suffix(".json")
 # of the page: text and heads of the table
 PARTS = {
