@@ -11,16 +11,11 @@ from transformers import TrainerCallback
 
 from modeling_dms.training.corruptions.families import CorruptionConfig, check_rates, names_in
 from modeling_dms.training.corruptions.registry import INPUTS, corrupt, seeded
-from modeling_dms.training.data.samples import FIELDS, Sample
+from modeling_dms.training.data.samples import FIELDS, Sample, holds
 
 
 # nothing of the sample is left in the modality, whatever the severity
 REPLACING_FAMILIES = ("missing", "mismatch", "blank", "random_words")
-
-
-def _is_present(sample: Sample, field: str) -> bool:
-    value = getattr(sample, field)
-    return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
 class ModalityDropout(Dataset):
@@ -108,7 +103,7 @@ class ModalityDropout(Dataset):
         salt = f"@{self.seed}/{self.epoch.item()}"
         generator = seeded(sample.id, salt)
         pairs = self.pairs[int(np.searchsorted(self.bounds, generator.random(), side="right"))]
-        present = [_is_present(sample, field) for field in FIELDS]
+        present = [holds(getattr(sample, field)) for field in FIELDS]
         pairs = [
             pair
             for pair in pairs
@@ -134,7 +129,7 @@ class ModalityDropout(Dataset):
         start, fallback = int(generator.integers(len(self.partners))), None
         for step in range(len(self.partners)):
             other = self.partners[(start + step) % len(self.partners)]
-            if not _is_present(other, field) or getattr(other, field) == getattr(sample, field):
+            if not holds(getattr(other, field)) or getattr(other, field) == getattr(sample, field):
                 continue
             if self.one_answer or other.answers[:1] != sample.answers[:1]:
                 return other

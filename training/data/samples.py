@@ -163,6 +163,11 @@ class Sample:
         return replace(self, **changes)
 
 
+def holds(value: AnyImage | str | None) -> bool:
+    """Whether there is an image, or a passage that says anything."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
 def split_of(sample_id: str) -> str:
     """`"train"` (80%), `"validation"` (10%) or `"test"` (10%), by a hash: an id is in the same split whatever else is
     in the data and in whatever order."""

@@ -193,10 +193,10 @@ def make_methods(
     return [found[name] for name in names]
 
 
-# those that weigh each of several images and passages
-OF_SOURCES = ("static", "rule", "own", "by modality", "least likely dropped", "likeliest source", "oracle")
-# and those of them that say nothing where a sample has one image and one context
-FOR_SEVERAL = OF_SOURCES[3:6]
+# those that say nothing where a sample has one image and one context
+FOR_SEVERAL = ("by modality", "least likely dropped", "likeliest source")
+# all that weigh several images and passages
+OF_SOURCES = ("static", "rule", "own", *FOR_SEVERAL, "oracle")
 UNTRAINED = (*OF_SOURCES[:-1], "rule + prior", "rule + text prior", "second look", "oracle")
 METHODS = (
     *UNTRAINED[:-1],

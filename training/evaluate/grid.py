@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from modeling_dms.training.corruptions import corrupt, self_made_families
 from modeling_dms.training.corruptions.registry import FIELD_OF, INPUTS, seeded
 from modeling_dms.training.data import Sample
-from modeling_dms.training.data.samples import image_key
+from modeling_dms.training.data.samples import holds, image_key
 from modeling_dms.training.evaluate.methods import Batch, Fixed, Method, Told, on_device, present
 from modeling_dms.training.evaluate.tasks import Task
 
@@ -133,7 +133,7 @@ class Condition:
             new = corrupt(new.replace(**{field: own[at]}), kind, max(1, self.severity), other, salt)
             own[at] = getattr(new, field)
             damaged.add((modality, at))
-        there = [(m, at) for m, own in sources.items() for at, value in enumerate(own) if _holds(value)]
+        there = [(m, at) for m, own in sources.items() for at, value in enumerate(own) if holds(value)]
         image, context = ([value for value in sources[m] if value is not None] or [None] for m in INPUTS)
         return new.replace(
             image=image[0],
@@ -144,15 +144,10 @@ class Condition:
         )
 
 
-def _holds(value: Any) -> bool:
-    """Whether there is an image, or a passage that says anything."""
-    return bool(value.strip()) if isinstance(value, str) else value is not None
-
-
 def _sources(sample: Sample) -> dict[str, list[Any]]:
     """By modality, all images and passages of a sample."""
     every = {"image": (sample.image, *sample.images), "text": (sample.context, *sample.contexts)}
-    return {modality: [value for value in values if _holds(value)] for modality, values in every.items()}
+    return {modality: [value for value in values if holds(value)] for modality, values in every.items()}
 
 
 def _differ(one: Sample, other: Sample) -> bool:

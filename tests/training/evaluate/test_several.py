@@ -238,7 +238,7 @@ def test_an_evaluation_of_several_sources(folder):
     rows = {(row["group"], row["method"]): row for row in results["results"]["groups"]}
     assert rows["mismatch text", "oracle"]["damaged_lowest"] == 1
     assert rows["clean", "static"]["reweighted"] == 0
-    assert rows["mismatch text", "rule"]["score"] >= 0
+    assert rows["mismatch text", "rule"]["damaged_weight"] < rows["mismatch text", "static"]["damaged_weight"] == 1
     report = (folder / "out" / "report.md").read_text()
     assert "## Several sources" in report
     assert "| mismatch text | likeliest source |" in report
