@@ -10,11 +10,13 @@ from transformers.generation import GenerationMixin
 from transformers.models.blip_2.modeling_blip_2 import Blip2ImageTextMatchingModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from modeling_dms.calibrate.source_agreement import SourceRecord
 from modeling_dms.configuration.configuration_dms import DMSBlip2Config
 from modeling_dms.dms import DMSOutput, read_out
 from modeling_dms.mixin import DMSMixin
 from modeling_dms.observe.images import Images, check_image_size, image_statistics
 from modeling_dms.observe.layers import kept_states
+from modeling_dms.observe.observation_mixin import UNNAMED
 from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, Prompt, Schedule
 from modeling_dms.outputs import ModalitySignals
@@ -128,8 +130,20 @@ class DMSBlip2ForImageTextRetrieval(DMSMixin, Blip2ForImageTextRetrieval):
             text.matched = self._log_odds(prompt, cast(Tensor, prompt.embeddings), cast(Tensor, prompt.attention_mask))
         return self.dms([self._vision_features(prompt), text], prompt.modality_mask, self._readout, prompt.given)
 
+    def _clean_prompt(
+        self, batch: dict[str, Any], place: int
+    ) -> tuple[Prompt, dict[str, Any], dict[str, Any], SourceRecord | None]:
+        if self.config.image_token_index is None and batch.get("pixel_values") is not None:
+            # the ids are those of the texts: the queries stand in front of them, as the matching branch reads both
+            queries = self.config.num_query_tokens
+            places = {"input_ids": UNNAMED, "attention_mask": 1}
+            batch = {k: F.pad(v, (queries, 0), value=places[k]) if k in places else v for k, v in batch.items()}
+        return super()._clean_prompt(batch, place)
+
     def _gain(self, prompt: Prompt, inputs: dict[str, Any]) -> Tensor:
-        embeddings = self.get_input_embeddings()(inputs["input_ids"])
+        input_ids = inputs["input_ids"]
+        # an image token need not be in the vocabulary
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(self._placeholders(input_ids), 0))
         return self._log_odds(prompt, embeddings, inputs["attention_mask"]).float().cpu()
 
     @torch.no_grad()

@@ -18,6 +18,10 @@ from modeling_dms.observe.prefill import Reading
 from modeling_dms.observe.prompt import TEXT, VISION, ModalityFeatures, Prompt, compact, take
 
 
+# stands where an image does in prompts of checkpoints whose vocabulary has no image token; no word's id
+UNNAMED = -1
+
+
 class ObservationMixin:
     """Says where to observe a class of transformers, and reads the features of image and text there."""
 
@@ -104,9 +108,8 @@ class ObservationMixin:
         return sorted({i for entries in listed for i in entries})
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
-        if self.config.image_token_id is None:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
-        return input_ids == self.config.image_token_id
+        token = self.config.image_token_id
+        return input_ids == (UNNAMED if token is None else token)
 
     def _placeholders_of(self, input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
         """Where image tokens stand: (B, P). Without ids, where the vanilla classes find them."""

@@ -332,3 +332,21 @@ def test_lower_levels_and_classes_that_do_not_answer_know_nothing_of_it():
     retrieval.calibrate([tiny.image_first(batch) for batch in tiny.clean_samples()], show_progress=False)
     assert retrieval.dms.calibration.is_calibrated
     assert not retrieval.dms.calibration.reliability.count
+
+
+@pytest.mark.parametrize("prior", [None, "vision"])  # which weighs what the matching head says
+def test_retrieval_without_an_image_token_is_calibrated_alike(prior):
+    named, unnamed = (tiny.build("retrieval", conflict_prior=prior) for _ in range(2))
+    # outside of the vocabulary: within it, the image token is one of those that a misspelt word may become
+    named.config.image_token_index, unnamed.config.image_token_index = 1000, None
+    batches = [tiny.image_first(batch) for batch in tiny.clean_samples()]
+    for batch in batches:
+        batch["input_ids"][batch["input_ids"] == tiny.IMAGE] = 1000
+    texts = {"input_ids", "attention_mask"}
+    alone = [{k: v[:, tiny.IMAGE_TOKENS :] if k in texts else v for k, v in batch.items()} for batch in batches]
+    reports = [named.calibrate(batches, show_progress=False), unnamed.calibrate(alone, show_progress=False)]
+    assert str(reports[0]) == str(reports[1])
+    for (name, value), other in zip(named.dms.state_dict().items(), unnamed.dms.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True, msg=name)
+    found = [model(**own[0], use_image_text_matching_head=True) for model, own in ((named, batches), (unnamed, alone))]
+    assert torch.equal(found[0].modality_weights, found[1].modality_weights)
