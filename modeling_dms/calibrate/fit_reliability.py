@@ -10,7 +10,7 @@ from modeling_dms.calibrate.counterfactual import LOWERED, NONE, Answers
 from modeling_dms.calibrate.records import FOLDS, MIN_SAMPLES
 from modeling_dms.calibrate.statistics import Reliability
 from modeling_dms.evidence.typicality import auroc
-from modeling_dms.weigh.reliability import ORDINARY, reliability_numbers
+from modeling_dms.weigh.reliability import reliability_numbers
 from modeling_dms.weigh.second_look import BOTH, SURE_ALONE, believed, fit_arbiter
 
 
@@ -72,7 +72,6 @@ def fit_reliability(calibration: Calibration, answers: Answers, p: Tensor, fold:
     if int(looks.sum()) < MIN_SAMPLES:
         return {}
     reliability.rate.fill_(rate)
-    reliability.ordinary.fill_(ORDINARY)
     first = _fit_one_look(reliability, reliability_numbers(sureness, p, rate), agrees, fold)
     for held in _held(fold):
         seen = looks & ~held

@@ -150,8 +150,6 @@ class Reliability(Statistics):
             {
                 # p-value up to which a source was flagged when this was fitted
                 "rate": (),
-                # p-value above which a pair said nothing then; 0 where all did
-                "ordinary": (),
                 "location": (first,),
                 "scale": (first,),
                 "coefficients": (first + 1,),
@@ -177,7 +175,7 @@ class Reliability(Statistics):
             sureness: (B,), the probability of the likeliest first token.
             p_values: (B, M + 1), of each modality, and of the pair.
         """
-        return self.told(reliability_numbers(sureness, p_values, self.rate, self.ordinary))
+        return self.told(reliability_numbers(sureness, p_values, self.rate))
 
     def told(self, numbers: Tensor) -> Tensor:
         """The same of `reliability_numbers` (B, F)."""
@@ -191,7 +189,7 @@ class Reliability(Statistics):
             numbers: (B, `FIRST_TOKENS`), of `first_tokens_compared`.
             p_values: (B, M + 1), as of `forward`.
         """
-        standard = reliability_numbers(numbers, p_values, self.rate, self.ordinary) - self.look_location
+        standard = reliability_numbers(numbers, p_values, self.rate) - self.look_location
         standard = standard / self.look_scale
         return (standard @ self.look_coefficients[:, :-1].T + self.look_coefficients[:, -1]).sigmoid()
 

@@ -128,11 +128,7 @@ class CheckpointMixin:
         anew = {name for name in own if name.startswith("dms.scheduler.")}
         if "dms.calibration.detectors.0.count" in missing:
             anew |= {name for name in own if name.startswith(of_calibration)}
-        # one that was calibrated before there was a third level has none
-        reliability = {name for name in own if name.startswith(f"{of_calibration}reliability.")}
-        new = own if own <= missing else anew | (reliability if reliability <= missing else set())
-        later = f"{of_calibration}prompts.", f"{of_calibration}reliability.ordinary"
-        new |= {name for name in own if name.startswith(later)}
+        new = own if own <= missing else anew
         if missing - new and not wants_info:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights that {cls.__name__} needs: {sorted(missing - new)[:8]}"

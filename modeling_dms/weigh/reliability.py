@@ -16,9 +16,7 @@ from modeling_dms.weigh.second_look import log_odds
 ORDINARY, MOST = 0.1, 5.0
 
 
-def reliability_numbers(
-    sureness: Tensor, p_values: Tensor, rate: Tensor | float, ordinary: Tensor | float = ORDINARY
-) -> Tensor:
+def reliability_numbers(sureness: Tensor, p_values: Tensor, rate: Tensor | float) -> Tensor:
     """What reliability is read from: log-odds, which sources are flagged, the evidence against the pair, and the
     log-odds again under each of these. How sure a backbone sounds means another thing where a source is damaged. A
     damaged source disagrees with any other, so the pair counts where nothing is flagged.
@@ -27,17 +25,14 @@ def reliability_numbers(
         sureness: (B,), the probability of the likeliest first token; or log-odds (B, F), as they are.
         p_values: (B, S), of each source and, last, of the pair.
         rate: a source with a p-value up to this is flagged.
-        ordinary: a pair with a p-value above this says nothing; 0 for what earlier calibrations were fitted to, where
-            all pairs counted, beside flagged sources too.
 
     Returns:
         (B, F + S + F * S), where F is 1 for a probability.
     """
     sure = log_odds(sureness)[:, None] if sureness.ndim == 1 else sureness
     flagged = (p_values[:, :-1] <= rate).to(sure.dtype)
-    ordinary = torch.as_tensor(ordinary, dtype=sure.dtype, device=sure.device)
-    against = (ordinary.where(ordinary > 0, 1) / p_values[:, -1:]).log().clamp(0, MOST) / MOST
-    alarms = torch.cat([flagged, against * (1 - flagged.amax(1, keepdim=True) * (ordinary > 0))], 1)
+    against = (ORDINARY / p_values[:, -1:]).log().clamp(0, MOST) / MOST
+    alarms = torch.cat([flagged, against * (1 - flagged.amax(1, keepdim=True))], 1)
     return torch.cat([sure, alarms, (sure[:, :, None] * alarms[:, None]).flatten(1)], 1)
 
 

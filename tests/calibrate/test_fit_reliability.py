@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from modeling_dms.calibrate.fit_reliability import _fit_one_look, _told
 from modeling_dms.calibrate.records import FOLDS
 from modeling_dms.calibrate.statistics import Reliability
-from modeling_dms.weigh.reliability import ORDINARY, reliability_numbers
-from tests import tiny
+from modeling_dms.weigh.reliability import reliability_numbers
 
 
 def drawn(count=400):
@@ -20,7 +18,6 @@ def drawn(count=400):
 def fitted(sureness, p_values, agrees):
     reliability = Reliability(2)
     reliability.rate.fill_(0.1)
-    reliability.ordinary.fill_(ORDINARY)
     numbers = reliability_numbers(sureness, p_values, 0.1)
     return reliability, _fit_one_look(reliability, numbers, agrees.float(), torch.arange(len(agrees)) % FOLDS)
 
@@ -52,13 +49,3 @@ def test_answers_that_are_all_alike(agree):
     sureness, p_values, _ = drawn()
     reliability, _ = fitted(sureness, p_values, torch.full((400,), agree))
     assert ((reliability(sureness, p_values) - agree).abs() < 0.05).all()
-
-
-def test_a_checkpoint_of_before_reads_pairs_as_it_was_fitted_to(tmp_path):
-    model = tiny.build("llava-llama")
-    model.dms.calibration.reliability.ordinary.fill_(ORDINARY)
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["dms.calibration.reliability.ordinary"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert not type(model).from_pretrained(tmp_path).dms.calibration.reliability.ordinary > 0

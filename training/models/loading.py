@@ -68,11 +68,6 @@ def load(
             # calibrated by version 0.1, to other numbers: of that there is left that it was
             weights |= {part: value for part, value in fitted.items() if not part.endswith(".level")}
             weights = {**fitted, **weights}
-        for room in ("reliability", "joint", "prompts"):
-            new = {part: v for part, v in fitted.items() if part.startswith(f"{calibration}{room}.")}
-            if not weights.keys() & new:  # calibrated before there was that
-                weights |= new
-        weights.setdefault(f"{calibration}reliability.ordinary", fitted[f"{calibration}reliability.ordinary"])
         with warnings.catch_warnings():
             # peft asks transformers by a name that it calls old
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

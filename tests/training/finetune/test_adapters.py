@@ -94,19 +94,6 @@ def test_an_adapter_that_lacks_weights_is_refused(run, tmp_path):
 
 
 @without_internvl
-@pytest.mark.parametrize("room", ["reliability", "joint", "reliability.ordinary"])
-def test_an_adapter_from_before_a_part_of_calibration_loads(run, room, tmp_path):
-    folder, _ = run
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    state = load_file(folder / "adapter_model.safetensors")
-    kept = {name: value for name, value in state.items() if f".calibration.{room}" not in name}
-    assert len(kept) < len(state)
-    save_file(kept, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    loaded = load(tmp_path)[0].dms.calibration.state_dict()
-    assert not loaded[room if room in loaded else f"{room}.count"] > 0
-
-
-@without_internvl
 @pytest.mark.parametrize("merge", [True, False])
 def test_an_adapter_without_a_learned_scheduler_gets_one(run, tmp_path, merge):
     folder, _ = run
