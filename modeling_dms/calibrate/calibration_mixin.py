@@ -230,8 +230,10 @@ class CalibrationMixin(CounterfactualMixin):
                 damaged[0][name].numbers = records[0].numbers
             elif asked is not None and number == asked[0]:
                 image = {"pixel_values": changed["pixel_values"]}
-        vocabulary = torch.arange(self.config.get_text_config(decoder=True).vocab_size)
-        vocabulary = vocabulary[~torch.isin(vocabulary, torch.tensor(self._special_ids()))]
+        # of the embeddings: BLIP-2's retrieval keeps the vocabulary of a language model that it does not have
+        vocabulary = torch.arange(len(self.get_input_embeddings().weight))
+        special = torch.isin(vocabulary, torch.tensor(self._special_ids())) | self._placeholders(vocabulary)
+        vocabulary = vocabulary[~special]
         for number, name in enumerate(TEXT_FAMILIES if level > 1 else ()):
             severity = torch.rand(len(ids), generator=generator)
             input_ids, still = damaged_texts(inputs["input_ids"], ids == TEXT, name, severity, vocabulary, generator)
