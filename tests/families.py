@@ -38,10 +38,11 @@ _OPT = {
     "bos_token_id": tiny.BOS,
     "eos_token_id": tiny.EOS,
 }
+# of another width and depth than the text, as published ones are: so nothing may take one for the other
 _TOWER = {
-    "hidden_size": 32,
+    "hidden_size": 48,
     "intermediate_size": 37,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 8,
     "patch_size": 4,
@@ -49,8 +50,8 @@ _TOWER = {
 _CLIP = {**_TOWER, "model_type": "clip_vision_model", "projection_dim": 32}
 _SIGLIP = {**_TOWER, "model_type": "siglip_vision_model"}
 _QFORMER = {
-    "vocab_size": 99,
-    "hidden_size": 32,
+    "vocab_size": 50,
+    "hidden_size": 40,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 37,
@@ -58,7 +59,7 @@ _QFORMER = {
     "attention_probs_dropout_prob": 0.0,
 }
 _ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
-_QWEN = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+_QWEN = {"depth": 3, "hidden_size": 48, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 _QWEN_TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -146,7 +147,7 @@ FIELDS = {
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 8, "sliding_window": tiny.WINDOW},
-        "vision_config": {**_TOWER, "model_type": "pixtral", "image_size": 16, "head_dim": 8},
+        "vision_config": {**_TOWER, "model_type": "pixtral", "image_size": 16, "head_dim": 12},
         "image_token_index": IMAGE,
         "spatial_merge_size": 2,
     },
@@ -247,7 +248,7 @@ def inputs(family: str, padding: str = "left", seed: int = 1) -> dict[str, Tenso
     if family == "paligemma":
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     if family == "instructblip":
-        batch["qformer_input_ids"] = torch.randint(4, 90, (2, 5), generator=generator)
+        batch["qformer_input_ids"] = torch.randint(4, 45, (2, 5), generator=generator)
         batch["qformer_attention_mask"] = torch.ones(2, 5, dtype=torch.long)
     return batch
 
