@@ -4,19 +4,16 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from modeling_dms._compat import require
 
 
 Stage = Literal["align", "bridge", "backbone", "scheduler", "joint"]
 LoraTargets = Literal["attention", "all"]
 
-# projections of the language model, by what LoRA changes: those of its attention's queries and values, or all. A bare
-# list of suffixes would match the vision tower's too. Llama's and OPT's names, and T5's
-_LANGUAGE = r".*(language_model|text_model).*\."
-LORA_TARGETS: dict[str, str] = {
-    "attention": _LANGUAGE + r"(q_proj|v_proj|q|v)",
-    "all": _LANGUAGE + r"((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|q|k|v|o|wi|wi_0|wi_1|wo)",
-}
+# what architectures call the projections to queries and values, some of which have one for both
+_ATTENTION = {"q_proj", "v_proj", "q", "v", "qkv_proj", "query_key_value", "c_attn"}
 
 
 def encodes_images(name: str, bridge: Sequence[str]) -> bool:
@@ -84,7 +81,7 @@ def prepare(
         config = LoraConfig(
             r=lora_rank,
             lora_alpha=2 * lora_rank,
-            target_modules=LORA_TARGETS[lora_targets],
+            target_modules=targets_of(model, lora_targets),
             modules_to_save=[name for name in ("dms", *kept) if name != "query_tokens"],
             bias="none",
         )
@@ -99,6 +96,30 @@ def prepare(
         parts = name.split(".")
         parameter.requires_grad_(is_language(name) or any(part in parts for part in whole))
     return model
+
+
+def targets_of(model: Any, lora_targets: LoraTargets) -> str:
+    """A pattern for peft's `target_modules`, which matches linear layers of the language model: the projections to
+    queries and values of its attention, or every one but the head. A bare list of suffixes would match the vision
+    tower's too.
+
+    Raises:
+        ValueError: where the language model has no such layers.
+    """
+    head = model.get_output_embeddings()
+    linear = (
+        name.removesuffix(".base_layer")  # of an adapter's, beside which its own layers lie
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and is_language(name) and ".lora_" not in name
+    )
+    found = {name.rpartition(".")[2] for name in linear}
+    chosen = found & _ATTENTION if lora_targets == "attention" else found
+    if not chosen:
+        raise ValueError(
+            f"lora_targets={lora_targets!r}: the language model has none of {sorted(_ATTENTION)}; its linear layers "
+            f"are called {sorted(found)}"
+        )
+    return rf".*(language_model|text_model).*\.({'|'.join(sorted(chosen))})"
 
 
 def _adapted(model: Any, wanted: Any) -> Any:

@@ -19,10 +19,10 @@ from modeling_dms.training.finetune import train
 from modeling_dms.training.finetune.arguments import DataArguments, read_arguments
 from modeling_dms.training.finetune.curves import COLORS, draw_curves
 from modeling_dms.training.finetune.features import FeatureCache
-from modeling_dms.training.finetune.stages import LORA_TARGETS, prepare
+from modeling_dms.training.finetune.stages import prepare, targets_of
 from modeling_dms.training.finetune.trainer import DMSTrainer, DMSTrainingArguments, only_targets
 from modeling_dms.training.models.loading import load
-from tests import tiny
+from tests import families, tiny
 
 
 BACKBONES = ("demo-llava", "internvl", "demo-blip2")
@@ -616,7 +616,7 @@ def test_trl_trains_it_with_lora(tmp_path, whole):
         for s in samples(8)
     ]
     args = arguments(tmp_path, trl.SFTConfig, max_length=None, per_device_train_batch_size=2)
-    lora = LoraConfig(r=2, target_modules=LORA_TARGETS["attention"], modules_to_save=["dms"])
+    lora = LoraConfig(r=2, target_modules=targets_of(model, "attention"), modules_to_save=["dms"])
     trainer = (Own if whole else trl.SFTTrainer)(
         model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
     )
@@ -633,13 +633,25 @@ def test_trl_trains_it_with_lora(tmp_path, whole):
     assert moved == (lora | dms if whole else lora)
 
 
-def test_lora_on_all_linear_layers_reaches_every_one_of_the_language_model():
-    for backbone in BACKBONES:
-        model, _ = loaded(backbone)
-        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in name]
-        linear = [name for name in linear if "language_model" in name]
-        adapted = prepare(model, "backbone", 2, lora_targets="all").targeted_module_names
-        assert sorted(adapted) == sorted(linear)
+@pytest.mark.parametrize("family", families.FIELDS)
+def test_lora_on_all_linear_layers_reaches_every_one_of_the_language_model(family):
+    model = families.build(family)
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in name]
+    linear = {name for name in linear if "language_model" in name or ".text_model." in name}
+    adapted = prepare(model, "backbone", 2, lora_targets="all")
+    assert set(adapted.targeted_module_names) == linear
+    # of an adapter that is trained further the same
+    assert targets_of(adapted, "all") == adapted.peft_config["default"].target_modules
+
+
+def test_projections_to_queries_and_values_in_one_are_found():
+    fields, cls = families.FIELDS["llava"], families.CLASSES["llava"]
+    text = {**fields["text_config"], "model_type": "phi3"}
+    model = cls(cls.config_class(**{**fields, "text_config": text}, dms_config={"shared_size": 8}))
+    assert targets_of(model, "attention").endswith("(qkv_proj)")
+    model.model.language_model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"the language model has none of .*'qkv_proj'"):
+        targets_of(model, "attention")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
