@@ -58,6 +58,8 @@ _QFORMER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+# of Qwen3-VL and GLM-4V the configurations of the text name no beginning and no end
+_UNMARKED = {name: value for name, value in _TEXT.items() if name not in ("bos_token_id", "eos_token_id")}
 _ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
 _QWEN = {"depth": 3, "hidden_size": 48, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 _QWEN_TOKENS = {
@@ -109,12 +111,12 @@ FIELDS = {
         **_QWEN_TOKENS,
     },
     "qwen3_vl": {
-        "text_config": {**_TEXT, **_ROPE, "head_dim": 8},
+        "text_config": {**_UNMARKED, **_ROPE, "head_dim": 8},
         "vision_config": {**_QWEN, "deepstack_visual_indexes": [0]},
         **_QWEN_TOKENS,
     },
     "glm4v": {
-        "text_config": {**_TEXT, **_ROPE},
+        "text_config": {**_UNMARKED, **_ROPE},
         "vision_config": {**_QWEN, "image_size": 56},
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,

@@ -100,8 +100,8 @@ class ObservationMixin:
 
     def _special_ids(self) -> list[int]:
         """Padding, beginning and end, and what marks images and videos in a prompt."""
-        ids = self.config.get_text_config(decoder=True)
-        special = [ids.pad_token_id, ids.bos_token_id, ids.eos_token_id]
+        text = self.config.get_text_config(decoder=True)
+        special = [getattr(text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
         fields = vars(self.config).items()
         special += [value for name, value in fields if name.endswith(("_token_id", "_token_index"))]
         listed = [entry if isinstance(entry, list) else [entry] for entry in special if entry is not None]
@@ -279,7 +279,7 @@ class ObservationMixin:
     @property
     def _begin_of_text(self) -> int | None:
         """What a text is begun with where the language model reads it alone, so that its first token is predicted."""
-        token = self.config.get_text_config(decoder=True).bos_token_id
+        token = getattr(self.config.get_text_config(decoder=True), "bos_token_id", None)
         return token if self._is_causal and isinstance(token, int) else None
 
     def _surprisal(self, before: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

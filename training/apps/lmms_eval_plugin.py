@@ -6,6 +6,7 @@ setup.py registers `manifest` in the entry-point group `lmms_eval.models`.
 # lmms-eval is an extra of its own, which the development environment does not hold
 # pyright: reportMissingImports=false
 
+import math
 from typing import Any
 
 import torch
@@ -89,12 +90,13 @@ class DMS(lmms):
             until = [until] if isinstance(until, str) else until
             options = {**_generation(given), "stop_strings": until or None, "tokenizer": tokenizer}
             rows, prompt, found = [self._encode(args) for args in batch], 0, [""] * len(batch)
-            positions = self.model.config.get_text_config(decoder=True).max_position_embeddings
-            asked = [*range(len(rows))]
+            positions = math.inf
             if not self.model.config.is_encoder_decoder:
-                asked = [place for place in asked if len(rows[place]["input_ids"]) < positions]
-                for args in [args for place, args in enumerate(batch) if place not in asked]:
-                    logger.warning(f"sample '{args[4]}/{args[3]}' is not answered: its prompt leaves no room for that")
+                language = self.model.config.get_text_config(decoder=True)
+                positions = getattr(language, "max_position_embeddings", positions)
+            asked = [place for place, row in enumerate(rows) if len(row["input_ids"]) < positions]
+            for args in [args for place, args in enumerate(batch) if place not in asked]:
+                logger.warning(f"sample '{args[4]}/{args[3]}' is not answered: its prompt leaves no room for that")
             if asked:
                 inputs = self._pad([rows[place] for place in asked], "left")
                 if not self.model.config.is_encoder_decoder:

@@ -122,7 +122,9 @@ def room_for_prompts(model: Any, processor: ProcessorMixin, new_tokens: int) -> 
     if not model.can_generate():  # BLIP-2's retrieval reads texts with its Q-Former
         return model.config.qformer_config.max_position_embeddings
     if not model.config.is_encoder_decoder:
-        positions = model.config.get_text_config(decoder=True).max_position_embeddings
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is None:
+            return None
         if new_tokens >= positions:
             raise ValueError(
                 f"{new_tokens} new tokens do not fit: the model has room for {positions}, prompt included"
