@@ -9,7 +9,6 @@ README's table.
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -31,9 +30,6 @@ from modeling_dms.training.models.loading import load
 from modeling_dms.training.publish.release import release
 
 
-# the least round one that 83 photographs bear out by counting, shared among three reasons; at a lower one p-values
-# rest on the tail that is fitted to theirs
-RATE = 0.05
 # damage of families that neither training nor calibration's detectors know, and others' images and texts
 KINDS = (
     *("image:fog", "image:low_contrast", "image:pixelate", "image:jpeg", "image:glitch", "image:color_cast"),
@@ -57,13 +53,11 @@ Written by `python benchmarks/study.py`. Models that `benchmarks/static.py` trai
 ([what they make of photographs](photographs.md)) are asked about {samples} others, one question each, beside one of
 their captions, which answers some questions and not others. Calibration saw the photographs of the validation split,
 without labels; where a kind of damage is tested, the detectors of damage like it are switched off. DMS may call
-{rate:.0%} of clean pairs suspicious, where its default is {default:.0%}: [both are
-compared](#at-the-default-rate-of-false-alarms). A *mismatch* is another photograph's image or caption. Severity is 5
-of 5, and [3](#milder-damage) in one table. Not measured here yet: other draws, captions and retrieval.
-Flickr8k is for research; its photographs belong to their photographers: none is shown here. *DMS* is called `rule` in
-the longer tables. What calibration says, at the end, was said with `conflict_prior="learned"`, where image, text and
-pair share the rate; the tables are without it, and image and text have half each. Calibrated so, every text is also
-read alone, which stands in the cost.
+{rate:.0%} of clean pairs suspicious, its default, half of it for each source: with {calibrated} samples that is beyond
+what counting can promise and rests on the tail of their scores. What came of it stands below, as *clean samples whose
+weights are not uniform*. A *mismatch* is another photograph's image or caption. Severity is 5 of 5{milder}. Not
+measured here yet: other draws, captions and retrieval. Flickr8k is for research; its photographs belong to their
+photographers: none is shown here. *DMS* is called `rule` in the longer tables.
 
 """
 AGAINST = """## Beside published methods
@@ -75,14 +69,6 @@ with random words or without text. The last column is DMS minus the better of th
 unseen damage stand below.
 
 """
-AT_DEFAULT = """## At the default rate of false alarms
-
-The same calibrations, of which DMS may call {default:.0%} of clean pairs suspicious instead of {rate:.0%}
-(`false_alarm_rate`, which may be changed without calibrating again). With {calibrated} samples {default:.0%}, half
-of it for each source, is beyond what counting can promise and rests on the tail of their scores; the last column
-is what came of it on {samples} photographs.
-
-"""
 RELIABLE = """## How far answers can be relied on
 
 The area under the risk-coverage curve, lower is better, if the least sure answers are left out by the probability of
@@ -92,19 +78,16 @@ from wrong ones no better here.
 """
 MILDER = """## Milder damage
 
-The same damage of severity {mild} instead of {severity}, at the default rate of false alarms, as far as it was
-measured.
+The same damage of severity {mild} instead of {severity}, as far as it was measured.
 
 """
 
 
 def calibrated(name: str, photos: Path, out: Path) -> None:
     """Calibrates a model on photographs that it was not trained on, and saves it as it is released."""
-    model, processor = load(name, {"conflict_prior": "learned", "false_alarm_rate": RATE}, merge=False)
+    model, processor = load(name, merge=False)
     report = calibrate(model.eval(), PromptCollator(processor), load_flickr8k("validation", "vqa", photos), 1000)
     print(report)
-    # the rule of the tables takes no side
-    model.get_base_model().config.dms_config.conflict_prior = None
     with tempfile.TemporaryDirectory() as folder:
         saved(model, processor, Path(folder))
         release(Path(folder), Path(model.peft_config["default"].base_model_name_or_path).name, out)
@@ -126,12 +109,11 @@ def main() -> None:
         folders.append(RESULTS / weighed.name)
         evaluate(weighed, folders[-1], options.methods, KINDS, SEVERITY, options.photos)
         shutil.copy(weighed / "calibration.txt", folders[-1])
-        default, mild = of_default(folders[-1]), of_mild(folders[-1])
-        evaluate(at_default_rate(weighed), default, "static,rule", KINDS, SEVERITY, options.photos)
+        mild = of_mild(folders[-1])
         damage = [kind for kind in KINDS if not kind.endswith(":mismatch")]  # there is no mild mismatch
-        evaluate(at_default_rate(weighed), mild, "static,rule,oracle", damage, MILD, options.photos)
+        evaluate(weighed, mild, "static,rule,oracle", damage, MILD, options.photos)
         (folders[-1] / "samples.png").unlink(missing_ok=True)  # the photographs belong to others
-        for extra in (*folders[-1].glob("*.md"), *default.iterdir(), *mild.iterdir()):
+        for extra in (*folders[-1].glob("*.md"), *mild.iterdir()):
             if extra.suffix in {".md", ".png"}:
                 extra.unlink()  # the page holds it all
     write(folders, options.out, Path("README.md"))
@@ -144,21 +126,6 @@ def evaluate(model: Path, out: Path, methods: str, kinds: Sequence[str], severit
     asked += ["--validation-samples", SEARCHED]
     command = [Path(sys.executable).parent / "dms", "evaluate", "--model", model, *asked, "--out", out]
     subprocess.run(list(map(str, command)), check=True)
-
-
-def at_default_rate(model: Path) -> Path:
-    """The same checkpoint with the default rate of false alarms."""
-    copied = model.parent / "default" / model.name
-    shutil.copytree(model, copied, dirs_exist_ok=True)
-    config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
-    config["dms_config"]["false_alarm_rate"] = DMSConfig().false_alarm_rate
-    (copied / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return copied
-
-
-def of_default(results: Path) -> Path:
-    """Where the results of the same checkpoint with the default rate lie."""
-    return results.with_name(f"{results.name}-default")
 
 
 def of_mild(results: Path) -> Path:
@@ -176,25 +143,6 @@ def beside_published(folders: list[Path]) -> str:
             more = f"{100 * (rule - max(others)):+.1f}"
             rows.append([folder.name, shown, *(f"{score:.3f}" for score in (static, *others, rule)), more])
     return table(["checkpoint", "inputs", "static", *PUBLISHED, "DMS", "DMS - the better"], rows)
-
-
-def by_rate(folders: list[Path]) -> str:
-    """Both rates of false alarms beside each other."""
-    rows = []
-    for folder in folders:
-        of_rate, of_own = (read_results(of)["results"] for of in (folder, of_default(folder)))
-        scores = [{(row["group"], row["method"]): row for row in of["groups"]} for of in (of_rate, of_own)]
-        shares = [
-            {row["method"]: row for row in of["robustness"]}["rule"]["clean_reweighted"] for of in (of_rate, of_own)
-        ]
-        for group, shown in SUMMARISED.items():
-            if (group, "rule") in scores[1]:
-                found = [scores[0][group, "static"], *(of[group, "rule"] for of in scores)]
-                clean = [f"{share:.1%}" for share in shares] if group == "clean" else ["", ""]
-                rows.append([folder.name, shown, *(f"{row['score']:.3f}" for row in found), *clean])
-    rates = [f"{rate:.0%}" for rate in (RATE, DMSConfig().false_alarm_rate)]
-    head = ["checkpoint", "inputs", "static", *(f"DMS, {rate}" for rate in rates)]
-    return table(head + [f"re-weighted, {rate}" for rate in rates], rows)
 
 
 def reliable(folders: list[Path]) -> str:
@@ -217,17 +165,18 @@ def write(folders: list[Path], out: Path, readme: Path) -> None:
     tables = out.read_text(encoding="utf-8").replace("# Results\n\n", "", 1)
     for name, of in found:  # a model is called by its name, not by the folder that it lay in
         tables = tables.replace(f"## {of['run']['model']}:", f"## {name}:")
-    rates = {"rate": RATE, "default": DMSConfig().false_alarm_rate}
-    page = [PAGE.format(samples=found[0][1]["run"]["samples"], **rates) + short]
-    tried = {name.lower(): len(GRIDS[name]) for name in PUBLISHED}
-    page += [AGAINST.format(samples=SEARCHED, **tried) + beside_published(folders)]
     reports = {folder.name: (folder / "calibration.txt").read_text(encoding="utf-8").strip() for folder in folders}
     clean = re.search(r"by (\d+) clean samples", reports[folders[0].name])
     counts = {"calibrated": clean and clean[1], "samples": found[0][1]["run"]["samples"]}
-    page += [AT_DEFAULT.format(**rates, **counts) + by_rate(folders)]
     measured = [folder for folder in folders if of_mild(folder).exists()]
-    mild = summary([(folder.name, read_results(of_mild(folder))["results"]["groups"]) for folder in measured])
-    page += [MILDER.format(mild=MILD, severity=SEVERITY) + mild, RELIABLE + reliable(folders), tables.strip()]
+    milder = f", and [{MILD}](#milder-damage) in one table" if measured else ""
+    page = [PAGE.format(rate=DMSConfig().false_alarm_rate, milder=milder, **counts) + short]
+    tried = {name.lower(): len(GRIDS[name]) for name in PUBLISHED}
+    page += [AGAINST.format(samples=SEARCHED, **tried) + beside_published(folders)]
+    if measured:
+        mild = summary([(folder.name, read_results(of_mild(folder))["results"]["groups"]) for folder in measured])
+        page.append(MILDER.format(mild=MILD, severity=SEVERITY) + mild)
+    page += [RELIABLE + reliable(folders), tables.strip()]
     for name, report in reports.items():
         page.append(f"## What calibration says: {name}\n\n```\n{report}\n```")
     out.write_text("\n\n".join(page) + "\n", encoding="utf-8")

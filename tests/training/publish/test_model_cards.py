@@ -34,7 +34,7 @@ def test_a_released_adapter_is_small_calibrated_and_its_base_is_assembled(folder
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base in RECIPES
     dms = json.loads((folder / "config.json").read_text())["dms_config"]
-    assert (dms["scheduler"], dms["false_alarm_rate"], dms["conflict_prior"]) == ("rule", 0.05, None)
+    assert (dms["scheduler"], dms["false_alarm_rate"], dms["conflict_prior"]) == ("rule", 0.01, None)
 
 
 @pytest.mark.parametrize("folder", RELEASED, ids=lambda folder: folder.name)
